@@ -1,0 +1,1 @@
+"""Cluster state: one protocol, two backends (embedded, etcd), one test suite for both."""
