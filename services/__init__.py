@@ -1,0 +1,1 @@
+"""The processes of a Stoker cluster; they meet only over gRPC."""

@@ -1,0 +1,1 @@
+"""The edge: REST and gRPC to clients, text on the outside, tokens on the inside."""

@@ -1,0 +1,1 @@
+"""One per host: supervises inference workers, reports what is true on the host."""

@@ -1,0 +1,1 @@
+"""One per host: the checkpoint store daemon: pool, tiers, transfers."""

@@ -1,0 +1,1 @@
+"""The checkpoint layout on disk: plan, write, read, verify (docs/design.md, "Checkpoint layout")."""

@@ -1,0 +1,1 @@
+"""Clients for applications and for Stoker's own services."""

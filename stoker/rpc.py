@@ -1,0 +1,233 @@
+"""gRPC in one place: servers with health, reflection and typed errors; channels with deadlines.
+
+A handler raises a `StokerError`; the interceptor here sends it as a status plus one trailing metadata
+entry (`stoker-error-bin`, JSON); `translated` on the client's side raises the same class again. A unary call
+without a deadline gets `DEFAULT_DEADLINE_SECONDS`; streams are given theirs by the caller, and dead peers are
+found by keep-alive pings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from stoker import log
+from stoker.errors import BY_CODE, ConfigError, DeadlineExceeded, InvalidRequest, PeerError, StokerError
+from stoker.units import MIB
+
+DEFAULT_DEADLINE_SECONDS = 10.0
+MAX_MESSAGE_BYTES = 4 * MIB
+ERROR_KEY = "stoker-error-bin"
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+_SERVER_ONLY = [
+    ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
+
+class Server:
+    """A gRPC server with health and reflection; register services on `grpc_server`, then `start`."""
+
+    def __init__(self, service_names: Sequence[str]) -> None:
+        """Args: service_names: full names, e.g. `stoker.v1.Controller`, for health and reflection."""
+        self.grpc_server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=[*_KEEPALIVE, *_SERVER_ONLY]
+        )
+        self._names = (*service_names, "")
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        reflection.enable_server_reflection(
+            [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc_server
+        )
+
+    def bind(self, address: str) -> int:
+        """Bind `host:port` or `unix:path`; returns the port (0 asks for a free one; 1 for unix sockets).
+
+        Raises:
+            ConfigError: The address is taken or not ours.
+        """
+        try:
+            port = self.grpc_server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {address}: is the port taken by another program?") from error
+        if port == 0:
+            raise ConfigError(f"cannot listen on {address}: is the port taken by another program?")
+        return port
+
+    async def start(self) -> None:
+        """Begin to serve and answer SERVING to health checks."""
+        await self.grpc_server.start()
+        await self.set_serving(serving=True)
+
+    async def set_serving(self, *, serving: bool) -> None:
+        """Change what health checks see."""
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in self._names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        """Refuse new calls, let running ones end within the grace, then cancel them."""
+        await self.set_serving(serving=False)
+        await self.grpc_server.stop(grace_seconds)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what a handler raises into a gRPC status, once, here."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of every method."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith("/grpc."):
+            return handler
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            behaviour = getattr(handler, kind)
+            if behaviour is not None:
+                make = getattr(grpc, f"{kind}_rpc_method_handler")
+                wrap = _streaming if kind.endswith("_stream") else _unary
+                return cast(
+                    "grpc.RpcMethodHandler[Any, Any]",
+                    make(
+                        wrap(behaviour, handler_call_details.method),
+                        request_deserializer=handler.request_deserializer,
+                        response_serializer=handler.response_serializer,
+                    ),
+                )
+        return handler
+
+
+def _unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:  # noqa: BLE001 - the task boundary of every call
+            await _abort(context, error, method)
+
+    return call
+
+
+def _streaming(behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            answers = behaviour(request, context)
+            if inspect.isawaitable(answers):
+                await answers  # a handler that writes to the context itself
+                return
+            async for answer in answers:
+                yield answer
+        except Exception as error:  # noqa: BLE001 - the task boundary of every call
+            await _abort(context, error, method)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, StokerError):
+        log.get().error("rpc.crashed", method=method, exc_info=error)
+        error = StokerError(f"{method} failed inside: {type(error).__name__}: {error}")
+    await context.abort(error.grpc_status, error.message, trailing_metadata=((ERROR_KEY, encode(error)),))
+
+
+def encode(error: StokerError) -> bytes:
+    """Return the error as the JSON that travels in the trailing metadata."""
+    fields = {
+        "code": error.code,
+        "message": error.message,
+        "retry_after_seconds": error.retry_after_seconds,
+        "param": error.param,
+        "details": error.details,
+    }
+    return json.dumps(fields).encode()
+
+
+def decode(raw: bytes) -> StokerError:
+    """Return the error that `encode` wrote; an unknown code becomes the root class."""
+    fields = json.loads(raw)
+    cls = BY_CODE.get(fields["code"], StokerError)
+    return cls(
+        fields["message"],
+        retry_after_seconds=fields["retry_after_seconds"],
+        param=fields["param"],
+        details=fields["details"],
+    )
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> StokerError:
+    """Return the StokerError that a failed call means; `peer` names who was called, for people."""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY and isinstance(value, bytes):
+            return decode(value)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{peer} did not answer in time")
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequest(f"{peer} refused the request: {error.details()}")
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return PeerError(f"{peer} cannot be reached: {error.details()}")
+    return StokerError(f"{peer} failed: {error.code().name}: {error.details()}")
+
+
+@contextmanager
+def translated(peer: str) -> Iterator[None]:
+    """Raise StokerErrors instead of gRPC's own inside this block.
+
+    Args:
+        peer: Who is called, for people, e.g. `node agent node-1`.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, peer) from error
+
+
+class _DefaultDeadline(grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(
+        self,
+        continuation: Callable[..., Any],
+        client_call_details: grpc.aio.ClientCallDetails,
+        request: Any,
+    ) -> Any:
+        if client_call_details.timeout is None:
+            client_call_details = grpc.aio.ClientCallDetails(
+                method=client_call_details.method,
+                timeout=DEFAULT_DEADLINE_SECONDS,
+                metadata=client_call_details.metadata,
+                credentials=client_call_details.credentials,
+                wait_for_ready=client_call_details.wait_for_ready,
+            )
+        return await continuation(client_call_details, request)
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """Return a channel to `host:port` or `unix:path`; it connects, and reconnects, by itself."""
+    options = [
+        *_KEEPALIVE,
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 50),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    return grpc.aio.insecure_channel(address, options=options, interceptors=[_DefaultDeadline()])
