@@ -7,10 +7,10 @@ as long as the process itself is not paused. A process that may be paused needs 
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from stoker.state.background import background
 from stoker.state.errors import LeaseLost, StateUnavailable
 from stoker.state.protocol import DEFAULT_TIMEOUT_SECONDS, LeaseId
 
@@ -71,15 +71,9 @@ class Lease:
         Raises:
             LeaseLost: The store ended the lease, or no renewal succeeded for its whole time.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                renewing = group.create_task(self._renew_until_lost(), name=f"lease-{self.id}")
-                yield
-                renewing.cancel()
-        except BaseExceptionGroup as errors:
-            if len(errors.exceptions) > 1:
-                raise
-            raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        async with background() as tasks:
+            tasks.start(self._renew_until_lost(), name=f"lease-{self.id}")
+            yield
 
     async def revoke(self, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         """End the lease now and delete its keys.

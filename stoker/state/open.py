@@ -1,0 +1,41 @@
+"""Choose the backend by URL."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from stoker.errors import ConfigError
+from stoker.state.embedded import MEMORY, open_embedded
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from stoker.clock import Clock
+    from stoker.state.protocol import StateStore
+
+EMBEDDED = "embedded://"
+ETCD = "etcd://"
+
+
+@asynccontextmanager
+async def open_state(url: str, *, clock: Clock | None = None) -> AsyncGenerator[StateStore, None]:
+    """Open the state a URL names, and close it when the block ends.
+
+    Args:
+        url: `embedded:///absolute/path/state.db`, `embedded://:memory:` for a state that ends with the block,
+            or `etcd://host:port,host:port/prefix`, where all keys lie below `/prefix/`.
+        clock: What leases live by; the host's clock where None.
+
+    Raises:
+        ConfigError: The URL is no such, the file is in use, or the etcd client library is not installed.
+    """
+    path = url.removeprefix(EMBEDDED)
+    if url.startswith(EMBEDDED) and (path == MEMORY or path.startswith("/")):
+        async with open_embedded(path, clock=clock) as store:
+            yield store
+    else:
+        raise ConfigError(
+            f"state URL {url!r} is none of embedded:///absolute/path/state.db, embedded://:memory: "
+            "and etcd://host:port,host:port/prefix"
+        )
