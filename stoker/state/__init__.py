@@ -3,6 +3,7 @@
 `open_state` gives a `StateStore`; `docs/state.md` says what one may rely on.
 """
 
+from stoker.state.election import FencedState, Leader, campaign, observe
 from stoker.state.errors import LeaseLost, StateUnavailable
 from stoker.state.leases import Lease
 from stoker.state.open import open_state
@@ -44,6 +45,8 @@ __all__ = [
     "CreateRevisionIs",
     "Delete",
     "Deleted",
+    "FencedState",
+    "Leader",
     "Lease",
     "LeaseId",
     "LeaseLost",
@@ -60,6 +63,8 @@ __all__ = [
     "WatchEvent",
     "Write",
     "absent",
+    "campaign",
+    "observe",
     "open_state",
     "unchanged",
 ]

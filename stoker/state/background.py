@@ -34,8 +34,8 @@ class Background:
 async def background() -> AsyncGenerator[Background, None]:
     """Yield a place for tasks that are cancelled and awaited when the block ends.
 
-    A task that fails cancels the block. One error alone, of a task or of the block, comes out as itself and
-    not in an `ExceptionGroup`, so that callers can catch it by its type.
+    A task that fails cancels the block. The first error, of a task or of the block, comes out as itself and not
+    in an `ExceptionGroup`, so that callers can catch it by its type; further ones are notes on it.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -43,7 +43,7 @@ async def background() -> AsyncGenerator[Background, None]:
             yield tasks
             tasks.cancel()
     except BaseExceptionGroup as errors:
-        if len(errors.exceptions) > 1:
-            raise
-        only = errors.exceptions[0]
-        raise only from only.__cause__
+        first, *others = errors.exceptions
+        for other in others:
+            first.add_note(f"and then: {other!r}")
+        raise first from first.__cause__
