@@ -34,8 +34,8 @@ class Background:
 async def background() -> AsyncGenerator[Background, None]:
     """Yield a place for tasks that are cancelled and awaited when the block ends.
 
-    A task that fails cancels the block. The first error, of a task or of the block, comes out as itself and not
-    in an `ExceptionGroup`, so that callers can catch it by its type; further ones are notes on it.
+    A task that fails cancels the block. The first error, of a task or of the block, comes out as itself and
+    not in an `ExceptionGroup`, so that callers can catch it by its type; further ones are notes on it.
     """
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,8 +1,8 @@
 """Leadership: a key on a lease, and a fence in every write the leader makes.
 
-Theory of operation: a candidate creates the election's key, on its lease, if there is none; who succeeds leads
-*term* `create_revision` until the key is gone. Everybody else watches the key. Terms only grow, because
-revisions do.
+Theory of operation: a candidate creates the election's key, on its lease, if there is none; who succeeds
+leads *term* `create_revision` until the key is gone. Everybody else watches the key. Terms only grow,
+because revisions do.
 
 A lease alone is not safe: a leader that is paused for longer than its lease wakes up believing it leads. So a
 leader writes only through `FencedState`, which adds to each transaction the compare "the election's key was
@@ -29,6 +29,7 @@ from stoker.state.protocol import (
     Put,
     Resync,
     StateStore,
+    Stored,
     Versioned,
     WatchEvent,
     Write,
@@ -89,8 +90,8 @@ class FencedState:
         if isinstance(outcome, Conflict):
             if self._fence in outcome.failed:
                 raise Fenced(
-                    f"term {self.leader.term} of {self._fence.key} is over: this controller no longer leads and "
-                    "nothing was written"
+                    f"term {self.leader.term} of {self._fence.key} is over: this controller no longer leads "
+                    "and nothing was written"
                 )
             found = dict(outcome.found)
             if all(compare.key != self._fence.key for compare in compares):
@@ -154,7 +155,7 @@ def leaders_of(event: WatchEvent, election_key: str) -> list[Leader | None]:
             return [
                 _leader(change.item) if isinstance(change, Stored) else None
                 for change in changes
-                if (change.item.key if isinstance(change, Stored) else change.key) == election_key
+                if change.key == election_key
             ]
 
 
@@ -178,6 +179,4 @@ async def _until_deposed(store: StateStore, election_key: str, mine: Leader) -> 
         async for leader in leaders:
             if leader is None or leader.term != mine.term:
                 now = f"term {leader.term} has begun" if leader else "the election's key is gone"
-                raise Fenced(
-                    f"term {mine.term} of {election_key} is over, {now}: this controller stops leading"
-                )
+                raise Fenced(f"term {mine.term} of {election_key} is over, {now}: this one stops leading")

@@ -201,6 +201,11 @@ class Stored:
 
     item: Versioned
 
+    @property
+    def key(self) -> str:
+        """The key written."""
+        return self.item.key
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deleted:
