@@ -1,0 +1,82 @@
+# Two commands do everything: `make demo` and `make test`. A rerun of either takes seconds.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+MODEL_DIR := .cache/models/smollm2-135m-instruct
+PYTEST_ARGS ?=
+
+.PHONY: help demo up down test check format gpu-check env model etcd clean
+
+help:
+	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
+	@echo "make up / down  the same services left running in the background / stopped"
+	@echo "make test       every test, with a real etcd and a real model"
+	@echo "make check      format, lint, types, import contracts"
+	@echo "make gpu-check  the tests that need a CUDA device"
+	@echo "MODEL=...       hub id or local folder to use instead of SmolLM2-135M-Instruct"
+
+# --- environment -------------------------------------------------------------------------------------------
+
+env: $(VENV)/.installed $(VENV)/.protos
+
+$(VENV)/.installed: pyproject.toml constraints.txt build_protos.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Stoker needs Python 3.11 or newer: $(PYTHON) is older; set PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes, once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.protos
+
+$(VENV)/.protos: $(wildcard protos/stoker/v1/*.proto) $(VENV)/.installed
+	@echo "generating stubs ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+model: env
+	@$(BIN)/python examples/get_model.py --to $(MODEL_DIR) $(if $(MODEL),--source '$(MODEL)')
+
+etcd:
+	@command -v etcd >/dev/null || test -x /usr/sbin/etcd || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing etcd-server ..."; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+	      apt-get install -y -qq --no-install-recommends etcd-server >/dev/null; \
+	  else \
+	    echo "the tests need etcd: run 'sudo apt-get install etcd-server' (Debian, Ubuntu) and try again"; exit 1; \
+	  fi; }
+
+# --- the product -------------------------------------------------------------------------------------------
+
+demo: env
+	@$(BIN)/python examples/demo.py $(if $(MODEL),--source '$(MODEL)')
+
+up: model
+	@$(BIN)/stoker up --detach --deploy smollm2=$(MODEL_DIR)
+
+down: env
+	@$(BIN)/stoker down
+
+# --- proof -------------------------------------------------------------------------------------------------
+
+test: env etcd model
+	@STOKER_TEST_MODEL=$(CURDIR)/$(MODEL_DIR) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: env
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: env
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+gpu-check: env
+	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .data stoker/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,163 @@
+"""`stoker deploy`, `rm`, `ls`: what is deployed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from stoker.cli.output import Format, FormatOption, as_json, console, errors, print_json, print_table
+from stoker.client import AsyncClient
+from stoker.errors import DeadlineExceeded, InvalidRequest
+from stoker.units import format_bytes
+from stoker.v1 import controller_pb2, model_pb2
+
+ControllerOption = Annotated[
+    str | None, typer.Option("--controller", help="host:port; default $STOKER_CONTROLLER, then `stoker up`")
+]
+
+KEEP_FOREVER = "forever"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(deploy)
+    app.command("rm")(remove)
+    app.command("ls")(list_models)
+
+
+def deploy(
+    name: Annotated[str, typer.Argument(help="what clients ask for")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="folder of a checkpoint, as every node sees it, or a URI")
+    ],
+    keep_alive: Annotated[
+        str, typer.Option(help=f"seconds an unused replica lives, or '{KEEP_FOREVER}'; default 300")
+    ] = "",
+    min_replicas: Annotated[int, typer.Option("--min", min=0, help="kept even when nobody asks")] = 0,
+    max_replicas: Annotated[int, typer.Option("--max", min=0, help="at most; 0 = default (1)")] = 0,
+    concurrency: Annotated[int, typer.Option(min=0, help="sessions per replica; 0 = default (8)")] = 0,
+    max_context: Annotated[int, typer.Option(min=0, help="tokens; 0 = the model's own limit")] = 0,
+    *,
+    create_only: Annotated[bool, typer.Option(help="refuse when the model exists")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="start a replica and return when it is ready")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds --wait waits at most")] = 300.0,
+    controller: ControllerOption = None,
+    output: FormatOption = Format.text,
+) -> None:
+    """Deploy a model, or change one that is deployed."""
+    spec = model_pb2.ModelSpec(
+        name=name,
+        checkpoint_uri=checkpoint_uri(checkpoint),
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
+        concurrency=concurrency,
+        max_context_tokens=max_context,
+    )
+    if keep_alive:
+        spec.keep_alive_seconds = _keep_alive_seconds(keep_alive)
+    answer = asyncio.run(_deploy(spec, controller, timeout if wait else None, create_only=create_only))
+    if output is Format.json:
+        print_json(as_json(answer))
+        return
+    verb = "deployed" if answer.created else "changed" if answer.changed else "unchanged:"
+    info = answer.model.checkpoint
+    size = f"{info.architecture}, {format_bytes(info.weight_bytes)} {info.dtype}"
+    console.print(f"{verb} {name} ({size})", highlight=False)
+
+
+async def _deploy(
+    spec: model_pb2.ModelSpec, controller: str | None, wait_seconds: float | None, *, create_only: bool
+) -> controller_pb2.DeployResponse:
+    async with AsyncClient(controller=controller) as client:
+        answer = await client.deploy(spec, create_only=create_only)
+        if wait_seconds is not None:
+            await wait_until_ready(client, spec.name, wait_seconds)
+        return answer
+
+
+async def wait_until_ready(client: AsyncClient, model: str, timeout_seconds: float) -> None:
+    """Start a replica of `model` and show its progress on a terminal; returns when it is ready."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task(f"starting {model}", total=1.0)
+        async for event in client.acquire(model, timeout_seconds=timeout_seconds):
+            match event.WhichOneof("event"):
+                case "queued":
+                    progress.update(task, description=f"{model} waits: {event.queued.reason}")
+                case "starting":
+                    progress.update(
+                        task,
+                        description=f"{model} starts on {event.starting.node_id}",
+                        completed=event.starting.loaded_fraction,
+                    )
+                case "ready":
+                    return
+    raise DeadlineExceeded(f"{model} was not ready within {timeout_seconds:g} s; see `stoker ps`")
+
+
+def remove(
+    names: Annotated[list[str], typer.Argument(help="models to delete")],
+    controller: ControllerOption = None,
+) -> None:
+    """Delete models; their replicas are drained and stopped. Checkpoints stay."""
+
+    async def work() -> None:
+        async with AsyncClient(controller=controller) as client:
+            for name in names:
+                await client.delete(name)
+                console.print(f"deleted {name}", highlight=False)
+
+    asyncio.run(work())
+
+
+def list_models(controller: ControllerOption = None, output: FormatOption = Format.text) -> None:
+    """List the deployed models."""
+
+    async def work() -> list[model_pb2.Model]:
+        async with AsyncClient(controller=controller) as client:
+            return list(await client.models())
+
+    models = asyncio.run(work())
+    if output is Format.json:
+        print_json([as_json(model) for model in models])
+        return
+    print_table(
+        ("MODEL", "STATE", "READY", "SIZE", "ARCHITECTURE", "CHECKPOINT", "MESSAGE"),
+        (
+            (
+                model.spec.name,
+                model_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower(),
+                f"{model.ready_replicas}/{model.spec.max_replicas}",
+                format_bytes(model.checkpoint.weight_bytes),
+                model.checkpoint.architecture,
+                model.spec.checkpoint_uri,
+                model.message,
+            )
+            for model in models
+        ),
+        empty="no models; deploy one: stoker deploy NAME FOLDER",
+    )
+
+
+def checkpoint_uri(checkpoint: str) -> str:
+    """Return a local folder made absolute; anything with a scheme is left alone."""
+    if "://" in checkpoint:
+        return checkpoint
+    folder = Path(checkpoint).expanduser()
+    return str(folder.resolve()) if folder.exists() or not folder.is_absolute() else str(folder)
+
+
+def _keep_alive_seconds(text: str) -> float:
+    if text == KEEP_FOREVER:
+        return -1.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise InvalidRequest(f"--keep-alive {text!r}: give seconds (0 = stop at once) or '{KEEP_FOREVER}'")
+    return seconds

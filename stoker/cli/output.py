@@ -1,0 +1,58 @@
+"""What the command prints: tables for people, one JSON document for machines, errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--output", "-o", help="text for people, json for machines")]
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """Return a message as JSON would show it: proto field names, unset fields included."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+    """Print rows in aligned columns; `empty` is said instead of a table without rows."""
+    listed = list(rows)
+    if not listed:
+        errors.print(empty, style="dim", highlight=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in listed:
+        table.add_row(*row)
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not the result: on stderr, and only where one is watching."""
+    if errors.is_terminal:
+        errors.print(text, highlight=False)

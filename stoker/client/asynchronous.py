@@ -1,0 +1,146 @@
+"""The asynchronous client: chat and complete through the gateway, administer through the controller."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from stoker.client.connection import find_controller, find_gateway
+from stoker.rpc import connect, translated
+from stoker.v1 import (
+    controller_pb2,
+    controller_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    model_pb2,
+    node_agent_pb2,
+    node_agent_pb2_grpc,
+)
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+class AsyncClient:
+    """A client of a running cluster; use as an async context manager.
+
+    Args:
+        gateway: `host:port` of the gateway's gRPC face; default: see `stoker.client.connection`.
+        controller: `host:port` of a controller; likewise.
+
+    Every method raises a `stoker.errors.StokerError`: ModelNotFound, QueueFull, DeadlineExceeded, PeerError …
+    """
+
+    def __init__(self, *, gateway: str | None = None, controller: str | None = None) -> None:
+        self.gateway = find_gateway(gateway)
+        self.controller = find_controller(controller)
+        self._gateway_channel = connect(self.gateway)
+        self._controller_channel = connect(self.controller)
+        self._inference = inference_pb2_grpc.InferenceStub(self._gateway_channel)
+        self._admin = controller_pb2_grpc.ControllerStub(self._controller_channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close both channels."""
+        await self._gateway_channel.close()
+        await self._controller_channel.close()
+
+    # --- inference ---
+
+    async def chat(
+        self,
+        model: str,
+        messages: Sequence[tuple[str, str]],
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        **sampling: Any,
+    ) -> AsyncIterator[inference_pb2.TextEvent]:
+        """Yield the assistant's answer as it is generated.
+
+        Args:
+            model: A deployed model; a cold one is started.
+            messages: (role, content) pairs, oldest first.
+            timeout_seconds: For the whole answer, a start included.
+            **sampling: Fields of `TextSampling`, e.g. `temperature=0.0`, `max_tokens=64`.
+        """
+        request = inference_pb2.ChatRequest(
+            model=model,
+            messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in messages],
+            sampling=inference_pb2.TextSampling(**sampling),
+        )
+        with translated(f"gateway {self.gateway}"):
+            async for event in self._inference.Chat(request, timeout=timeout_seconds):
+                yield event
+
+    async def complete(
+        self, model: str, prompt: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, **sampling: Any
+    ) -> AsyncIterator[inference_pb2.TextEvent]:
+        """Yield the continuation of `prompt` as it is generated; arguments as in `chat`."""
+        request = inference_pb2.CompleteRequest(
+            model=model, prompt=prompt, sampling=inference_pb2.TextSampling(**sampling)
+        )
+        with translated(f"gateway {self.gateway}"):
+            async for event in self._inference.Complete(request, timeout=timeout_seconds):
+                yield event
+
+    # --- administration ---
+
+    async def deploy(
+        self, spec: model_pb2.ModelSpec, *, create_only: bool = False
+    ) -> controller_pb2.DeployResponse:
+        """Create or change a model; the checkpoint is checked first (headers only)."""
+        request = controller_pb2.DeployRequest(spec=spec, create_only=create_only)
+        with translated(f"controller {self.controller}"):
+            return await self._admin.Deploy(request, timeout=30)
+
+    async def delete(self, name: str) -> None:
+        """Delete a model; its replicas are drained and stopped."""
+        with translated(f"controller {self.controller}"):
+            await self._admin.DeleteModel(controller_pb2.DeleteModelRequest(name=name))
+
+    async def models(self) -> Sequence[model_pb2.Model]:
+        """Return what is deployed, by name."""
+        with translated(f"controller {self.controller}"):
+            return (await self._admin.ListModels(controller_pb2.ListModelsRequest())).models
+
+    async def replicas(self, model: str = "") -> Sequence[node_agent_pb2.Replica]:
+        """Return the replicas of a model, or all."""
+        with translated(f"controller {self.controller}"):
+            return (await self._admin.ListReplicas(controller_pb2.ListReplicasRequest(model=model))).replicas
+
+    async def nodes(self) -> Sequence[controller_pb2.Node]:
+        """Return the nodes the controller knows."""
+        with translated(f"controller {self.controller}"):
+            return (await self._admin.ListNodes(controller_pb2.ListNodesRequest())).nodes
+
+    async def status(self) -> controller_pb2.ClusterStatus:
+        """Return the cluster at a glance."""
+        with translated(f"controller {self.controller}"):
+            return await self._admin.GetClusterStatus(controller_pb2.GetClusterStatusRequest())
+
+    async def acquire(
+        self, model: str, *, timeout_seconds: float
+    ) -> AsyncIterator[controller_pb2.AcquireEvent]:
+        """Start a replica of a cold model, as a request would; yields progress, ends when it is ready."""
+        request = controller_pb2.AcquireRequest(model=model, timeout_seconds=timeout_seconds)
+        with translated(f"controller {self.controller}"):
+            async for event in self._admin.Acquire(request, timeout=timeout_seconds + 5):
+                yield event
+
+    async def logs(
+        self, agent_address: str, replica_id: str, *, tail_lines: int, follow: bool
+    ) -> AsyncIterator[str]:
+        """Yield the lines a replica's worker printed, from its node agent."""
+        request = node_agent_pb2.ReadLogsRequest(replica_id=replica_id, tail_lines=tail_lines, follow=follow)
+        async with connect(agent_address) as channel:
+            with translated(f"node agent {agent_address}"):
+                stub = node_agent_pb2_grpc.NodeAgentStub(channel)
+                async for line in stub.ReadLogs(request, timeout=None if follow else 30):
+                    yield line.text
