@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker.cli.models import ControllerOption
 from stoker.cli.output import Format, FormatOption, as_json, console, print_json, print_table
 from stoker.client import AsyncClient
 from stoker.client.connection import data_home
-from stoker.errors import NotFound
+from stoker.errors import NotFound, PeerError
+from stoker.rpc import connect, translated
 from stoker.units import format_bytes, format_seconds
 from stoker.v1 import controller_pb2, node_agent_pb2
 
@@ -26,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command("ps")(list_replicas)
     app.command()(status)
     app.command()(logs)
+    app.command()(health)
 
 
 def list_replicas(
@@ -106,6 +109,24 @@ def _node_row(node: controller_pb2.Node) -> tuple[str, ...]:
         format_bytes(pool.page_bytes) if pool.page_bytes else "-",
         report.agent_address,
     )
+
+
+def health(
+    address: Annotated[str, typer.Argument(help="host:port or unix:path of any service")],
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds")] = 3.0,
+) -> None:
+    """Ask a service whether it serves; exit 0 when it does, 1 otherwise (for container health checks)."""
+
+    async def work() -> bool:
+        async with connect(address) as channel:
+            with translated(address):
+                stub = health_pb2_grpc.HealthStub(channel)
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    if not asyncio.run(work()):
+        raise PeerError(f"{address} is not serving")
+    console.print("serving", highlight=False)
 
 
 def logs(
