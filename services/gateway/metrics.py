@@ -1,0 +1,48 @@
+"""Metrics of the gateway: our own, and the `vllm:` names that dashboards know."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from stoker.metrics import START_STAGE_BUCKETS_SECONDS, TOKEN_BUCKETS_SECONDS
+from stoker.v1 import start_pb2
+
+_MODEL = ["model_name"]
+
+REQUESTS = Counter("stoker_gateway_requests", "Finished requests.", ["model_name", "kind", "finish"])
+START_STAGE_SECONDS = Histogram(
+    "stoker_start_stage_seconds",
+    "Stages of starts that requests waited for.",
+    ["stage"],
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+ACQUIRE_SECONDS = Histogram(
+    "stoker_gateway_acquire_seconds",
+    "Waiting of cold requests for a ready replica.",
+    _MODEL,
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+FIRST_TOKEN_SECONDS = Histogram(
+    "vllm:time_to_first_token_seconds",
+    "From a request's arrival to its first token.",
+    _MODEL,
+    buckets=TOKEN_BUCKETS_SECONDS,
+)
+REQUEST_SECONDS = Histogram(
+    "vllm:e2e_request_latency_seconds",
+    "From a request's arrival to its end.",
+    _MODEL,
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+RUNNING = Gauge("vllm:num_requests_running", "Sessions with a first token.", _MODEL)
+WAITING = Gauge("vllm:num_requests_waiting", "Sessions before their first token.", _MODEL)
+PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens of finished requests.", _MODEL)
+GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", _MODEL)
+
+_STAGES = ("placement", "worker", "attach", "weights", "skeleton", "assign", "first_forward", "total")
+
+
+def observe_start(timings: start_pb2.StartTimings) -> None:
+    """Count a start a request waited for, stage by stage."""
+    for stage in _STAGES:
+        START_STAGE_SECONDS.labels(stage).observe(getattr(timings, f"{stage}_seconds"))

@@ -1,0 +1,1 @@
+"""REST: OpenAI's protocol over the gateway's sessions."""

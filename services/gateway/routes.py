@@ -1,0 +1,176 @@
+"""Routes: which models there are and which replicas are ready, as the controller last said. Pure.
+
+The table keeps what it knows while no controller can be reached: warm requests go on without one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from stoker.errors import ModelNotFound, PeerError
+from stoker.ids import ModelName, ReplicaId
+from stoker.v1 import controller_pb2
+
+MAX_NEAR_NAMES = 3
+UNSYNCED_RETRY_SECONDS = 2.0
+SHUN_SECONDS = 2.0
+"""How long a replica that failed is passed over, unless the controller names it anew meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """A place where a model is ready."""
+
+    replica_id: ReplicaId
+    node_id: str
+    agent_address: str
+    max_context_tokens: int
+    """0 = not known."""
+    max_batch: int
+
+    @classmethod
+    def from_proto(cls, replica: controller_pb2.RouteReplica) -> Replica:
+        """Return the value of a route's replica."""
+        return cls(
+            replica_id=ReplicaId(replica.replica_id),
+            node_id=replica.node_id,
+            agent_address=replica.agent_address,
+            max_context_tokens=replica.max_context_tokens,
+            max_batch=replica.max_batch,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRoute:
+    """A deployed model and where it is ready."""
+
+    name: ModelName
+    created_unix_seconds: float
+    checkpoint_uri: str
+    revision: str
+    context_tokens: int
+    """Prompt and answer together; 0 = not known before a replica is ready."""
+    vocabulary_tokens: int
+    """0 = not known."""
+    max_queue: int
+    replicas: tuple[Replica, ...]
+    store_addresses: tuple[str, ...]
+
+    @property
+    def batch_capacity(self) -> int:
+        """Return how many sessions its ready replicas decode at once."""
+        return sum(max(1, replica.max_batch) for replica in self.replicas)
+
+    @classmethod
+    def from_proto(cls, route: controller_pb2.Route) -> ModelRoute:
+        """Return the value of a controller's route."""
+        spec, checkpoint = route.model.spec, route.model.checkpoint
+        limits = [limit for limit in (spec.max_context_tokens, checkpoint.context_tokens) if limit]
+        return cls(
+            name=ModelName(spec.name),
+            created_unix_seconds=route.model.created_unix_seconds,
+            checkpoint_uri=checkpoint.uri or spec.checkpoint_uri,
+            revision=checkpoint.revision,
+            context_tokens=min(limits, default=0),
+            vocabulary_tokens=checkpoint.vocabulary_tokens,
+            max_queue=max(1, spec.max_queue),
+            replicas=tuple(Replica.from_proto(replica) for replica in route.replicas),
+            store_addresses=tuple(route.store_addresses),
+        )
+
+
+class RouteTable:
+    """All routes.
+
+    Attributes:
+        synced: A controller has told them at least once.
+    """
+
+    def __init__(self) -> None:
+        self.synced = False
+        self._routes: dict[ModelName, ModelRoute] = {}
+        self._shunned: dict[ReplicaId, float] = {}
+
+    def apply(self, update: controller_pb2.RoutesUpdate) -> None:
+        """Take a message of the controller's route stream."""
+        if update.heartbeat:
+            return
+        if update.snapshot:
+            self._routes = {}
+            self._shunned = {}
+            self.synced = True
+        for message in update.routes:
+            route = ModelRoute.from_proto(message)
+            if message.deleted:
+                self._routes.pop(route.name, None)
+            else:
+                self._routes[route.name] = route
+                for replica in route.replicas:
+                    self._shunned.pop(replica.replica_id, None)
+
+    def models(self) -> tuple[ModelRoute, ...]:
+        """Return all routes, by name."""
+        return tuple(self._routes[name] for name in sorted(self._routes))
+
+    def __contains__(self, name: str) -> bool:
+        """Say whether the model is deployed, as far as this table knows."""
+        return name in self._routes
+
+    def find(self, name: str) -> ModelRoute:
+        """Return a model's route.
+
+        Raises:
+            ModelNotFound: No model of that name; the message suggests near names.
+            PeerError: No controller has told any route yet.
+        """
+        route = self._routes.get(ModelName(name))
+        if route is not None:
+            return route
+        if not self.synced:
+            raise PeerError(
+                "this gateway has not heard from a controller yet, so it knows no model; try again shortly",
+                retry_after_seconds=UNSYNCED_RETRY_SECONDS,
+            )
+        raise ModelNotFound(_not_found(name, self._routes), param="model")
+
+    def shun(self, replica_id: ReplicaId, *, now_seconds: float) -> None:
+        """Pass over a replica that failed, for `SHUN_SECONDS`."""
+        self._shunned = {known: until for known, until in self._shunned.items() if until > now_seconds}
+        self._shunned[replica_id] = now_seconds + SHUN_SECONDS
+
+    def shunned(self, *, now_seconds: float) -> frozenset[ReplicaId]:
+        """Return the replicas to pass over now."""
+        if not self._shunned:
+            return frozenset()
+        return frozenset(known for known, until in self._shunned.items() if until > now_seconds)
+
+
+def choose_replica(
+    replicas: Iterable[Replica],
+    in_flight: Mapping[ReplicaId, int],
+    *,
+    excluded: Collection[ReplicaId] = (),
+) -> Replica | None:
+    """Return the replica with the most room, by this gateway's own sessions; None when there is none.
+
+    Room is compared by sessions per batch slot; the first replica named wins a tie.
+
+    Args:
+        replicas: Ready ones.
+        in_flight: Sessions this gateway has running on each; absent = 0.
+        excluded: Replicas that just failed.
+    """
+    ready = [replica for replica in replicas if replica.replica_id not in excluded]
+    return min(
+        ready,
+        key=lambda replica: in_flight.get(replica.replica_id, 0) / max(1, replica.max_batch),
+        default=None,
+    )
+
+
+def _not_found(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=MAX_NEAR_NAMES, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+    return f"The model {name[:200]!r} does not exist: no model of that name is deployed.{hint}"

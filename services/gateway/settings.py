@@ -1,0 +1,65 @@
+"""Settings of the gateway: `STOKER_GATEWAY_*`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from stoker.settings import ServiceSettings
+from stoker.units import GIB, MIB
+
+
+class GatewaySettings(ServiceSettings):
+    """What an operator can choose; lists in the environment are JSON, e.g. `["10.0.0.1:7070"]`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STOKER_GATEWAY_", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    gateway_id: str = ""
+    """Name of this gateway in logs of controllers; empty = a random one."""
+
+    address: str = "127.0.0.1:8000"
+    """`host:port` of REST; port 0 = any free one."""
+
+    grpc_address: str = "127.0.0.1:8001"
+    """`host:port` of gRPC `stoker.v1.Inference`; port 0 = any free one."""
+
+    controllers: Annotated[list[str], Field(min_length=1)] = ["127.0.0.1:7070"]
+    """`host:port` of the controllers; the first that answers is used."""
+
+    cache_dir: Path = Path("~/.cache/stoker/gateway")
+    """Folder of the models' small files (tokenizers); created when missing."""
+
+    cache_disk_bytes: Annotated[int, Field(ge=0)] = GIB
+    """Most bytes kept in `cache_dir`; least recently used files go first."""
+
+    cache_models: Annotated[int, Field(ge=1)] = 64
+    """Tokenizers kept in memory, at most."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MIB
+    """Largest request body; larger ones get 413."""
+
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest life of a request, from arrival to last token."""
+
+    cold_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """Longest wait of a request for a replica that is being started."""
+
+    controller_patience_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """How long a cold request keeps trying while no controller can be reached."""
+
+    keepalive_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """A silent stream gets an SSE comment this often."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Replicas tried for a session before its first token is there."""
+
+    kept_traces: Annotated[int, Field(ge=1)] = 1024
+    """Requests remembered for `/api/v1/requests/{id}`."""
+
+    api_keys: list[str] = []
+    """When not empty: every request needs one of them as `Authorization: Bearer`."""
