@@ -134,6 +134,13 @@ class QueueFull(CapacityError):
     openai_type = "rate_limit_error"
 
 
+class ReplicaBusy(CapacityError):
+    """A replica was to be stopped only if idle, and a session runs on it."""
+
+    code = "replica_busy"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class DoesNotFit(CapacityError):
     """The thing can never fit: a model larger than the pool or than any device."""
 
