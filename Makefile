@@ -7,7 +7,7 @@ MODEL ?=
 MODEL_DIR := .cache/models/smollm2-135m-instruct
 PYTEST_ARGS ?=
 
-.PHONY: help demo up down test check format gpu-check env model etcd clean
+.PHONY: help demo up down test check format gpu-check env model test-tools clean
 
 help:
 	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
@@ -39,14 +39,20 @@ $(VENV)/.protos: $(wildcard protos/stoker/v1/*.proto) $(VENV)/.installed
 model: env
 	@$(BIN)/python examples/get_model.py --to $(MODEL_DIR) $(if $(MODEL),--source '$(MODEL)')
 
-etcd:
-	@command -v etcd >/dev/null || test -x /usr/sbin/etcd || { \
+# What the tests need from the system: an etcd server, and compose to read the compose files.
+test-tools:
+	@missing=""; \
+	command -v etcd >/dev/null || missing="$$missing etcd-server"; \
+	command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 \
+	  || missing="$$missing docker-compose"; \
+	test -z "$$missing" || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing etcd-server ..."; \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
-	      apt-get install -y -qq --no-install-recommends etcd-server >/dev/null; \
+	    echo "installing$$missing ..."; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+	      apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null; \
 	  else \
-	    echo "the tests need etcd: run 'sudo apt-get install etcd-server' (Debian, Ubuntu) and try again"; exit 1; \
+	    echo "the tests need$$missing: run 'sudo apt-get install$$missing' (Debian, Ubuntu), then try again"; \
+	    exit 1; \
 	  fi; }
 
 # --- the product -------------------------------------------------------------------------------------------
@@ -62,7 +68,7 @@ down: env
 
 # --- proof -------------------------------------------------------------------------------------------------
 
-test: env etcd model
+test: env test-tools model
 	@STOKER_TEST_MODEL=$(CURDIR)/$(MODEL_DIR) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: env
