@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded://"
 ETCD = "etcd://"
+ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:/@\[\]\s]+):\d{1,5}")
 
 
 @asynccontextmanager
@@ -31,11 +33,32 @@ async def open_state(url: str, *, clock: Clock | None = None) -> AsyncGenerator[
         ConfigError: The URL is no such, the file is in use, or the etcd client library is not installed.
     """
     path = url.removeprefix(EMBEDDED)
+    store: StateStore
     if url.startswith(EMBEDDED) and (path == MEMORY or path.startswith("/")):
         async with open_embedded(path, clock=clock) as store:
+            yield store
+    elif url.startswith(ETCD) and (where := _etcd(url.removeprefix(ETCD))):
+        endpoints, prefix = where
+        try:
+            from stoker.state.etcd import open_etcd  # noqa: PLC0415 - only who uses etcd needs its client
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"state URL {url} needs the etcd client ({error.name} is missing): pip install 'stoker[etcd]'"
+            ) from error
+        async with open_etcd(endpoints, prefix=prefix, clock=clock) as store:
             yield store
     else:
         raise ConfigError(
             f"state URL {url!r} is none of embedded:///absolute/path/state.db, embedded://:memory: "
             "and etcd://host:port,host:port/prefix"
         )
+
+
+def _etcd(location: str) -> tuple[list[str], str] | None:
+    """Return endpoints and key prefix of `host:port,host:port/prefix`; None where it isn't that."""
+    hosts, _, prefix = location.partition("/")
+    endpoints = hosts.split(",")
+    if not all(ENDPOINT.fullmatch(endpoint) for endpoint in endpoints):
+        return None
+    prefix = prefix.strip("/")
+    return endpoints, f"{prefix}/" if prefix else ""

@@ -176,7 +176,7 @@ class Tables:
     def compact(self, revision: int) -> None:
         """Forget history up to and including the revision."""
         if revision > self.revision:
-            raise InvalidRequest(f"cannot compact up to revision {revision}: the state is at {self.revision}")
+            raise InvalidRequest(f"revision {revision} lies in the future: the state is at {self.revision}")
         if revision <= self._compacted:
             return
         with self._transaction():
