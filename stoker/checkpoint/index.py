@@ -261,7 +261,7 @@ def _open_in_place(folder: Path) -> CheckpointIndex:
     absent = next((name for name in shards.listed if name not in entries), None)
     if absent is not None:
         raise CheckpointInvalid(
-            f"{folder / shards.listed[absent]} lacks the tensor {absent[:200]!r} that {SHARD_INDEX_NAME} lists; "
+            f"{folder / shards.listed[absent]} lacks the tensor {absent[:200]!r} of {SHARD_INDEX_NAME}; "
             "fetch the checkpoint again."
         )
     for name, path in small.items():

@@ -1,4 +1,4 @@
-"""Find the safetensors files of a checkpoint that nobody converted, from an index that nobody vouches for."""
+"""Find the weights files of a checkpoint that nobody converted, from an index that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -31,33 +31,49 @@ class Shards:
     listed: dict[str, str]
 
 
-def find_shards(folder: Path) -> Shards:
-    """Return the safetensors files that the checkpoint in a resolved folder is made of.
+def find_shards(
+    folder: Path,
+    *,
+    single_name: str = WEIGHTS_NAME,
+    index_name: str = SHARD_INDEX_NAME,
+    suffix: str = ".safetensors",
+    required: bool = True,
+) -> Shards:
+    """Return the weights files that the checkpoint in a resolved folder is made of.
 
-    `model.safetensors` wins over an index, as in transformers.
+    A single file wins over an index, as in transformers.
+
+    Args:
+        folder: A path that `resolve_folder` returned.
+        single_name: The file that holds everything.
+        index_name: The JSON file that lists the shards.
+        suffix: What a shard's name must end with.
+        required: Whether a folder without either is an error; else it has no files.
 
     Raises:
         CheckpointInvalid: There are none, one is missing, or the index is hostile.
     """
-    single = resolve_file(folder, WEIGHTS_NAME)
+    single = resolve_file(folder, single_name)
     if single is not None:
-        return Shards(paths={WEIGHTS_NAME: single}, listed={})
-    index_path = resolve_file(folder, SHARD_INDEX_NAME)
+        return Shards(paths={single_name: single}, listed={})
+    index_path = resolve_file(folder, index_name)
     if index_path is None:
-        raise CheckpointInvalid(f"{folder}: {_why_nothing_to_serve(folder)}")
+        if required:
+            raise CheckpointInvalid(f"{folder}: {_why_nothing_to_serve(folder)}")
+        return Shards(paths={}, listed={})
     paths: dict[str, Path] = {}
-    listed = _weight_map(index_path)
+    listed = _weight_map(index_path, suffix)
     for name in sorted(set(listed.values())):
         path = resolve_file(folder, name)
         if path is None:
             raise CheckpointInvalid(
-                f"{folder / name} is missing, {SHARD_INDEX_NAME} lists it; fetch the checkpoint again."
+                f"{folder / name} is missing, {index_name} lists it; fetch the checkpoint again."
             )
         paths[name] = path
     return Shards(paths=paths, listed=listed)
 
 
-def _weight_map(index_path: Path) -> dict[str, str]:
+def _weight_map(index_path: Path, suffix: str) -> dict[str, str]:
     where = str(index_path)
     table = hostile_json.parse_object(
         read_bounded(index_path, limit_bytes=MAX_SHARD_INDEX_BYTES), where=where
@@ -73,9 +89,9 @@ def _weight_map(index_path: Path) -> dict[str, str]:
             f"{where}: more than {MAX_SHARDS:,} shards; this is not a checkpoint's index."
         )
     for name in names:
-        if not name.endswith(".safetensors"):
+        if not name.endswith(suffix):
             raise CheckpointInvalid(
-                f"{where}: {name[:200]!r} is not a safetensors file; fetch the file again."
+                f"{where}: {name[:200]!r} is not the name of a {suffix} file; fetch it again."
             )
     return listed
 
