@@ -1,7 +1,7 @@
 """What every backend of `stoker.state` keeps: one suite, run against each of them.
 
-A backend's test module derives from `StateSuite` and provides two fixtures: `open_store`, which opens the same
-state each time it is called, and `time`, which lets its leases' time pass.
+A backend's test module derives from `StateSuite` and provides two fixtures: `open_store`, which opens the
+same state each time it is called, and `time`, which lets its leases' time pass.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 from stoker.errors import Fenced, InvalidRequest
 from stoker.state import (
     ABSENT,
+    NO_LEASE,
     Changes,
     Committed,
     Conflict,
@@ -51,7 +52,8 @@ TTL_SECONDS = 3
 class OpenStore(Protocol):
     """Opens the state under test."""
 
-    def __call__(self) -> AbstractAsyncContextManager[StateStore]: ...
+    def __call__(self) -> AbstractAsyncContextManager[StateStore]:
+        """Open it; a second time opens the same state."""
 
 
 class Time(Protocol):
@@ -61,7 +63,7 @@ class Time(Protocol):
         """Let time pass, and whoever waits for it run."""
 
 
-async def put(store: StateStore, key: str, value: bytes = b"v", *, lease_id: LeaseId = LeaseId(0)) -> int:
+async def put(store: StateStore, key: str, value: bytes = b"v", *, lease_id: LeaseId = NO_LEASE) -> int:
     """Write one key and return the revision."""
     outcome = await store.transact([], [Put(key=key, value=value, lease_id=lease_id)])
     assert isinstance(outcome, Committed)
@@ -409,7 +411,7 @@ class StateSuite:
     async def test_losing_the_lease_cancels_what_it_protects(self, open_store: OpenStore, time: Time) -> None:
         async with open_store() as store:
             lease = await store.grant(TTL_SECONDS)
-            with pytest.raises(LeaseLost):
+            with pytest.raises(LeaseLost):  # noqa: PT012 - the block under the lease is what is tested
                 async with asyncio.timeout(20), lease.keep_alive():
                     await store.revoke(lease.id)
                     await time.pass_seconds(TTL_SECONDS)
@@ -514,7 +516,7 @@ class StateSuite:
 
     async def test_a_leader_whose_key_is_taken_away_stops_leading(self, open_store: OpenStore) -> None:
         async with open_store() as store:
-            with pytest.raises(Fenced, match="stops leading"):
+            with pytest.raises(Fenced, match="stops leading"):  # noqa: PT012 - the block is what is tested
                 async with asyncio.timeout(20), campaign(store, "leader", identity=b"a"):
                     await store.transact([], [Delete(key="leader")])
                     await asyncio.Event().wait()

@@ -29,7 +29,7 @@ from stoker.state.etcd_endpoints import (
     Member,
     refused,
 )
-from stoker.state.etcd_wire import Keyspace, failed
+from stoker.state.etcd_wire import ALL_KEYS, Keyspace, failed
 from stoker.state.leases import Lease
 from stoker.state.protocol import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -118,11 +118,15 @@ class EtcdState:
         """Write everything if every compare holds, else nothing; see the protocol."""
         check_transaction(compares, writes)
         request = self._keyspace.transaction(compares, writes)
+        loop = asyncio.get_running_loop()
+        end_seconds = loop.time() + timeout_seconds
+        if not self._endpoints.connected():
+            await self._revision(timeout_seconds=timeout_seconds)
         try:
             answer = await self._endpoints.once(
-                lambda member, seconds: member.kv.Txn(request, timeout=seconds, wait_for_ready=True),
+                lambda member, seconds: member.kv.Txn(request, timeout=seconds),
                 "commit",
-                timeout_seconds=timeout_seconds,
+                timeout_seconds=end_seconds - loop.time(),
             )
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
@@ -162,10 +166,8 @@ class EtcdState:
                     raise refused(member, error) from error
             except (StateUnavailable, TimeoutError):
                 pass  # `list` or the opening of the stream got no answer: as for any other failure
-            except asyncio.CancelledError:
-                self._endpoints.check_cancelled()
-                raise
             self._endpoints.failed(member)
+            self._endpoints.check_open()
             await asyncio.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
@@ -250,7 +252,7 @@ class EtcdState:
         )
         stream = member.watch.Watch(metadata=HAS_LEADER)
         try:
-            async with asyncio.timeout(DEFAULT_TIMEOUT_SECONDS):
+            async with self._endpoints.waiting(DEFAULT_TIMEOUT_SECONDS):
                 await stream.write(pb.WatchRequest(create_request=create))
                 answer = await stream.read()
                 if answer is not grpc.aio.EOF and answer.header.revision < after_revision:
@@ -266,7 +268,8 @@ class EtcdState:
                     for changes in self._keyspace.changes(events, after_revision=after_revision):
                         yield changes
                     events.clear()
-                answer = await stream.read()
+                async with self._endpoints.waiting():
+                    answer = await stream.read()
         finally:
             stream.cancel()
 
@@ -275,11 +278,14 @@ class EtcdState:
 
         It is so after a restore from a backup.
         """
-        answer = await self._range(
-            pb.RangeRequest(key=self._keyspace.key("x")), timeout_seconds=DEFAULT_TIMEOUT_SECONDS
-        )
-        if answer.header.revision < revision:
+        if await self._revision(timeout_seconds=DEFAULT_TIMEOUT_SECONDS) < revision:
             raise _Compacted
+
+    async def _revision(self, *, timeout_seconds: float) -> int:
+        """Return the revision of all of etcd, from any member that answers."""
+        request = pb.RangeRequest(key=ALL_KEYS, count_only=True)
+        answer = await self._range(request, timeout_seconds=timeout_seconds)
+        return int(answer.header.revision)
 
     async def _pages(self, prefix: str, timeout_seconds: float) -> Snapshot | None:
         """List; None where history was compacted between two pages."""

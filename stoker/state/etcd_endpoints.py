@@ -1,13 +1,14 @@
 """Which etcd member to ask, and how often: one channel per endpoint, failover, and errors made ours.
 
 A call goes to the endpoint that answered last. One that fails or is silent makes way for the next one. Reads
-and lease calls are tried again until their time is up; a transaction is sent once, because nobody can tell
-whether a lost answer was a commit.
+and lease calls are tried again until their time is up; a transaction is sent once, and only over a connection
+that stands, because nobody can tell whether a lost answer was a commit.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,7 +19,7 @@ from stoker.errors import ConfigError
 from stoker.state.errors import StateUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 HAS_LEADER = (("hasleader", "true"),)
 """Makes a member that lost its quorum refuse, instead of being silent."""
@@ -84,13 +85,42 @@ class Endpoints:
     def __init__(self, endpoints: Sequence[str], credentials: grpc.ChannelCredentials | None = None) -> None:
         self._members = [Member(endpoint, credentials) for endpoint in endpoints]
         self._current = 0
+        self._waits: set[asyncio.Timeout] = set()
         self._closed = False
 
     async def close(self) -> None:
-        """Break all calls and connections off."""
+        """Break all calls and connections off.
+
+        gRPC's own close cancels some calls as if their tasks were cancelled and forgets others that are just
+        being opened; so whoever waits is woken first, through the timeout it waits under.
+        """
         self._closed = True
+        for wait in self._waits:
+            if not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time())
+        await asyncio.sleep(0)  # the timeouts fire
         for member in self._members:
             await member.channel.close()
+
+    @asynccontextmanager
+    async def waiting(self, seconds: float | None = None) -> AsyncGenerator[None, None]:
+        """Bound what is awaited inside, and end it at `close`.
+
+        Raises:
+            TimeoutError: `seconds` are over; None is forever.
+            StateUnavailable: Closed.
+        """
+        self.check_open()
+        try:
+            async with asyncio.timeout(seconds) as wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            self.check_open()
+            raise
 
     def check_open(self) -> None:
         """Raise `StateUnavailable` after `close`."""
@@ -107,6 +137,10 @@ class Endpoints:
                 self._current = index
                 break
         return self._members[self._current]
+
+    def connected(self) -> bool:
+        """Return whether the member to ask now has a connection, as far as one can know."""
+        return self.member().channel.get_state() is grpc.ChannelConnectivity.READY
 
     def failed(self, member: Member) -> None:
         """Ask another member next."""
@@ -130,7 +164,7 @@ class Endpoints:
         """
         member = self.member()
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with self.waiting(timeout_seconds):
                 return await call(member, timeout_seconds)
         except TimeoutError as error:
             self.failed(member)
@@ -142,9 +176,6 @@ class Endpoints:
                 raise
             self.failed(member)
             raise self._unavailable(member, what, error.details() or error.code().name) from error
-        except asyncio.CancelledError:
-            self.check_cancelled()
-            raise
 
     async def until_answered(
         self, call: Callable[[Member, float], Awaitable[Any]], what: str, *, timeout_seconds: float
@@ -169,12 +200,6 @@ class Endpoints:
                     raise
             await asyncio.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
-
-    def check_cancelled(self) -> None:
-        """Tell our own `close`, which gRPC reports as a cancellation, from a cancellation of this task."""
-        task = asyncio.current_task()
-        if self._closed and task is not None and not task.cancelling():
-            self.check_open()
 
     def _unavailable(self, member: Member, what: str, why: str) -> StateUnavailable:
         return StateUnavailable(

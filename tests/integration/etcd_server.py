@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -65,6 +66,7 @@ class EtcdServer:
         """Stop it where it stands; connections stay open and silent."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Let it go on."""
@@ -81,8 +83,7 @@ class EtcdServer:
             ready = grpc.channel_ready_future(channel)
             while True:
                 try:
-                    ready.result(timeout=0.2)
-                    return
+                    return ready.result(timeout=0.2)
                 except grpc.FutureTimeoutError:
                     assert self._process is not None
                     if self._process.poll() is not None or time.monotonic() > deadline:

@@ -122,7 +122,7 @@ async def test_calls_fail_within_their_timeout_while_etcd_is_down_and_work_when_
         async with asyncio.timeout(10):
             with pytest.raises(StateUnavailable, match=server.endpoint):
                 await store.get("a", timeout_seconds=0.5)
-            with pytest.raises(StateUnavailable, match="did not commit"):
+            with pytest.raises(StateUnavailable, match=server.endpoint):
                 await store.transact([], [Put(key="a", value=b"")], timeout_seconds=0.5)
             with pytest.raises(StateUnavailable):
                 await store.list("", timeout_seconds=0.5)
@@ -204,7 +204,6 @@ asyncio.run(hold(sys.argv[1]))
 async def test_a_dead_endpoint_among_several_costs_no_call(shared_server: EtcdServer) -> None:
     (dead,) = free_ports(1)
     async with open_state(f"etcd://127.0.0.1:{dead},{shared_server.endpoint}/several") as store:
-        await store.get("a")
         start = await put(store, "a", b"0")
         async with aclosing(store.watch("a", after_revision=start)) as events:
             await put(store, "a", b"1")
