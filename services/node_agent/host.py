@@ -1,0 +1,330 @@
+"""The shell around supervision: runs its effects, feeds it events, knows the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from services.node_agent import metrics
+from services.node_agent.background import Background
+from services.node_agent.host_state import (
+    DrainOrdered,
+    Effect,
+    EndWorker,
+    Event,
+    FailSessions,
+    Hosted,
+    HostState,
+    LoadModel,
+    LoadRefused,
+    LoadSucceeded,
+    Policy,
+    ReplicaPhase,
+    SessionsEnded,
+    SpawnWorker,
+    StartOrdered,
+    StopOrdered,
+    Tick,
+    WakeAt,
+    WorkerExited,
+    WorkerWarm,
+)
+from services.node_agent.log_folder import LogFolder
+from services.node_agent.relay import RelayedSession
+from services.node_agent.reports import Load, start_timings
+from services.node_agent.settings import NodeAgentSettings
+from services.node_agent.supervision import handle
+from services.node_agent.worker_link import LinkOptions, WorkerLink
+from services.node_agent.worker_process import WorkerOptions, WorkerProcess
+from stoker import log
+from stoker.errors import BY_CODE, ReplicaGone, StokerError
+from stoker.ids import ReplicaId, WorkerId
+from stoker.v1.node_agent_pb2 import Device, StartReplicaRequest, StopReplicaRequest
+from stoker.v1.session_pb2 import GenerateRequest
+
+
+class Host:
+    """The workers and replicas of this host. Belongs to the event loop.
+
+    Args:
+        settings: Of the agent.
+        devices: The slots of this host.
+        background: Owns the tasks.
+        on_change: Called after every change worth reporting; `urgent` is False for session counts.
+    """
+
+    def __init__(
+        self,
+        settings: NodeAgentSettings,
+        devices: Sequence[Device],
+        background: Background,
+        on_change: Callable[[bool], None],
+    ) -> None:
+        self._settings = settings
+        self._background = background
+        self._on_change = on_change
+        self._logs = LogFolder(settings.log_dir)
+        self._links: dict[WorkerId, WorkerLink] = {}
+        self._ended_early: set[WorkerId] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._quiet = asyncio.Condition()
+        self.architectures: tuple[str, ...] = ()
+        self.worker_start_seconds = 0.0
+        self.state = HostState()
+        self._policy = Policy(
+            devices=tuple(device.index for device in devices),
+            worker_prefix=f"{os.getpid()}-{secrets.token_hex(3)}",
+            prestarted_workers=settings.prestarted_workers,
+            spawn_timeout_seconds=settings.spawn_timeout_seconds,
+        )
+        self._link_options = LinkOptions(
+            attach_socket=str(settings.attach_socket),
+            cuda_devices=frozenset(device.index for device in devices if device.kind == "cuda"),
+            load_timeout_seconds=settings.load_timeout_seconds,
+            spawn_timeout_seconds=settings.spawn_timeout_seconds,
+            max_sessions=settings.max_sessions,
+        )
+
+    # --- orders and sessions ---
+
+    def order_start(self, order: StartReplicaRequest) -> None:
+        """Begin to start a replica; raises as `supervision.handle`."""
+        known = order.replica_id in self.state.replicas
+        self.apply(StartOrdered(order=order))
+        if not known:
+            log.get().info(
+                "replica.ordered",
+                replica_id=order.replica_id,
+                model=order.spec.name,
+                devices=list(order.devices),
+                predicted_seconds=round(order.predicted_seconds, 3),
+            )
+
+    def order_stop(self, order: StopReplicaRequest) -> None:
+        """Stop a replica, with grace for its sessions; raises as `supervision.handle`."""
+        replica_id = ReplicaId(order.replica_id)
+        link = self._link_of(replica_id)
+        self.apply(
+            StopOrdered(
+                replica_id=replica_id,
+                only_if_idle=order.only_if_idle,
+                grace_seconds=order.grace_seconds,
+                fence=order.fence,
+                session_count=link.relay.session_count if link is not None else 0,
+            )
+        )
+        log.get().info("replica.stop_ordered", replica_id=replica_id, reason=order.reason)
+
+    @asynccontextmanager
+    async def session(self, request: GenerateRequest) -> AsyncIterator[RelayedSession]:
+        """Run a session on a replica; leaving the block cancels it if it has not finished.
+
+        Raises:
+            ReplicaGone: The replica is not served here.
+            QueueFull, Fenced: As `SessionRelay.open`.
+        """
+        replica_id = ReplicaId(request.replica_id)
+        hosted, link = self.state.replicas.get(replica_id), self._link_of(replica_id)
+        if hosted is None or hosted.phase is not ReplicaPhase.READY or link is None:
+            phase = hosted.phase.value if hosted is not None else "not here"
+            raise ReplicaGone(f"replica {replica_id} is {phase} on node {self._settings.node_id}")
+        session = link.relay.open(request)
+        try:
+            yield session
+        finally:
+            link.relay.close(session)
+
+    def loads(self) -> dict[ReplicaId, Load]:
+        """Return what each replica's worker is doing."""
+        found = {}
+        for replica_id in self.state.replicas:
+            link = self._link_of(replica_id)
+            if link is not None:
+                relay = link.relay
+                found[replica_id] = Load(
+                    running_sessions=relay.running_count,
+                    waiting_sessions=relay.session_count - relay.running_count,
+                    idle_seconds=relay.idle_seconds(),
+                    worker_pid=link.process.pid,
+                )
+        return found
+
+    def read_logs(self, replica_id: ReplicaId, *, tail_lines: int, follow: bool) -> AsyncIterator[str]:
+        """Return the lines its worker printed; raises NotFound when there is none."""
+        return self._logs.of_replica(replica_id).read(tail_lines=tail_lines, follow=follow)
+
+    # --- lifecycle ---
+
+    def start(self) -> None:
+        """Fill the pool."""
+        self.apply(Tick())
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no more orders; return when no session runs, after the grace at the latest."""
+        self.apply(DrainOrdered())
+        try:
+            async with asyncio.timeout(grace_seconds), self._quiet:
+                await self._quiet.wait_for(lambda: self._session_count() == 0)
+        except TimeoutError:
+            log.get().warning("sessions.cut_off", count=self._session_count(), seconds=grace_seconds)
+
+    async def close(self) -> None:
+        """End every worker; returns when none is left."""
+        if not self.state.draining:
+            self.apply(DrainOrdered())
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._links:
+            links = list(self._links.values())
+            await asyncio.gather(*(link.process.end() for link in links))
+            await asyncio.sleep(0)
+
+    # --- events in, effects out ---
+
+    def apply(self, event: Event) -> None:
+        """Take an event: change the state, run what follows."""
+        self.state, effects = handle(self._policy, self.state, event, time.monotonic())
+        self._log(event)
+        for effect in effects:
+            self._run(effect)
+        self._on_change(True)
+
+    def _run(self, effect: Effect) -> None:
+        match effect:
+            case SpawnWorker(worker_id=worker_id):
+                self._background.spawn(self._live(worker_id), f"worker {worker_id}")
+            case LoadModel(worker_id=worker_id, order=order):
+                self._logs.assign(ReplicaId(order.replica_id), worker_id)
+                self._background.spawn(self._links[worker_id].load(order), f"load {order.replica_id}")
+            case EndWorker(worker_id=worker_id):
+                self._end(worker_id)
+            case FailSessions(worker_id=worker_id, error_code=code, error_message=message):
+                self._links[worker_id].relay.fail_all(BY_CODE.get(code, StokerError)(message))
+            case WakeAt(at_seconds=at_seconds):
+                if self._timer is not None:
+                    self._timer.cancel()
+                wait_seconds = max(0.0, at_seconds - time.monotonic()) + 0.001
+                self._timer = asyncio.get_running_loop().call_later(wait_seconds, self.apply, Tick())
+
+    async def _live(self, worker_id: WorkerId) -> None:
+        try:
+            link = await self._spawn(worker_id)
+        except OSError as error:
+            reason = f"could not be started: {error.strerror or error}"
+            self.apply(WorkerExited(worker_id=worker_id, reason=reason))
+            return
+        self._links[worker_id] = link
+        if worker_id in self._ended_early:
+            self._ended_early.discard(worker_id)
+            link.process.kill()
+        try:
+            await link.live()
+        finally:
+            link.process.kill()
+            del self._links[worker_id]
+
+    async def _spawn(self, worker_id: WorkerId) -> WorkerLink:
+        settings = self._settings
+        process = await WorkerProcess.spawn(
+            worker_id,
+            WorkerOptions(
+                threads=settings.worker_threads,
+                log_level=settings.log_level,
+                environment=settings.worker_env,
+            ),
+            socket_path(settings.run_dir, worker_id),
+            self._logs.open(worker_id),
+        )
+        return WorkerLink(
+            process,
+            self._link_options,
+            emit=self.apply,
+            on_sessions_change=lambda: self._sessions_changed(worker_id),
+        )
+
+    def _end(self, worker_id: WorkerId) -> None:
+        link = self._links.get(worker_id)
+        if link is None:
+            self._ended_early.add(worker_id)
+        else:
+            self._background.spawn(link.process.end(), f"end {worker_id}")
+
+    def _sessions_changed(self, worker_id: WorkerId) -> None:
+        worker, link = self.state.workers.get(worker_id), self._links.get(worker_id)
+        if worker is not None and worker.replica_id is not None and link is not None:
+            hosted = self.state.replicas.get(worker.replica_id)
+            is_stopping = hosted is not None and hosted.phase is ReplicaPhase.STOPPING
+            if is_stopping and link.relay.session_count == 0:
+                self.apply(SessionsEnded(replica_id=worker.replica_id))
+        if self.state.draining:
+            self._background.spawn(self._notify_quiet(), "drain")
+        self._on_change(False)
+
+    async def _notify_quiet(self) -> None:
+        async with self._quiet:
+            self._quiet.notify_all()
+
+    def _session_count(self) -> int:
+        return sum(link.relay.session_count for link in self._links.values())
+
+    def _link_of(self, replica_id: ReplicaId) -> WorkerLink | None:
+        hosted = self.state.replicas.get(replica_id)
+        if hosted is None or hosted.worker_id is None:
+            return None
+        return self._links.get(hosted.worker_id)
+
+    # --- logs and metrics ---
+
+    def _log(self, event: Event) -> None:
+        match event:
+            case WorkerWarm(worker_id=worker_id):
+                link = self._links[worker_id]
+                if link.description is not None:
+                    self.architectures = tuple(link.description.architectures)
+                known = self.worker_start_seconds
+                self.worker_start_seconds = (
+                    link.start_seconds if not known else 0.7 * known + 0.3 * link.start_seconds
+                )
+                metrics.WORKER_START.observe(link.start_seconds)
+                log.get().info(
+                    "worker.warmed",
+                    worker_id=worker_id,
+                    pid=link.process.pid,
+                    seconds=round(link.start_seconds, 3),
+                )
+            case WorkerExited(worker_id=worker_id, reason=reason):
+                metrics.WORKER_EXITS.inc()
+                log.get().info("worker.ended", worker_id=worker_id, reason=reason)
+            case LoadSucceeded(worker_id=worker_id):
+                self._log_start(worker_id)
+            case LoadRefused(worker_id=worker_id, error_code=code, error_message=message):
+                metrics.FAILED_STARTS.inc()
+                log.get().warning("replica.failed", worker_id=worker_id, error_code=code, message=message)
+        metrics.show(self.state)
+
+    def _log_start(self, worker_id: WorkerId) -> None:
+        for hosted in self.state.replicas.values():
+            if hosted.worker_id == worker_id and hosted.loaded is not None:
+                timings = start_timings(hosted)
+                metrics.observe_start(timings)
+                log.get().info("replica.loaded", **_start_line(hosted), **metrics.stages(timings))
+
+
+def _start_line(hosted: Hosted) -> dict[str, object]:
+    return {
+        "replica_id": hosted.replica_id,
+        "model": hosted.order.spec.name,
+        "worker_id": hosted.worker_id,
+        "devices": list(hosted.devices),
+        "weight_bytes": hosted.order.checkpoint.weight_bytes,
+    }
+
+
+def socket_path(run_dir: Path, worker_id: WorkerId) -> Path:
+    """Return where a worker listens."""
+    return run_dir / f"worker-{worker_id}.sock"

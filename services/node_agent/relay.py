@@ -1,0 +1,206 @@
+"""Sessions of one worker: many `Generate` calls over the worker's one `Run` stream.
+
+The worker's events are handed on as they are; this module only finds whom they belong to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
+from stoker.rpc import translated
+from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
+from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
+from stoker.v1.worker_pb2_grpc import WorkerAsyncStub
+
+MAX_BUFFERED_EVENTS = 4096
+"""Of one session, when its client reads more slowly than the worker generates."""
+
+
+class RelayedSession:
+    """One session, as its `Generate` call sees it. Made by `SessionRelay.open`."""
+
+    __slots__ = ("_error", "_events", "_waiter", "epoch", "session_id", "started")
+
+    def __init__(self, session_id: str, epoch: int) -> None:
+        self.session_id = session_id
+        self.epoch = epoch
+        self.started = False
+        self._events: deque[GenerateEvent] = deque()
+        self._error: StokerError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> GenerateEvent:
+        """Return the next event; the last one carries a finish reason.
+
+        Raises:
+            StokerError: The session ended without a finish; earlier events were returned first.
+        """
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._events.popleft()
+
+    def is_full(self) -> bool:
+        """Tell whether the client lags too far behind."""
+        return len(self._events) >= MAX_BUFFERED_EVENTS
+
+    def put(self, event: GenerateEvent) -> None:
+        """Take an event of the worker."""
+        self._events.append(event)
+        self._wake()
+
+    def fail(self, error: StokerError) -> None:
+        """End the session with an error; the first one counts."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class SessionRelay:
+    """Multiplexes sessions over a worker's `Run` stream.
+
+    Args:
+        stub: The worker.
+        peer: Who it is, for people.
+        max_sessions: More are refused.
+        on_change: Called when the number of running or waiting sessions changed.
+        now_seconds: The clock.
+    """
+
+    def __init__(
+        self,
+        stub: WorkerAsyncStub,
+        *,
+        peer: str,
+        max_sessions: int,
+        on_change: Callable[[], None],
+        now_seconds: Callable[[], float],
+    ) -> None:
+        self._stub = stub
+        self._peer = peer
+        self._max_sessions = max_sessions
+        self._on_change = on_change
+        self._now_seconds = now_seconds
+        self._sessions: dict[str, RelayedSession] = {}
+        self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()  # bounded: two per session at most
+        self._error: StokerError | None = None
+        self._running = 0
+        self._idle_since_seconds = now_seconds()
+
+    @property
+    def session_count(self) -> int:
+        """Return how many sessions are open."""
+        return len(self._sessions)
+
+    @property
+    def running_count(self) -> int:
+        """Return how many sessions have had an event."""
+        return self._running
+
+    def idle_seconds(self) -> float:
+        """Return the time since the last session ended; 0 while one is open."""
+        return 0.0 if self._sessions else self._now_seconds() - self._idle_since_seconds
+
+    def open(self, request: GenerateRequest) -> RelayedSession:
+        """Submit a session; `close` it in any case.
+
+        Raises:
+            QueueFull: Too many sessions.
+            Fenced: The same session is open here under this epoch or a later one.
+            StokerError: The relay has ended.
+        """
+        if self._error is not None:
+            raise self._error
+        earlier = self._sessions.get(request.session_id)
+        if earlier is not None:
+            if request.epoch <= earlier.epoch:
+                raise Fenced(
+                    f"session {request.session_id} has epoch {earlier.epoch} here; "
+                    f"a request with epoch {request.epoch} is late"
+                )
+            earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))
+            self.close(earlier)
+        if len(self._sessions) >= self._max_sessions:
+            raise QueueFull(
+                f"replica {request.replica_id} has {len(self._sessions)} sessions, its maximum",
+                retry_after_seconds=1.0,
+            )
+        session = RelayedSession(request.session_id, request.epoch)
+        self._sessions[request.session_id] = session
+        self._commands.put_nowait(RunCommand(submit=request))
+        self._on_change()
+        return session
+
+    def close(self, session: RelayedSession) -> None:
+        """Forget a session; one that the worker still runs is cancelled there."""
+        if self._forget(session) and self._error is None:
+            self._commands.put_nowait(RunCommand(cancel=CancelSession(session_id=session.session_id)))
+
+    def fail_all(self, error: StokerError) -> None:
+        """End every session, and refuse new ones, with this error."""
+        self._error = self._error or error
+        for session in list(self._sessions.values()):
+            session.fail(error)
+            self._forget(session)
+
+    async def run(self) -> None:
+        """Relay until the worker ends the stream.
+
+        Raises:
+            PeerError: The worker cannot be reached any more.
+        """
+        with translated(self._peer):
+            async for step in self._stub.Run(self._submitted()):
+                for item in step.sessions:
+                    session = self._sessions.get(item.session_id)
+                    if session is not None:
+                        self._deliver(session, item)
+
+    async def _submitted(self) -> AsyncIterator[RunCommand]:
+        while True:
+            yield await self._commands.get()
+
+    def _deliver(self, session: RelayedSession, item: SessionEvent) -> None:
+        if item.HasField("error"):
+            session.fail(BY_CODE.get(item.error.code, StokerError)(item.error.message))
+            self._forget(session)
+            return
+        event = item.event
+        if event.epoch != session.epoch:
+            return  # of an owner that was taken over
+        if session.is_full():
+            session.fail(
+                CapacityError(
+                    f"session {session.session_id} was cancelled: its client lags {MAX_BUFFERED_EVENTS} "
+                    "events behind"
+                )
+            )
+            self.close(session)
+            return
+        session.put(event)
+        if event.finish_reason:
+            self._forget(session)
+        elif not session.started:
+            session.started = True
+            self._running += 1
+            self._on_change()
+
+    def _forget(self, session: RelayedSession) -> bool:
+        """Take a session off the list; tell whether it was on it."""
+        if self._sessions.get(session.session_id) is not session:
+            return False
+        del self._sessions[session.session_id]
+        self._running -= session.started
+        if not self._sessions:
+            self._idle_since_seconds = self._now_seconds()
+        self._on_change()
+        return True

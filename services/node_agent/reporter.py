@@ -1,0 +1,136 @@
+"""The truth of this host, told to the leading controller: a report on every change and as a heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+
+import grpc
+
+from services.node_agent import metrics
+from services.node_agent.devices import read_memory
+from services.node_agent.host import Host
+from services.node_agent.host_state import FenceSeen
+from services.node_agent.reports import Identity, Observed, build_report
+from services.node_agent.store_watch import StoreWatch
+from stoker import log
+from stoker.errors import NotLeader, PeerError, StokerError
+from stoker.rpc import connect, translated
+from stoker.v1.controller_pb2 import ReportAck
+from stoker.v1.controller_pb2_grpc import ControllerStub
+from stoker.v1.node_agent_pb2 import NodeReport
+
+ACK_SECONDS = 10.0
+"""A controller that hasn't answered a report by then is given up."""
+
+LAZY_SECONDS = 0.1
+"""Changes of session counts and of the store wait this long for company; all others go out at once."""
+
+FIRST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 2.0
+LEADER_DETAIL = "leader"
+"""Key in the details of `NotLeader` that names the leader's address."""
+
+
+class Reporter:
+    """Builds reports and sends them to the controller that leads.
+
+    Args:
+        identity: Of this host.
+        heartbeat_seconds: Longest time between two reports.
+        controllers: `host:port` of every controller.
+    """
+
+    def __init__(self, identity: Identity, *, heartbeat_seconds: float, controllers: Sequence[str]) -> None:
+        self._identity = identity
+        self._heartbeat_seconds = heartbeat_seconds
+        self._controllers = tuple(controllers)
+        self._sequence = 0
+        self._changed = asyncio.Event()
+        self._lazy: asyncio.TimerHandle | None = None
+
+    def change(self, urgent: bool) -> None:  # noqa: FBT001 - the one thing the callback says
+        """Have a report sent: at once, or within `LAZY_SECONDS`."""
+        if urgent:
+            self._changed.set()
+        elif self._lazy is None and not self._changed.is_set():
+            self._lazy = asyncio.get_running_loop().call_later(LAZY_SECONDS, self._changed.set)
+
+    def build(self, host: Host, store: StoreWatch) -> NodeReport:
+        """Return the report of this moment, with the next sequence number."""
+        self._sequence += 1
+        loads = host.loads()
+        metrics.SESSIONS.labels("running").set(sum(load.running_sessions for load in loads.values()))
+        metrics.SESSIONS.labels("waiting").set(sum(load.waiting_sessions for load in loads.values()))
+        seen = Observed(
+            loads=loads,
+            memory=read_memory(),
+            store=store.status,
+            architectures=host.architectures,
+            worker_start_seconds=host.worker_start_seconds,
+            unix_minus_monotonic_seconds=time.time() - time.monotonic(),
+        )
+        return build_report(self._identity, host.state, seen, self._sequence)
+
+    async def run(self, host: Host, store: StoreWatch) -> None:
+        """Report for ever: finds the leader, and finds it again."""
+        turn, hint, retry_seconds = 0, "", FIRST_RETRY_SECONDS
+        while True:
+            address = hint or self._controllers[turn % len(self._controllers)]
+            before = self._sequence
+            try:
+                await self._report_to(address, host, store)
+            except NotLeader as error:
+                hint = "" if hint else str(error.details.get(LEADER_DETAIL, ""))
+                message = error.message
+            except StokerError as error:
+                hint, message = "", error.message
+            if not hint:
+                turn += 1
+            retry_seconds = FIRST_RETRY_SECONDS if self._sequence > before + 1 else retry_seconds
+            log.get().warning(
+                "controller.lost", address=address, message=message, retry_seconds=retry_seconds
+            )
+            await asyncio.sleep(retry_seconds)
+            retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
+
+    async def _report_to(self, address: str, host: Host, store: StoreWatch) -> None:
+        """Report to one controller until it fails; always raises."""
+        async with connect(address) as channel:
+            stub = ControllerStub(channel)
+            with translated(f"controller {address}"):
+                call = stub.ReportNode()
+                is_new = True
+                while True:
+                    self._changed.clear()
+                    self._lazy = None
+                    ack = await self._send(call, self.build(host, store), address)
+                    if is_new:
+                        log.get().info("controller.joined", address=address, fence=ack.fence)
+                        is_new = False
+                    if ack.fence > host.state.highest_fence:
+                        host.apply(FenceSeen(fence=ack.fence))
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
+
+    async def _send(
+        self, call: grpc.aio.StreamStreamCall[NodeReport, ReportAck], report: NodeReport, address: str
+    ) -> ReportAck:
+        try:
+            async with asyncio.timeout(ACK_SECONDS):
+                with contextlib.suppress(asyncio.InvalidStateError):  # it ended: reading says why
+                    await call.write(report)
+                ack = await call.read()
+        except TimeoutError:
+            call.cancel()
+            raise PeerError(f"controller {address} did not answer a report in {ACK_SECONDS:.0f} s") from None
+        if isinstance(ack, ReportAck):
+            return ack
+        raise PeerError(f"controller {address} ended the stream of reports")
+
+
+def address_for_others(advertised: str, listening: str, port: int) -> str:
+    """Return where others reach this agent: as advertised, else where it listens, with the real port."""
+    return advertised or f"{listening.rpartition(':')[0]}:{port}"

@@ -1,0 +1,93 @@
+"""The gRPC surface `stoker.v1.NodeAgent`; errors are mapped by `stoker.rpc`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from services.node_agent.host import Host
+from services.node_agent.own_log import read_own_log
+from stoker import log
+from stoker.ids import ReplicaId
+from stoker.v1.node_agent_pb2 import (
+    GetReportRequest,
+    LogLine,
+    NodeReport,
+    ReadLogsRequest,
+    StartReplicaRequest,
+    StartReplicaResponse,
+    StopReplicaRequest,
+    StopReplicaResponse,
+)
+from stoker.v1.node_agent_pb2_grpc import NodeAgentServicer
+from stoker.v1.session_pb2 import GenerateRequest
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_TAIL_LINES = 100
+
+
+class Servicer(NodeAgentServicer):
+    """Serves orders, sessions, reports and logs of one host.
+
+    Args:
+        host: The workers and replicas.
+        report: Builds a report of this moment.
+    """
+
+    def __init__(self, host: Host, report: Callable[[], NodeReport]) -> None:
+        self._host = host
+        self._report = report
+
+    async def StartReplica(  # noqa: N802 - the name of the rpc
+        self, request: StartReplicaRequest, context: Context
+    ) -> StartReplicaResponse:
+        """See node_agent.proto."""
+        del context
+        self._host.order_start(request)
+        return StartReplicaResponse()
+
+    async def StopReplica(  # noqa: N802 - the name of the rpc
+        self, request: StopReplicaRequest, context: Context
+    ) -> StopReplicaResponse:
+        """See node_agent.proto."""
+        del context
+        self._host.order_stop(request)
+        return StopReplicaResponse()
+
+    async def Generate(  # type: ignore[override]  # noqa: N802 - writes itself, so that a cancel lands here
+        self, request: GenerateRequest, context: Context
+    ) -> None:
+        """See node_agent.proto."""
+        with log.bind(request_id=request.request_id, session_id=request.session_id):
+            async with self._host.session(request) as session:
+                while True:
+                    event = await session.next()
+                    await context.write(event)
+                    if event.finish_reason:
+                        return
+
+    async def GetReport(  # noqa: N802 - the name of the rpc
+        self, request: GetReportRequest, context: Context
+    ) -> NodeReport:
+        """See node_agent.proto."""
+        del request, context
+        return self._report()
+
+    async def ReadLogs(  # noqa: N802 - the name of the rpc
+        self, request: ReadLogsRequest, context: Context
+    ) -> AsyncIterator[LogLine]:
+        """See node_agent.proto."""
+        del context
+        tail_lines = request.tail_lines or DEFAULT_TAIL_LINES
+        if request.replica_id:
+            lines = self._host.read_logs(
+                ReplicaId(request.replica_id), tail_lines=tail_lines, follow=request.follow
+            )
+        else:
+            lines = read_own_log(tail_lines=tail_lines, follow=request.follow)
+        async for line in lines:
+            yield LogLine(text=line)

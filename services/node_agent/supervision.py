@@ -1,0 +1,359 @@
+"""What to do about workers and replicas: a pure state machine, `handle(state, event) -> (state, effects)`.
+
+Rules:
+1. A slot is held by at most one worker process, from the hand-over of an order until that process has ended.
+2. A worker loads one model in its life; a worker that failed or lost its replica is ended and replaced.
+3. Orders are idempotent by replica id; an order with a lower fence than the highest seen is refused.
+4. A failed replica stays, and is reported, until it is ordered to stop.
+5. The pool is refilled only while nothing loads: importing an engine takes the processor from a cold start.
+6. Workers that keep ending in the pool are replaced more and more slowly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from services.node_agent.host_state import (
+    DrainOrdered,
+    Effect,
+    EndWorker,
+    Event,
+    FailSessions,
+    FenceSeen,
+    Hosted,
+    HostState,
+    LoadModel,
+    LoadRefused,
+    LoadSucceeded,
+    Policy,
+    ReplicaPhase,
+    SessionsEnded,
+    SpawnWorker,
+    StartOrdered,
+    StopOrdered,
+    Tick,
+    WakeAt,
+    Worker,
+    WorkerExited,
+    WorkerPhase,
+    WorkerWarm,
+)
+from stoker.errors import (
+    CapacityError,
+    Fenced,
+    InvalidRequest,
+    LoadFailed,
+    ReplicaBusy,
+    ReplicaGone,
+    WorkerDied,
+)
+from stoker.ids import ReplicaId, WorkerId
+
+POOL = (WorkerPhase.SPAWNING, WorkerPhase.WARM)
+
+
+def handle(
+    policy: Policy, state: HostState, event: Event, now_seconds: float
+) -> tuple[HostState, tuple[Effect, ...]]:
+    """Return the state after an event, and what to do.
+
+    Args:
+        policy: What the operator chose.
+        state: Before the event; not changed.
+        event: What happened.
+        now_seconds: Monotonic time; never lower than in an earlier call.
+
+    Raises:
+        Fenced: The order comes from a controller that no longer leads.
+        InvalidRequest: The order names no slot, or one this host does not have.
+        CapacityError: The slot is taken, or the agent is about to stop.
+        ReplicaBusy: Asked to stop only an idle replica, and it isn't.
+        ReplicaGone: The order is a late duplicate: the replica was stopped since.
+    """
+    turn = _Turn(policy, state, now_seconds)
+    turn.take(event)
+    turn.hand_over_orders()
+    turn.refill_pool()
+    turn.ask_for_wake_up()
+    return turn.result()
+
+
+def backoff_seconds(policy: Policy, failures: int) -> float:
+    """Return the pause before the next worker is started after this many in a row ended in the pool."""
+    if failures == 0:
+        return 0.0
+    doublings = min(failures - 1, 32)
+    return min(policy.first_backoff_seconds * 2.0**doublings, policy.longest_backoff_seconds)
+
+
+class _Turn:
+    """A draft of the next state, with the effects so far."""
+
+    def __init__(self, policy: Policy, state: HostState, now_seconds: float) -> None:
+        self._policy = policy
+        self._state = state
+        self._now = now_seconds
+        self._workers = dict(state.workers)
+        self._replicas = dict(state.replicas)
+        self._effects: list[Effect] = []
+
+    def result(self) -> tuple[HostState, tuple[Effect, ...]]:
+        state = replace(self._state, workers=self._workers, replicas=self._replicas)
+        return state, tuple(self._effects)
+
+    def take(self, event: Event) -> None:  # noqa: C901 - one case per event, one line each
+        match event:
+            case StartOrdered(order=order):
+                self._check_fence(order.fence)
+                self._start(event)
+            case StopOrdered(fence=fence):
+                self._check_fence(fence)
+                self._stop(event)
+            case FenceSeen(fence=fence):
+                self._state = replace(self._state, highest_fence=max(fence, self._state.highest_fence))
+            case WorkerWarm(worker_id=worker_id):
+                if self._phase(worker_id) is WorkerPhase.SPAWNING:
+                    self._set_phase(worker_id, WorkerPhase.WARM)
+            case WorkerExited():
+                self._exited(event)
+            case LoadSucceeded():
+                self._loaded(event)
+            case LoadRefused(worker_id=worker_id, error_code=code, error_message=message):
+                if self._phase(worker_id) is WorkerPhase.LOADING:
+                    self._fail_replica_of(self._workers[worker_id], code, message)
+                    self._end(worker_id)
+            case SessionsEnded(replica_id=replica_id):
+                self._sessions_ended(replica_id)
+            case DrainOrdered():
+                self._drain()
+            case Tick():
+                self._pass_deadlines()
+
+    # --- orders ---
+
+    def _check_fence(self, fence: int) -> None:
+        highest = self._state.highest_fence
+        if fence < highest:
+            raise Fenced(
+                f"this order carries fence {fence}, but a controller with fence {highest} has spoken: "
+                "whoever sent it no longer leads"
+            )
+        self._state = replace(self._state, highest_fence=fence)
+
+    def _start(self, event: StartOrdered) -> None:
+        hosted = Hosted(order=event.order, phase=ReplicaPhase.STARTING, ordered_seconds=self._now)
+        replica_id = hosted.replica_id
+        if replica_id in self._replicas:
+            return
+        if replica_id in self._state.retired:
+            raise ReplicaGone(f"replica {replica_id} was stopped here; a new start needs a new id")
+        if self._state.draining:
+            raise CapacityError(f"replica {replica_id} refused: this node agent is about to stop")
+        if not hosted.devices:
+            raise InvalidRequest(f"replica {replica_id} names no device", param="devices")
+        for index in hosted.devices:
+            if index not in self._policy.devices:
+                raise InvalidRequest(
+                    f"replica {replica_id} wants device {index}; this node has {list(self._policy.devices)}",
+                    param="devices",
+                )
+            for other in self._replicas.values():
+                if index in other.devices and other.phase in (ReplicaPhase.STARTING, ReplicaPhase.READY):
+                    raise CapacityError(
+                        f"device {index} is held by replica {other.replica_id} ({other.phase}): stop it first"
+                    )
+        self._replicas[replica_id] = hosted
+
+    def _stop(self, event: StopOrdered) -> None:
+        replica_id = event.replica_id
+        hosted = self._replicas.get(replica_id)
+        if hosted is None or hosted.worker_id is None or hosted.phase is ReplicaPhase.FAILED:
+            self._retire(replica_id)
+            return
+        if event.only_if_idle and event.session_count > 0:
+            raise ReplicaBusy(f"replica {replica_id} runs {event.session_count} sessions")
+        stop_at_seconds = self._now + max(0.0, event.grace_seconds)
+        if hosted.phase is ReplicaPhase.STOPPING:
+            stop_at_seconds = min(stop_at_seconds, hosted.stop_at_seconds)
+        self._replicas[replica_id] = replace(
+            hosted, phase=ReplicaPhase.STOPPING, stop_at_seconds=stop_at_seconds
+        )
+        if event.session_count == 0 or stop_at_seconds <= self._now:
+            self._end(hosted.worker_id)
+
+    def _drain(self) -> None:
+        self._state = replace(self._state, draining=True)
+        for worker in list(self._workers.values()):
+            if worker.phase in POOL:
+                self._end(worker.worker_id)
+        for hosted in list(self._replicas.values()):
+            if hosted.worker_id is None and hosted.phase is ReplicaPhase.STARTING:
+                self._fail(hosted, LoadFailed.code, "the node agent stopped before a worker could take it")
+
+    # --- what workers report ---
+
+    def _loaded(self, event: LoadSucceeded) -> None:
+        if self._phase(event.worker_id) is not WorkerPhase.LOADING:
+            return
+        self._set_phase(event.worker_id, WorkerPhase.SERVING)
+        self._state = replace(self._state, pool_failures=0)
+        hosted = self._replica_of(self._workers[event.worker_id])
+        if hosted is not None:
+            self._replicas[hosted.replica_id] = replace(
+                hosted, phase=ReplicaPhase.READY, ready_seconds=self._now, loaded=event.response
+            )
+
+    def _exited(self, event: WorkerExited) -> None:
+        worker = self._workers.pop(event.worker_id, None)
+        if worker is None:
+            return
+        hosted = self._replica_of(worker)
+        if hosted is not None and hosted.phase is ReplicaPhase.STOPPING:
+            self._fail_sessions(worker, ReplicaGone.code, f"replica {hosted.replica_id} was stopped")
+            self._retire(hosted.replica_id)
+        elif worker.phase in (WorkerPhase.LOADING, WorkerPhase.SERVING):
+            doing = "loading" if worker.phase is WorkerPhase.LOADING else "serving"
+            message = f"worker {worker.worker_id} ended while {doing} {worker.replica_id}: {event.reason}"
+            self._fail_sessions(worker, WorkerDied.code, message)
+            self._fail_replica_of(worker, WorkerDied.code, message)
+        elif worker.replica_id is None and not self._state.draining:
+            self._count_pool_failure(worker, event.reason)
+
+    def _count_pool_failure(self, worker: Worker, reason: str) -> None:
+        lived_seconds = self._now - worker.since_seconds
+        was_stable = worker.phase is WorkerPhase.WARM and lived_seconds >= self._policy.stable_seconds
+        failures = 1 if was_stable else self._state.pool_failures + 1
+        self._state = replace(
+            self._state,
+            pool_failures=failures,
+            spawn_not_before_seconds=self._now + backoff_seconds(self._policy, failures),
+        )
+        if failures >= self._policy.spawn_attempts:
+            for hosted in self._waiting():
+                message = f"{failures} workers in a row did not start here; the last: {reason}"
+                self._fail(hosted, LoadFailed.code, message)
+
+    def _sessions_ended(self, replica_id: ReplicaId) -> None:
+        hosted = self._replicas.get(replica_id)
+        if hosted is not None and hosted.phase is ReplicaPhase.STOPPING and hosted.worker_id is not None:
+            self._end(hosted.worker_id)
+
+    # --- what follows from the state ---
+
+    def _pass_deadlines(self) -> None:
+        for hosted in list(self._replicas.values()):
+            if hosted.phase is ReplicaPhase.STOPPING and hosted.stop_at_seconds <= self._now:
+                self._end(hosted.worker_id)
+        for worker in list(self._workers.values()):
+            if worker.phase is WorkerPhase.SPAWNING and self._spawn_deadline(worker) <= self._now:
+                self._end(worker.worker_id)
+
+    def hand_over_orders(self) -> None:
+        warm = [worker for worker in self._workers.values() if worker.phase is WorkerPhase.WARM]
+        held = {index for worker in self._workers.values() for index in worker.devices}
+        for hosted in self._waiting():
+            if not warm:
+                return
+            if held.intersection(hosted.devices):
+                continue
+            worker = warm.pop(0)
+            held.update(hosted.devices)
+            self._workers[worker.worker_id] = replace(
+                worker,
+                phase=WorkerPhase.LOADING,
+                since_seconds=self._now,
+                replica_id=hosted.replica_id,
+                devices=hosted.devices,
+            )
+            self._replicas[hosted.replica_id] = replace(
+                hosted, worker_id=worker.worker_id, handed_seconds=self._now
+            )
+            self._effects.append(LoadModel(worker_id=worker.worker_id, order=hosted.order))
+
+    def refill_pool(self) -> None:
+        if self._state.spawn_not_before_seconds > self._now:
+            return
+        for _ in range(self._missing_workers()):
+            count = self._state.spawned_count + 1
+            self._state = replace(self._state, spawned_count=count)
+            worker_id = WorkerId(f"{self._policy.worker_prefix}-{count}")
+            self._workers[worker_id] = Worker(
+                worker_id=worker_id, phase=WorkerPhase.SPAWNING, since_seconds=self._now
+            )
+            self._effects.append(SpawnWorker(worker_id=worker_id))
+
+    def ask_for_wake_up(self) -> None:
+        deadlines = [
+            hosted.stop_at_seconds
+            for hosted in self._replicas.values()
+            if hosted.phase is ReplicaPhase.STOPPING
+            and self._phase(hosted.worker_id) not in (None, WorkerPhase.ENDING)
+        ]
+        deadlines += [
+            self._spawn_deadline(worker)
+            for worker in self._workers.values()
+            if worker.phase is WorkerPhase.SPAWNING
+        ]
+        if self._state.spawn_not_before_seconds > self._now and self._missing_workers():
+            deadlines.append(self._state.spawn_not_before_seconds)
+        earliest = min(deadlines, default=math.inf)
+        if earliest < math.inf:
+            self._effects.append(WakeAt(at_seconds=earliest))
+
+    def _missing_workers(self) -> int:
+        """Return how many workers to start: for waiting orders always, for the pool while nothing loads."""
+        phases = [worker.phase for worker in self._workers.values()]
+        at_hand = sum(phase in POOL for phase in phases)
+        idle_pool = 0 if self._state.draining or WorkerPhase.LOADING in phases else self._pool_target()
+        return max(0, len(self._waiting()) + idle_pool - at_hand)
+
+    def _pool_target(self) -> int:
+        return min(self._policy.prestarted_workers, len(self._policy.devices))
+
+    # --- small steps ---
+
+    def _waiting(self) -> Sequence[Hosted]:
+        return [
+            hosted
+            for hosted in self._replicas.values()
+            if hosted.phase is ReplicaPhase.STARTING and hosted.worker_id is None
+        ]
+
+    def _spawn_deadline(self, worker: Worker) -> float:
+        return worker.since_seconds + self._policy.spawn_timeout_seconds
+
+    def _phase(self, worker_id: WorkerId | None) -> WorkerPhase | None:
+        worker = self._workers.get(worker_id) if worker_id is not None else None
+        return worker.phase if worker is not None else None
+
+    def _set_phase(self, worker_id: WorkerId, phase: WorkerPhase) -> None:
+        self._workers[worker_id] = replace(self._workers[worker_id], phase=phase, since_seconds=self._now)
+
+    def _end(self, worker_id: WorkerId | None) -> None:
+        if worker_id is not None and self._phase(worker_id) not in (None, WorkerPhase.ENDING):
+            self._set_phase(worker_id, WorkerPhase.ENDING)
+            self._effects.append(EndWorker(worker_id=worker_id))
+
+    def _replica_of(self, worker: Worker) -> Hosted | None:
+        return self._replicas.get(worker.replica_id) if worker.replica_id is not None else None
+
+    def _fail_replica_of(self, worker: Worker, code: str, message: str) -> None:
+        hosted = self._replica_of(worker)
+        if hosted is not None:
+            self._fail(hosted, code, message)
+
+    def _fail(self, hosted: Hosted, code: str, message: str) -> None:
+        self._replicas[hosted.replica_id] = replace(
+            hosted, phase=ReplicaPhase.FAILED, error_code=code, error_message=message
+        )
+
+    def _fail_sessions(self, worker: Worker, code: str, message: str) -> None:
+        self._effects.append(FailSessions(worker_id=worker.worker_id, error_code=code, error_message=message))
+
+    def _retire(self, replica_id: ReplicaId) -> None:
+        self._replicas.pop(replica_id, None)
+        if replica_id not in self._state.retired:
+            kept = (*self._state.retired, replica_id)[-self._policy.remembered_replicas :]
+            self._state = replace(self._state, retired=kept)

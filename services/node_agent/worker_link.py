@@ -1,0 +1,140 @@
+"""One worker as the agent sees it: its process, the channel to it, its sessions, and its life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.node_agent.host_state import Event, LoadRefused, LoadSucceeded, WorkerExited, WorkerWarm
+from services.node_agent.relay import SessionRelay
+from services.node_agent.worker_process import WorkerProcess
+from stoker import log
+from stoker.errors import PeerError, StokerError
+from stoker.ids import WorkerId
+from stoker.rpc import connect, translated
+from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadModelRequest, WorkerDescription
+from stoker.v1.worker_pb2_grpc import WorkerStub
+
+EXIT_GRACE_SECONDS = 1.0
+"""A worker that broke its connection is ended if its process has not ended by itself after this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How to talk to workers."""
+
+    attach_socket: str
+    cuda_devices: frozenset[int]
+    """Slots that are GPUs; the others stand for the processor."""
+    load_timeout_seconds: float
+    spawn_timeout_seconds: float
+    max_sessions: int
+
+
+class WorkerLink:
+    """Speaks to one worker process and turns what happens to it into events.
+
+    Args:
+        process: The worker; reaped by `live`.
+        options: See `LinkOptions`.
+        emit: Takes the events; called in the event loop.
+        on_sessions_change: Called when its running or waiting sessions changed.
+    """
+
+    def __init__(
+        self,
+        process: WorkerProcess,
+        options: LinkOptions,
+        *,
+        emit: Callable[[Event], None],
+        on_sessions_change: Callable[[], None],
+    ) -> None:
+        self.process = process
+        self.description: WorkerDescription | None = None
+        self._options = options
+        self._emit = emit
+        self._began_seconds = time.monotonic()
+        self.start_seconds = 0.0
+        self._exited = asyncio.Event()
+        self._channel = connect(f"unix:{process.socket}")
+        self._stub = WorkerStub(self._channel)
+        self.relay = SessionRelay(
+            self._stub,
+            peer=f"worker {process.worker_id}",
+            max_sessions=options.max_sessions,
+            on_change=on_sessions_change,
+            now_seconds=time.monotonic,
+        )
+
+    @property
+    def worker_id(self) -> WorkerId:
+        """Return the worker's id."""
+        return self.process.worker_id
+
+    async def live(self) -> None:
+        """Follow the worker from its start to its end; emits WorkerWarm and WorkerExited."""
+        async with asyncio.TaskGroup() as tasks:
+            greeting = tasks.create_task(self._greet())
+            reason = await self.process.wait()
+            self._exited.set()
+            greeting.cancel()
+        self._emit(WorkerExited(worker_id=self.worker_id, reason=reason))
+        await self._channel.close()
+
+    async def load(self, order: StartReplicaRequest) -> None:
+        """Have the worker load a model, then relay its sessions until it ends."""
+        request = LoadModelRequest(
+            spec=order.spec,
+            revision=order.checkpoint.revision,
+            replica_id=order.replica_id,
+            attach_socket=self._options.attach_socket,
+            devices=[index for index in order.devices if index in self._options.cuda_devices],
+        )
+        try:
+            with translated(f"worker {self.worker_id}"):
+                response = await self._stub.LoadModel(request, timeout=self._options.load_timeout_seconds)
+        except PeerError as error:
+            if error.code == PeerError.code and await self._ends_by_itself():
+                return  # its exit says more than the broken connection
+            self._refuse(error)
+        except StokerError as error:
+            self._refuse(error)
+        else:
+            self._emit(LoadSucceeded(worker_id=self.worker_id, response=response))
+            await self._relay()
+
+    async def _greet(self) -> None:
+        try:
+            with translated(f"worker {self.worker_id}"):
+                self.description = await self._stub.DescribeWorker(
+                    DescribeWorkerRequest(), timeout=self._options.spawn_timeout_seconds, wait_for_ready=True
+                )
+        except StokerError as error:
+            log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=error.message)
+            await self.process.end()
+            return
+        self.start_seconds = time.monotonic() - self._began_seconds
+        self._emit(WorkerWarm(worker_id=self.worker_id))
+
+    async def _relay(self) -> None:
+        try:
+            await self.relay.run()
+            message = "it closed the stream of its sessions"
+        except StokerError as error:
+            message = error.message
+        if not await self._ends_by_itself():
+            log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=message)
+            await self.process.end()
+
+    def _refuse(self, error: StokerError) -> None:
+        refused = LoadRefused(worker_id=self.worker_id, error_code=error.code, error_message=error.message)
+        self._emit(refused)
+
+    async def _ends_by_itself(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), EXIT_GRACE_SECONDS)
+        return self._exited.is_set()

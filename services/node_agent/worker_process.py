@@ -1,0 +1,137 @@
+"""A worker's operating system process: started, watched, ended, and cleaned up after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.node_agent.worker_log import WorkerLog
+from stoker.ids import WorkerId
+from stoker.units import KIB
+
+KILL_AFTER_SECONDS = 1.0
+"""A worker holds nothing that outlives it: it gets little time between SIGTERM and SIGKILL."""
+
+LAST_OUTPUT_SECONDS = 0.2
+"""After a worker's end its pipe is read for this long at most: a process it left behind may hold it open."""
+
+_PIPE_READ_BYTES = 64 * KIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How workers are run on this host."""
+
+    threads: int
+    """Of one worker's arithmetic; 0 = as many as there are processors."""
+    log_level: str
+    """Lowest level a worker logs."""
+    environment: Mapping[str, str]
+    """Added to this process's own."""
+
+
+class WorkerProcess:
+    """A running `python -m services.worker`, in a session (process group) of its own.
+
+    Make one with `spawn`; `wait` must be awaited by somebody, it reaps the process.
+    """
+
+    def __init__(
+        self, worker_id: WorkerId, process: asyncio.subprocess.Process, socket: Path, output: WorkerLog
+    ) -> None:
+        self.worker_id = worker_id
+        self.socket = socket
+        self.log = output
+        self._process = process
+
+    @classmethod
+    async def spawn(
+        cls, worker_id: WorkerId, options: WorkerOptions, socket: Path, output: WorkerLog
+    ) -> WorkerProcess:
+        """Start a worker.
+
+        Args:
+            worker_id: Its id, new; the worker says it back.
+            options: How workers are run on this host.
+            socket: Where it will listen; nothing is there.
+            output: Takes what it prints.
+
+        Raises:
+            OSError: The process could not be started.
+        """
+        threads = options.threads or os.cpu_count() or 1
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "services.worker"),
+            *("--socket", str(socket)),
+            *("--worker-id", worker_id),
+            *("--parent-pid", str(os.getpid())),
+            *("--threads", str(threads)),
+            *("--log-level", options.log_level),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONUNBUFFERED": "1",
+                **options.environment,
+            },
+        )
+        return cls(worker_id, process, socket, output)
+
+    @property
+    def pid(self) -> int:
+        """Return the process's id."""
+        return self._process.pid
+
+    async def wait(self) -> str:
+        """Return how the process ended, for people, once it has; its socket is gone then."""
+        async with asyncio.TaskGroup() as tasks:
+            copying = tasks.create_task(self._copy_output())
+            code = await self._process.wait()
+            await asyncio.wait([copying], timeout=LAST_OUTPUT_SECONDS)
+            copying.cancel()
+        self.log.end()
+        self.socket.unlink(missing_ok=True)
+        return describe_exit(code)
+
+    async def _copy_output(self) -> None:
+        if self._process.stdout is None:
+            raise AssertionError("the worker's output is a pipe")
+        while output := await self._process.stdout.read(_PIPE_READ_BYTES):
+            self.log.write(output)
+
+    async def end(self, kill_after_seconds: float = KILL_AFTER_SECONDS) -> None:
+        """Send SIGTERM, then SIGKILL to the whole group; returns once the process has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            async with asyncio.timeout(kill_after_seconds):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def describe_exit(code: int) -> str:
+    """Return e.g. `exited with status 1` or `killed by SIGKILL` for a return code as subprocess gives it."""
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
