@@ -1,0 +1,366 @@
+"""The leader's actor: folds events into the view, asks `reconcile` what to do, and does it.
+
+Everything here runs in one event loop, so the view needs no lock: it is replaced between awaits. The loop
+wakes on events and on the plan's next due time, never by polling. Orders and state writes run as tasks beside
+it; what they reserve is in the view before they begin. An error of the state, or a fence, ends the term: the
+view is thrown away and built anew from state and reports (`leadership`); a restart works the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.controller import metrics
+from services.controller.fold import (
+    Demanded,
+    DemandEnded,
+    Distrusted,
+    Event,
+    ModelDeleted,
+    ModelPut,
+    NodeDisconnected,
+    NodeForgotten,
+    NodeReported,
+    Released,
+    Reserved,
+    StopOrdered,
+    StopRefused,
+    fold,
+)
+from services.controller.ledger import Ledger
+from services.controller.orders import Orders
+from services.controller.records import ModelRecord, ReservationRecord
+from services.controller.routes import Routes
+from services.controller.scaling import Action, Note, Release, Start, Stop, reconcile, start_failed
+from services.controller.settings import ControllerSettings
+from services.controller.touched import touched
+from services.controller.view import Reservation, View
+from services.controller.wire import model_of, node_of
+from stoker import log
+from stoker.clock import Clock
+from stoker.errors import (
+    DeadlineExceeded,
+    Fenced,
+    NotLeader,
+    PeerError,
+    QueueFull,
+    ReplicaBusy,
+    StokerError,
+)
+from stoker.ids import ModelName, NodeId, ReplicaId, new_id
+from stoker.state.background import Background, background
+from stoker.v1 import node_agent_pb2
+
+
+class Cluster:
+    """The cluster as its leader knows and changes it, for one term."""
+
+    def __init__(self, ledger: Ledger, orders: Orders, settings: ControllerSettings, clock: Clock) -> None:
+        self.view = View()
+        self.records: dict[ModelName, ModelRecord] = {}
+        self.reports: dict[NodeId, node_agent_pb2.NodeReport] = {}
+        self.routes = Routes(settings.routes_heartbeat_seconds)
+        self.ledger = ledger
+        self.orders = orders
+        self.clock = clock
+        self._settings = settings
+        self._policy = settings.policy()
+        self._dirty = asyncio.Event()
+        self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
+        self._waiting = 0
+        self._ended = False
+
+    # --- one term ---
+
+    async def load(self) -> None:
+        """Build the view from the state; call once, before `run`.
+
+        Raises:
+            StokerError: The state cannot be read.
+        """
+        recorded = await self.ledger.read()
+        for model in recorded.models:
+            self.put_record(model)
+        now_seconds = self.clock.now_seconds()
+        for record in recorded.reservations:
+            self.apply(Reserved(reservation=_reservation(record, now_seconds, adopted=True)))
+
+    async def run(self) -> None:
+        """Decide and act until cancelled.
+
+        Raises:
+            Fenced: This controller no longer leads.
+            StokerError: The state failed or disagrees: load anew.
+        """
+        loop = asyncio.get_running_loop()
+        async with background() as tasks:
+            while True:
+                self._dirty.clear()
+                now_seconds = self.clock.now_seconds()
+                plan = reconcile(self.view, now_seconds, self._policy)
+                for action in plan.actions:
+                    self._act(action, tasks)
+                timer = None
+                if plan.next_due_seconds is not None:
+                    timer = loop.call_later(plan.next_due_seconds - now_seconds, self._dirty.set)
+                await self._dirty.wait()
+                if timer is not None:
+                    timer.cancel()
+
+    def end(self) -> None:
+        """Wake everybody who waits; they learn that this term is over."""
+        self._ended = True
+        for events in self._waiters.values():
+            for event in events:
+                event.set()
+
+    def check_leading(self) -> None:
+        """Raise NotLeader when this term is over."""
+        if self._ended:
+            raise NotLeader(
+                "this controller stopped leading while it answered: ask again", retry_after_seconds=1.0
+            )
+
+    # --- what happens ---
+
+    def apply(self, *events: Event) -> None:
+        """Fold events, tell who watches, and have the loop decide anew."""
+        now_seconds = self.clock.now_seconds()
+        names: set[ModelName] = set()
+        for event in events:
+            names |= touched(self.view, event)
+            self.view = fold(self.view, event)
+        self.routes.refresh(self.view, self.records, names, now_seconds)
+        for name in names & self._waiters.keys():
+            for waiter in self._waiters[name]:
+                waiter.set()
+        self._dirty.set()
+
+    def put_record(self, record: ModelRecord) -> None:
+        """Take over a model record that was read or committed."""
+        model = model_of(record)
+        self.records[model.name] = record
+        self.apply(ModelPut(model=model))
+
+    def drop_record(self, name: ModelName) -> None:
+        """Take over the deletion of a model record."""
+        self.records.pop(name, None)
+        self.apply(ModelDeleted(name=name))
+
+    def report(self, report: node_agent_pb2.NodeReport) -> None:
+        """Take over an agent's report."""
+        node_id = NodeId(report.node_id)
+        before = self.view.nodes.get(node_id)
+        if before is None or node_id not in self.reports:
+            log.get().info("node.joined", node_id=node_id, agent_address=report.agent_address)
+        self.reports[node_id] = report
+        self.apply(NodeReported(node=node_of(report, self.clock.now_seconds())))
+        was_ready = {
+            replica_id
+            for replica_id, replica in (before.replicas if before else {}).items()
+            if replica.ready_since_seconds is not None
+        }
+        for replica in report.replicas:
+            if replica.state == node_agent_pb2.REPLICA_STATE_READY and replica.replica_id not in was_ready:
+                self._log_ready(replica, node_id)
+
+    def disconnected(self, node_id: NodeId) -> None:
+        """An agent's report stream ended."""
+        if node_id in self.view.nodes:
+            log.get().warning("node.disconnected", node_id=node_id)
+            self.apply(NodeDisconnected(node_id=node_id))
+
+    @contextmanager
+    def waiting(self, name: ModelName, failed: frozenset[ReplicaId]) -> Iterator[asyncio.Event]:
+        """Count a request that waits for `name`; yields an event that is set whenever to look again.
+
+        Raises:
+            QueueFull: Too many wait already.
+        """
+        if self._waiting >= self._settings.max_waiters:
+            raise QueueFull(
+                f"{self._waiting} requests wait for replicas already, the controller's limit",
+                retry_after_seconds=5.0,
+            )
+        woken = asyncio.Event()
+        self._waiting += 1
+        metrics.WAITERS.set(self._waiting)
+        self._waiters[name].add(woken)
+        known = failed & self.view.reservations.keys()
+        now_seconds = self.clock.now_seconds()
+        self.apply(
+            *([Distrusted(replica_ids=known)] if known else []), Demanded(model=name, now_seconds=now_seconds)
+        )
+        try:
+            yield woken
+        finally:
+            self._waiting -= 1
+            metrics.WAITERS.set(self._waiting)
+            self._waiters[name].discard(woken)
+            if not self._waiters[name]:
+                del self._waiters[name]
+            self.apply(DemandEnded(model=name))
+
+    def _log_ready(self, replica: node_agent_pb2.Replica, node_id: NodeId) -> None:
+        reservation = self.view.reservations.get(ReplicaId(replica.replica_id))
+        if reservation is None or reservation.adopted:
+            return
+        timings = replica.timings
+        metrics.observe_start(timings, reservation.predicted_seconds)
+        log.get().info(
+            "replica.ready",
+            replica_id=replica.replica_id,
+            model=replica.model,
+            node_id=node_id,
+            predicted_seconds=round(reservation.predicted_seconds, 4),
+            measured_seconds=round(self.clock.now_seconds() - reservation.seen_seconds, 4),
+            **{
+                f"{stage}_seconds": round(getattr(timings, f"{stage}_seconds"), 4) for stage in metrics.STAGES
+            },
+            transfers={transfer.tier: transfer.bytes for transfer in timings.transfers},
+        )
+
+    # --- what is done ---
+
+    def _act(self, action: Action, tasks: Background) -> None:
+        """Fold what was decided and begin to do it."""
+        match action:
+            case Note(event=event):
+                if isinstance(event, NodeForgotten):
+                    self.reports.pop(event.node_id, None)
+                    log.get().warning("node.forgotten", node_id=event.node_id)
+                self.apply(event)
+            case Start():
+                self._begin_start(action, tasks)
+            case Stop(replica_id=replica_id, for_model=for_model):
+                now_seconds = self.clock.now_seconds()
+                self.apply(StopOrdered(replica_id=replica_id, now_seconds=now_seconds, for_model=for_model))
+                tasks.start(self._stop(action), name=f"stop-{replica_id}")
+            case Release(replica_id=replica_id, reason=reason):
+                tasks.start(self._release(replica_id, reason), name=f"release-{replica_id}")
+
+    def _begin_start(self, start: Start, tasks: Background) -> None:
+        record = ReservationRecord(
+            replica_id=ReplicaId(new_id("rep")),
+            model=start.model,
+            node_id=start.node_id,
+            devices=start.devices,
+            runtime=start.runtime,
+            predicted_seconds=start.estimate.total_seconds,
+            created_unix_seconds=self.clock.unix_seconds(),
+        )
+        decided_seconds = self.clock.now_seconds()
+        self.apply(Reserved(reservation=_reservation(record, decided_seconds, adopted=False)))
+        tasks.start(
+            self._start(start, record, self.records[start.model], decided_seconds),
+            name=f"start-{record.replica_id}",
+        )
+
+    async def _start(
+        self, start: Start, record: ReservationRecord, model: ModelRecord, decided_seconds: float
+    ) -> None:
+        await self.ledger.reserve(record)
+        placement_seconds = self.clock.now_seconds() - decided_seconds
+        metrics.ORDER_SECONDS.observe(placement_seconds)
+        metrics.PLACEMENTS.labels(outcome="placed").inc()
+        log.get().info(
+            "replica.placed",
+            replica_id=record.replica_id,
+            model=record.model,
+            node_id=record.node_id,
+            devices=list(record.devices),
+            predicted_seconds=round(record.predicted_seconds, 4),
+            load_seconds=round(start.estimate.load_seconds, 4),
+            worker_seconds=round(start.estimate.worker_seconds, 4),
+            tier=start.estimate.tier,
+            options=len(start.options),
+            placement_seconds=round(placement_seconds, 4),
+        )
+        node = self.view.nodes.get(record.node_id)
+        try:
+            if node is None:
+                raise PeerError(f"node {record.node_id} left before the start could be ordered")
+            await self.orders.start_replica(node.agent_address, record, model, placement_seconds)
+        except Fenced:
+            raise
+        except StokerError as error:
+            await self._start_refused(record, error)
+
+    async def _start_refused(self, record: ReservationRecord, error: StokerError) -> None:
+        """Give the slots back; the model rests only when the refusal was about it and not about the node."""
+        metrics.PLACEMENTS.labels(outcome="refused_by_agent").inc()
+        log.get().warning(
+            "replica.order_failed",
+            replica_id=record.replica_id,
+            model=record.model,
+            node_id=record.node_id,
+            error_code=error.code,
+            message=error.message,
+        )
+        if _is_about_the_peer(error):
+            self.apply(NodeDisconnected(node_id=record.node_id))
+        else:
+            failed = start_failed(
+                self.view,
+                record.model,
+                code=error.code,
+                message=error.message,
+                now_seconds=self.clock.now_seconds(),
+                policy=self._policy,
+            )
+            self.apply(failed)
+        await self._release(record.replica_id, "its order failed")
+
+    async def _stop(self, stop: Stop) -> None:
+        node = self.view.nodes.get(stop.node_id)
+        try:
+            if node is None:
+                raise PeerError(f"node {stop.node_id} left before the stop could be ordered")
+            await self.orders.stop_replica(
+                node.agent_address, stop.replica_id, only_if_idle=stop.only_if_idle, reason=stop.reason
+            )
+        except Fenced:
+            raise
+        except ReplicaBusy:
+            self.apply(StopRefused(replica_id=stop.replica_id, busy=True))
+        except StokerError as error:
+            if _is_about_the_peer(error):
+                self.apply(StopRefused(replica_id=stop.replica_id), NodeDisconnected(node_id=stop.node_id))
+            elif error.code != "not_found":  # what is not there is stopped
+                log.get().error(
+                    "replica.stop_failed",
+                    replica_id=stop.replica_id,
+                    node_id=stop.node_id,
+                    error_code=error.code,
+                    message=error.message,
+                )
+        else:
+            log.get().info(
+                "replica.stopped", replica_id=stop.replica_id, node_id=stop.node_id, reason=stop.reason
+            )
+
+    async def _release(self, replica_id: ReplicaId, reason: str) -> None:
+        await self.ledger.release(replica_id)
+        self.apply(Released(replica_id=replica_id))
+        log.get().info("reservation.released", replica_id=replica_id, reason=reason)
+
+
+def _is_about_the_peer(error: StokerError) -> bool:
+    """Tell whether a call failed because the agent is not there, not because of what it was asked."""
+    return isinstance(error, DeadlineExceeded) or error.code == PeerError.code
+
+
+def _reservation(record: ReservationRecord, now_seconds: float, *, adopted: bool) -> Reservation:
+    return Reservation(
+        replica_id=record.replica_id,
+        model=record.model,
+        node_id=record.node_id,
+        devices=record.devices,
+        runtime=record.runtime,
+        predicted_seconds=record.predicted_seconds,
+        seen_seconds=now_seconds,
+        adopted=adopted,
+    )

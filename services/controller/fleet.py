@@ -1,0 +1,106 @@
+"""Reservations and reports joined: which replicas a model has, and which slots are taken. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from services.controller.view import Node, Phase, Replica, Reservation, View
+from stoker.ids import ModelName, NodeId
+
+
+class Standing(Enum):
+    """What a reserved replica is good for."""
+
+    STARTING = "starting"
+    """Ordered or loading; or its node has not reported yet since this controller leads."""
+    READY = "ready"
+    STOPPING = "stopping"
+    FAILED = "failed"
+    GONE = "gone"
+    """Its node is unreachable, or a gateway found it broken on a node whose stream is broken too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A reserved replica: its reservation, what its node says of it, and what follows."""
+
+    reservation: Reservation
+    replica: Replica | None
+    node: Node | None
+    standing: Standing
+    stale: bool
+    """It runs what was deployed before the model's last change."""
+
+
+def member(view: View, reservation: Reservation) -> Member:
+    """Return the reserved replica as it stands."""
+    node = view.nodes.get(reservation.node_id)
+    replica = node.replicas.get(reservation.replica_id) if node else None
+    model = view.models.get(reservation.model)
+    return Member(
+        reservation=reservation,
+        replica=replica,
+        node=node,
+        standing=_standing(view, reservation, node, replica),
+        stale=model is not None and model.runtime != reservation.runtime,
+    )
+
+
+def members_by_model(view: View) -> Mapping[ModelName, tuple[Member, ...]]:
+    """Return every reserved replica under its model, in the order of their ids."""
+    found: dict[ModelName, list[Member]] = defaultdict(list)
+    for replica_id in sorted(view.reservations):
+        reservation = view.reservations[replica_id]
+        found[reservation.model].append(member(view, reservation))
+    return {name: tuple(members) for name, members in found.items()}
+
+
+def members_of(view: View, name: ModelName) -> tuple[Member, ...]:
+    """Return the reserved replicas of one model, in the order of their ids."""
+    mine = sorted(
+        (reservation for reservation in view.reservations.values() if reservation.model == name),
+        key=lambda reservation: reservation.replica_id,
+    )
+    return tuple(member(view, reservation) for reservation in mine)
+
+
+def taken_devices(view: View) -> Mapping[NodeId, frozenset[int]]:
+    """Return the slots nobody may be placed on: reserved, or occupied by something that runs anyway."""
+    taken: dict[NodeId, set[int]] = defaultdict(set)
+    for reservation in view.reservations.values():
+        taken[reservation.node_id].update(reservation.devices)
+    for node in view.nodes.values():
+        for replica in node.replicas.values():
+            taken[node.node_id].update(replica.devices)
+    return {node_id: frozenset(devices) for node_id, devices in taken.items()}
+
+
+def is_idle(member: Member) -> bool:
+    """Tell whether the replica is ready and no session runs on it."""
+    replica = member.replica
+    return (
+        member.standing is Standing.READY
+        and replica is not None
+        and replica.sessions == 0
+        and replica.idle_since_seconds is not None
+    )
+
+
+def _standing(view: View, reservation: Reservation, node: Node | None, replica: Replica | None) -> Standing:
+    if reservation.stopping_since_seconds is not None or reservation.releasing:
+        return Standing.STOPPING
+    if node is None:
+        return Standing.STARTING
+    if not node.reachable or (reservation.replica_id in view.distrusted and not node.connected):
+        return Standing.GONE
+    if replica is None:
+        return Standing.GONE if reservation.reported else Standing.STARTING
+    return {
+        Phase.STARTING: Standing.STARTING,
+        Phase.READY: Standing.READY,
+        Phase.STOPPING: Standing.STOPPING,
+        Phase.FAILED: Standing.FAILED,
+    }[replica.phase]

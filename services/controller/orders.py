@@ -1,0 +1,95 @@
+"""Calls to node agents and stores: one channel per address, kept while the node is known."""
+
+from __future__ import annotations
+
+import grpc
+
+from services.controller.records import ModelRecord, ReservationRecord
+from services.controller.settings import ControllerSettings
+from stoker.ids import ReplicaId
+from stoker.rpc import connect, translated
+from stoker.v1 import checkpoint_store_pb2, checkpoint_store_pb2_grpc, model_pb2
+from stoker.v1 import node_agent_pb2 as agent_pb2
+from stoker.v1 import node_agent_pb2_grpc as agent_grpc
+
+STOP_MARGIN_SECONDS = 5.0
+"""What an agent gets beyond the sessions' grace to answer a stop."""
+
+
+class Orders:
+    """Sends orders that carry the fence of one term."""
+
+    def __init__(self, settings: ControllerSettings, fence: int) -> None:
+        self._settings = settings
+        self._fence = fence
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def start_replica(
+        self, address: str, reservation: ReservationRecord, model: ModelRecord, placement_seconds: float
+    ) -> None:
+        """Order an agent to start a replica; returns once it has accepted.
+
+        Raises:
+            StokerError: As the agent answered; `PeerError` when it cannot be reached.
+        """
+        request = agent_pb2.StartReplicaRequest(
+            replica_id=reservation.replica_id,
+            spec=model.spec,
+            checkpoint=model.checkpoint,
+            devices=reservation.devices,
+            fence=self._fence,
+            predicted_seconds=reservation.predicted_seconds,
+            placement_seconds=placement_seconds,
+        )
+        with translated(f"node agent {reservation.node_id}"):
+            await self._agent(address).StartReplica(request, timeout=self._settings.order_timeout_seconds)
+
+    async def stop_replica(
+        self, address: str, replica_id: ReplicaId, *, only_if_idle: bool, reason: str
+    ) -> None:
+        """Order an agent to stop a replica.
+
+        Raises:
+            StokerError: As the agent answered; `PeerError` when it cannot be reached.
+        """
+        grace_seconds = 0.0 if only_if_idle else self._settings.drain_grace_seconds
+        request = agent_pb2.StopReplicaRequest(
+            replica_id=replica_id,
+            only_if_idle=only_if_idle,
+            grace_seconds=grace_seconds,
+            reason=reason,
+            fence=self._fence,
+        )
+        with translated(f"node agent at {address}"):
+            await self._agent(address).StopReplica(
+                request, timeout=self._settings.order_timeout_seconds + grace_seconds + STOP_MARGIN_SECONDS
+            )
+
+    async def describe(self, store_address: str, uri: str) -> model_pb2.CheckpointInfo:
+        """Ask a store what a checkpoint is.
+
+        Raises:
+            StokerError: As the store answered; `PeerError` when it cannot be reached.
+        """
+        stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(self._channel(store_address))
+        with translated(f"checkpoint store at {store_address}"):
+            return await stub.Describe(
+                checkpoint_store_pb2.DescribeRequest(uri=uri), timeout=self._settings.describe_timeout_seconds
+            )
+
+    async def forget(self, keep: set[str]) -> None:
+        """Close channels to addresses no node has any more."""
+        for address in sorted(self._channels.keys() - keep):
+            await self._channels.pop(address).close()
+
+    async def close(self) -> None:
+        """Close all channels."""
+        await self.forget(set())
+
+    def _agent(self, address: str) -> agent_grpc.NodeAgentAsyncStub:
+        return agent_grpc.NodeAgentStub(self._channel(address))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = connect(address)
+        return self._channels[address]

@@ -1,0 +1,128 @@
+"""Deploying and deleting models: checked, described by a store, written, then taken over into the view."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from services.controller.answer import near_names
+from services.controller.cluster import Cluster
+from services.controller.records import ModelRecord
+from services.controller.settings import ControllerSettings
+from services.controller.specs import check_architecture, resolve
+from services.controller.view import Node
+from stoker import log
+from stoker.errors import AlreadyExists, CapacityError, ModelNotFound, PeerError
+from stoker.ids import ModelName
+from stoker.v1 import model_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """What a deployment came to."""
+
+    record: ModelRecord
+    created: bool
+    changed: bool
+
+
+class Registry:
+    """The models of one term; changes to them happen one at a time."""
+
+    def __init__(self, cluster: Cluster, settings: ControllerSettings) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self._writing = asyncio.Lock()
+
+    async def deploy(self, spec: model_pb2.ModelSpec, *, create_only: bool) -> Deployed:
+        """Create a model, or change it when it exists.
+
+        Raises:
+            InvalidRequest: The description is not sound.
+            CheckpointInvalid: The checkpoint can't be read, or no engine serves it.
+            AlreadyExists: It exists, and `create_only`.
+            CapacityError: As many models as this controller takes are deployed.
+            PeerError: No node has joined, so nobody can read the checkpoint; or the store failed.
+        """
+        full = resolve(spec, self._settings)
+        name = ModelName(full.name)
+        self._check_new(name, create_only=create_only)
+        checkpoint = await self._describe(full)
+        async with self._writing:
+            before = self._check_new(name, create_only=create_only)
+            if before is not None and (before.spec, before.checkpoint) == (full, checkpoint):
+                return Deployed(record=before, created=False, changed=False)
+            record = (
+                replace(before, spec=full, checkpoint=checkpoint, generation=before.generation + 1)
+                if before is not None
+                else ModelRecord(
+                    spec=full,
+                    checkpoint=checkpoint,
+                    generation=1,
+                    created_unix_seconds=self._cluster.clock.unix_seconds(),
+                )
+            )
+            record = await self._cluster.ledger.put_model(record)
+            self._cluster.put_record(record)
+        log.get().info(
+            "model.deployed",
+            model=name,
+            generation=record.generation,
+            checkpoint_uri=checkpoint.uri,
+            revision=checkpoint.revision,
+            file_bytes=checkpoint.file_bytes,
+        )
+        return Deployed(record=record, created=before is None, changed=True)
+
+    async def delete(self, name: ModelName) -> None:
+        """Delete a model; its replicas are drained and stopped.
+
+        Raises:
+            ModelNotFound: No such model.
+        """
+        async with self._writing:
+            record = self._cluster.records.get(name)
+            if record is None:
+                raise model_not_found(name, near_names(name, self._cluster.records.keys()))
+            await self._cluster.ledger.delete_model(record)
+            self._cluster.drop_record(name)
+        log.get().info("model.deleted", model=name)
+
+    def _check_new(self, name: ModelName, *, create_only: bool) -> ModelRecord | None:
+        before = self._cluster.records.get(name)
+        if before is not None and create_only:
+            raise AlreadyExists(
+                f"model {name} is deployed already; deploy it without create_only to change it"
+            )
+        if before is None and len(self._cluster.records) >= self._settings.max_models:
+            raise CapacityError(f"{len(self._cluster.records)} models are deployed, this controller's limit")
+        return before
+
+    async def _describe(self, spec: model_pb2.ModelSpec) -> model_pb2.CheckpointInfo:
+        """Ask the first store that answers; stores that already hold the checkpoint first."""
+        nodes = [node for node in self._cluster.view.nodes.values() if node.connected and node.store_address]
+        if not nodes:
+            raise PeerError(
+                f"model {spec.name} can't be checked: no node has joined yet; start a node agent",
+                retry_after_seconds=1.0,
+            )
+        checkpoint = await self._ask(sorted(nodes, key=lambda node: node.node_id), spec.checkpoint_uri)
+        served = {architecture for node in nodes for architecture in node.architectures}
+        check_architecture(checkpoint, served)
+        return checkpoint
+
+    async def _ask(self, nodes: list[Node], uri: str) -> model_pb2.CheckpointInfo:
+        for node in nodes[:-1]:
+            try:
+                return await self._cluster.orders.describe(node.store_address, uri)
+            except PeerError:  # that store is not there; another one may be
+                continue
+        return await self._cluster.orders.describe(nodes[-1].store_address, uri)
+
+
+def model_not_found(name: str, near: tuple[str, ...]) -> ModelNotFound:
+    """Return the error that names what the caller may have meant."""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; list the deployed ones with `stoker ls`"
+    return ModelNotFound(
+        f"model {name[:140]!r} is not deployed{hint}", param="model", details={"near": list(near)}
+    )

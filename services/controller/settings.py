@@ -1,0 +1,100 @@
+"""What an operator can set: `STOKER_CONTROLLER_*`, or a TOML file."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from services.controller.view import Policy
+from stoker.settings import ServiceSettings
+
+
+class ControllerSettings(ServiceSettings):
+    """Settings of a controller."""
+
+    model_config = SettingsConfigDict(env_prefix="STOKER_CONTROLLER_")
+
+    address: str = "127.0.0.1:7070"
+    """`host:port` to listen on."""
+
+    advertised_address: str = ""
+    """`host:port` others reach this controller by; empty = `address`."""
+
+    state: str = Field(min_length=1)
+    """Where the cluster's state is kept: `embedded:///absolute/path/state.db`, `embedded://:memory:` or
+    `etcd://host:port,host:port/prefix`."""
+
+    leader_ttl_seconds: float = Field(default=5.0, ge=1.0)
+    """How long a dead leader's lease lasts, in seconds; another controller takes over after it."""
+
+    keep_alive_seconds: float = 300.0
+    """Default of a model's keep-alive, in seconds; negative = for ever."""
+
+    max_replicas: int = Field(default=1, ge=1)
+    """Default of a model's largest number of replicas."""
+
+    concurrency: int = Field(default=8, ge=1)
+    """Default of a model's sessions per replica before another replica is wanted."""
+
+    max_queue: int = Field(default=128, ge=1)
+    """Default of the requests that may wait for a model in one gateway."""
+
+    acquire_timeout_seconds: float = Field(default=300.0, gt=0)
+    """How long a request may wait for a replica, in seconds: the default and the most."""
+
+    max_waiters: int = Field(default=10_000, ge=1)
+    """Requests that may wait for replicas at once, over all models; further ones are refused."""
+
+    max_models: int = Field(default=10_000, ge=1)
+    """Models that may be deployed."""
+
+    routes_heartbeat_seconds: float = Field(default=2.0, gt=0)
+    """How often a silent route stream says that the controller is there, in seconds."""
+
+    order_timeout_seconds: float = Field(default=5.0, gt=0)
+    """How long a node agent may take to accept an order, in seconds."""
+
+    describe_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long a store may take to read a checkpoint's headers, in seconds."""
+
+    node_timeout_seconds: float = Field(default=5.0, gt=0)
+    """A node not heard of for this long is unreachable; its replicas leave the routes."""
+
+    node_forget_seconds: float = Field(default=60.0, gt=0)
+    """A node not heard of for this long is forgotten; its reservations are released."""
+
+    orphan_grace_seconds: float = Field(default=5.0, ge=0)
+    """A replica that nobody reserved is stopped after this many seconds."""
+
+    minimum_residency_seconds: float = Field(default=2.0, ge=0)
+    """A ready replica is not stopped for being idle before this many seconds have passed."""
+
+    drain_grace_seconds: float = Field(default=30.0, ge=0)
+    """What running sessions get, in seconds, when their replica must go."""
+
+    replace_after_seconds: float = Field(default=30.0, ge=0)
+    """A replica of an older deployment that never falls idle is drained after this many seconds."""
+
+    backoff_first_seconds: float = Field(default=1.0, gt=0)
+    """Rest after a model's first failed start, in seconds; doubles with each further one."""
+
+    backoff_limit_seconds: float = Field(default=60.0, gt=0)
+    """The longest such rest, in seconds."""
+
+    @property
+    def public_address(self) -> str:
+        """The address others reach this controller by."""
+        return self.advertised_address or self.address
+
+    def policy(self) -> Policy:
+        """Return the constants of decisions."""
+        return Policy(
+            node_timeout_seconds=self.node_timeout_seconds,
+            node_forget_seconds=self.node_forget_seconds,
+            orphan_grace_seconds=self.orphan_grace_seconds,
+            minimum_residency_seconds=self.minimum_residency_seconds,
+            drain_grace_seconds=self.drain_grace_seconds,
+            replace_after_seconds=self.replace_after_seconds,
+            backoff_first_seconds=self.backoff_first_seconds,
+            backoff_limit_seconds=self.backoff_limit_seconds,
+        )

@@ -1,0 +1,106 @@
+"""Is a model's description sound, and what do its unset numbers mean? Pure."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection
+
+from services.controller.settings import ControllerSettings
+from stoker.errors import CheckpointInvalid, InvalidRequest
+from stoker.v1 import model_pb2
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+ENGINES = ("transformers",)
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+MAX_KEEP_ALIVE_SECONDS = 30 * 24 * 3600.0
+MAX_REPLICAS = 1_000
+MAX_CONCURRENCY = 4_096
+MAX_QUEUE = 100_000
+MAX_URI_CHARACTERS = 4_096
+MAX_LABELS = 32
+NEAR_ARCHITECTURES = 3
+
+
+def resolve(spec: model_pb2.ModelSpec, settings: ControllerSettings) -> model_pb2.ModelSpec:
+    """Return a copy of `spec` with the controller's defaults for what is unset.
+
+    Raises:
+        InvalidRequest: A field is missing or out of range; `param` names it.
+    """
+    full = model_pb2.ModelSpec()
+    full.CopyFrom(spec)
+    if not spec.HasField("keep_alive_seconds"):
+        full.keep_alive_seconds = settings.keep_alive_seconds
+    full.max_replicas = spec.max_replicas or max(settings.max_replicas, spec.min_replicas)
+    full.concurrency = spec.concurrency or settings.concurrency
+    full.max_queue = spec.max_queue or settings.max_queue
+    full.engine = spec.engine or ENGINES[0]
+    full.dtype = spec.dtype or DTYPES[0]
+    _check(full)
+    return full
+
+
+def check_architecture(checkpoint: model_pb2.CheckpointInfo, served: Collection[str]) -> None:
+    """Refuse a checkpoint that no engine of the cluster serves; `served` empty = nobody said.
+
+    Raises:
+        CheckpointInvalid: Names the nearest architectures that are served.
+    """
+    if not served or checkpoint.architecture in served:
+        return
+    near = difflib.get_close_matches(checkpoint.architecture, served, n=NEAR_ARCHITECTURES, cutoff=0.3)
+    hint = f"; near ones that are: {', '.join(near)}" if near else f"; served are {len(served)} others"
+    raise CheckpointInvalid(
+        f"checkpoint {checkpoint.uri} is of architecture {checkpoint.architecture or '(none stated)'}, which "
+        f"no engine of this cluster serves{hint}",
+        param="checkpoint_uri",
+    )
+
+
+def _check(spec: model_pb2.ModelSpec) -> None:
+    if not NAME.fullmatch(spec.name):
+        raise InvalidRequest(
+            f"model name {spec.name[:140]!r} is not of the form {NAME.pattern}: letters, digits and . _ / -, "
+            "beginning with a letter or digit",
+            param="name",
+        )
+    if not spec.checkpoint_uri or len(spec.checkpoint_uri) > MAX_URI_CHARACTERS:
+        raise InvalidRequest(
+            f"model {spec.name}: checkpoint_uri must name a folder in {MAX_URI_CHARACTERS} characters",
+            param="checkpoint_uri",
+        )
+    keep_alive_seconds = spec.keep_alive_seconds
+    if not math.isfinite(keep_alive_seconds) or keep_alive_seconds > MAX_KEEP_ALIVE_SECONDS:
+        raise InvalidRequest(
+            f"model {spec.name}: keep_alive_seconds {keep_alive_seconds:g} is above "
+            f"{MAX_KEEP_ALIVE_SECONDS:g}; use a negative number for ever",
+            param="keep_alive_seconds",
+        )
+    _check_range(spec, "max_replicas", spec.max_replicas, MAX_REPLICAS)
+    _check_range(spec, "concurrency", spec.concurrency, MAX_CONCURRENCY)
+    _check_range(spec, "max_queue", spec.max_queue, MAX_QUEUE)
+    if spec.min_replicas > spec.max_replicas:
+        raise InvalidRequest(
+            f"model {spec.name}: min_replicas {spec.min_replicas} is above max_replicas {spec.max_replicas}",
+            param="min_replicas",
+        )
+    _check_choice(spec, "engine", spec.engine, ENGINES)
+    _check_choice(spec, "dtype", spec.dtype, DTYPES)
+    if len(spec.labels) > MAX_LABELS:
+        raise InvalidRequest(
+            f"model {spec.name}: {len(spec.labels)} labels, at most {MAX_LABELS} are kept", param="labels"
+        )
+
+
+def _check_range(spec: model_pb2.ModelSpec, field: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise InvalidRequest(f"model {spec.name}: {field} {value} is not in 1 to {most}", param=field)
+
+
+def _check_choice(spec: model_pb2.ModelSpec, field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidRequest(
+            f"model {spec.name}: {field} {value!r} is none of {', '.join(known)}", param=field
+        )
