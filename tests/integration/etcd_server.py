@@ -1,4 +1,4 @@
-"""A real etcd for tests: one member on free ports of the loopback interface, with its data in a folder."""
+"""A real etcd for tests, on free ports of the loopback interface, with its data in a folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ import grpc
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
 START_SECONDS = 30
 INSTALL = "apt-get install -y etcd-server"
 
 
 class EtcdServer:
-    """One etcd process that can be killed, paused and started again on the same data and ports."""
+    """One etcd process that can be killed, paused and started again on the same data and ports.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For data, log and certificates; exists.
+        name: Of the member in its cluster.
+        tls: Serve clients over mutual TLS, with certificates made in the folder.
+    """
+
+    def __init__(self, folder: Path, *, name: str = "default", tls: bool = False) -> None:
         self.folder = folder
+        self.name = name
+        self.tls = tls
         self._client_port, self._peer_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -36,24 +44,40 @@ class EtcdServer:
         """Where clients connect."""
         return f"127.0.0.1:{self._client_port}"
 
+    @property
+    def peer_url(self) -> str:
+        """Where the other members connect."""
+        return f"http://127.0.0.1:{self._peer_port}"
+
     def start(self) -> None:
-        """Start it and wait until it answers."""
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
+        """Start it as a cluster of its own and wait until it answers."""
+        self.launch([self])
+        self.wait_until_ready()
+
+    def launch(self, cluster: Sequence[EtcdServer]) -> None:
+        """Start it as a member of a cluster, and wait for nothing."""
+        client = f"{'https' if self.tls else 'http'}://{self.endpoint}"
+        arguments = [
+            f"--name={self.name}",
+            f"--data-dir={self.folder / 'data'}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={self.peer_url}",
+            f"--initial-advertise-peer-urls={self.peer_url}",
+            f"--initial-cluster={','.join(f'{member.name}={member.peer_url}' for member in cluster)}",
+        ]
+        if self.tls:
+            make_certificates(self.folder)
+            arguments += [
+                f"--cert-file={self.folder / 'cert.pem'}",
+                f"--key-file={self.folder / 'key.pem'}",
+                f"--trusted-ca-file={self.folder / 'ca.pem'}",
+                "--client-cert-auth",
+            ]
         with (self.folder / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    etcd_binary(),
-                    f"--data-dir={self.folder / 'data'}",
-                    f"--listen-client-urls={client}",
-                    f"--advertise-client-urls={client}",
-                    f"--listen-peer-urls={peer}",
-                    f"--initial-advertise-peer-urls={peer}",
-                    f"--initial-cluster=default={peer}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                [etcd_binary(), *arguments], stdout=log, stderr=subprocess.STDOUT
             )
-        self._wait_until_ready()
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -73,11 +97,13 @@ class EtcdServer:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait for its gRPC port; it opens once there is a leader."""
-        with grpc.insecure_channel(
-            self.endpoint,
-            options=[("grpc.max_reconnect_backoff_ms", 100), ("grpc.use_local_subchannel_pool", 1)],
+        options = [("grpc.max_reconnect_backoff_ms", 100), ("grpc.use_local_subchannel_pool", 1)]
+        with (
+            grpc.secure_channel(self.endpoint, self._credentials(), options)
+            if self.tls
+            else grpc.insecure_channel(self.endpoint, options)
         ) as channel:
             deadline = time.monotonic() + START_SECONDS
             ready = grpc.channel_ready_future(channel)
@@ -89,6 +115,26 @@ class EtcdServer:
                     if self._process.poll() is not None or time.monotonic() > deadline:
                         log = (self.folder / "etcd.log").read_text(errors="replace")[-2000:]
                         pytest.fail(f"etcd did not start:\n{log}")
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        ca, key, cert = ((self.folder / name).read_bytes() for name in ("ca.pem", "key.pem", "cert.pem"))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def make_certificates(folder: Path) -> None:
+    """Make `ca.pem`, and `cert.pem` with `key.pem` signed by it, for server and client on the loopback."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+    openssl("req", "-x509", *new_key, "-subj", "/CN=test ca", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl("req", "-new", *new_key[:-2], "-subj", "/CN=test", "-keyout", "key.pem", "-out", "request.pem")
+    openssl(
+        *("x509", "-req", "-in", "request.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-days", "2", "-extfile", "names", "-out", "cert.pem"),
+    )
 
 
 def etcd_binary() -> str:
@@ -112,12 +158,32 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def etcd_server() -> Generator[EtcdServer, None, None]:
+def etcd_server(*, tls: bool = False) -> Generator[EtcdServer, None, None]:
     """Run an etcd while the block runs; nothing of it stays."""
     with tempfile.TemporaryDirectory(prefix="stoker-etcd-") as folder:
-        server = EtcdServer(Path(folder))
+        server = EtcdServer(Path(folder), tls=tls)
         try:
             server.start()
             yield server
         finally:
             server.kill()
+
+
+@contextmanager
+def etcd_cluster(size: int = 3) -> Generator[list[EtcdServer], None, None]:
+    """Run a cluster while the block runs; nothing of it stays."""
+    with tempfile.TemporaryDirectory(prefix="stoker-etcd-") as folder:
+        members = []
+        try:
+            for number in range(size):
+                place = Path(folder) / f"m{number}"
+                place.mkdir()
+                members.append(EtcdServer(place, name=place.name))
+            for member in members:
+                member.launch(members)
+            for member in members:
+                member.wait_until_ready()
+            yield members
+        finally:
+            for member in members:
+                member.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -14,8 +15,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stoker.errors import InvalidRequest
-from stoker.state import LeaseLost, Put, StateStore, StateUnavailable, open_state
-from tests.integration.etcd_server import EtcdServer, etcd_server, free_ports
+from stoker.state import (
+    FencedState,
+    LeaseLost,
+    Put,
+    StateStore,
+    StateUnavailable,
+    campaign,
+    open_state,
+    unchanged,
+)
+from tests.integration.etcd_server import EtcdServer, etcd_cluster, etcd_server, free_ports
 from tests.state_suite import TTL_SECONDS, StateSuite, existing, flat, following, put
 
 if TYPE_CHECKING:
@@ -173,7 +183,7 @@ async def test_a_lease_expires_when_the_process_that_kept_it_alive_dies(shared_s
     url = f"etcd://{shared_server.endpoint}/holder"
     async with open_state(url) as store, aclosing(store.watch("a")) as events:
         await following(events)
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, url])
+        holder = await asyncio.to_thread(subprocess.Popen, [sys.executable, "-c", HOLDER, url])
         try:
             assert flat(await following(events)) == [("a", b"held")]
             await asyncio.sleep(TTL_SECONDS + 1)
@@ -209,6 +219,49 @@ async def test_a_dead_endpoint_among_several_costs_no_call(shared_server: EtcdSe
             await put(store, "a", b"1")
 
             assert flat(await following(events)) == [("a", b"1")]
+
+
+async def test_a_leader_goes_on_leading_while_one_member_after_the_other_dies_and_returns() -> None:
+    with etcd_cluster() as members:
+        url = f"etcd://{','.join(member.endpoint for member in members)}/s"
+        async with (
+            open_state(url) as store,
+            campaign(store, "leader", identity=b"a", ttl_seconds=10) as leader,
+        ):
+            start = await put(store, "n", b"start")
+            async with aclosing(store.watch("n", after_revision=start)) as events:
+                for number, member in enumerate(members):
+                    await asyncio.to_thread(member.kill)
+                    value = str(number).encode()
+                    await until_written(leader, "n", value)
+                    assert flat(await following(events)) == [("n", value)]
+                    await asyncio.to_thread(member.launch, members)
+                    await asyncio.to_thread(member.wait_until_ready)
+
+
+async def until_written(leader: FencedState, key: str, value: bytes) -> None:
+    """Write once, however often it takes to hear of it."""
+    async with asyncio.timeout(20):
+        while True:
+            item = await existing(leader.store, key)
+            if item.value == value:
+                return
+            with contextlib.suppress(StateUnavailable):
+                await leader.transact([unchanged(item)], [Put(key=key, value=value)], timeout_seconds=2)
+
+
+async def test_with_certificates_the_state_is_reached_over_tls_and_not_without() -> None:
+    with etcd_server(tls=True) as server:
+        folder = server.folder
+        url = f"etcds://{server.endpoint}/s?ca={folder}/ca.pem"
+        async with open_state(f"{url}&cert={folder}/cert.pem&key={folder}/key.pem") as store:
+            revision = await put(store, "a")
+            async with aclosing(store.watch("a", after_revision=revision - 1)) as events:
+                assert flat(await following(events)) == [("a", b"v")]
+        for refused in (url, f"etcd://{server.endpoint}/s"):
+            async with open_state(refused) as store:
+                with pytest.raises(StateUnavailable):
+                    await store.get("a", timeout_seconds=1)
 
 
 async def test_a_name_is_resolved(shared_server: EtcdServer) -> None:
