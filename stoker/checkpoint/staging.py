@@ -56,25 +56,29 @@ class StagedFolder:
             AlreadyExists: Something is at the destination and may not be replaced.
         """
         os.fsync(self._lock)
-        with (
-            StagedFolder(self._destination)
-            if replace and self._destination.exists()
-            else (contextlib.nullcontext()) as old
-        ):
-            if old is not None:
-                self._destination.rename(old.path / "old")
-            try:
-                self.path.rename(self._destination)
-            except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+        if replace and os.path.lexists(self._destination):
+            with StagedFolder(self._destination) as old:
+                self._destination.rename(old.path / "replaced")
+                try:
+                    self._appear()
+                except BaseException:
+                    (old.path / "replaced").rename(self._destination)
                     raise
-                raise AlreadyExists(
-                    f"{self._destination} appeared while it was being written by this conversion too; "
-                    "nothing was changed."
-                ) from error
+        else:
+            self._appear()
+        _sync_folder(self._destination.parent)
+
+    def _appear(self) -> None:
+        try:
+            self.path.rename(self._destination)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                raise
+            raise AlreadyExists(
+                f"{self._destination} appeared while it was being written; nothing was changed."
+            ) from error
         os.close(self._lock)
         self._lock = -1
-        _sync_folder(self._destination.parent)
 
 
 def remove_leftovers(destination: Path) -> None:
