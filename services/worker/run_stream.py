@@ -1,0 +1,127 @@
+"""All sessions of this worker on one stream: commands in, one message per engine step out.
+
+The engine's thread builds the message of a step and hands it to the event loop in one call. While the agent
+is slow to read, later steps join the message that waits; so what waits is bounded by the tokens that live
+sessions can still generate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+from services.worker import wire
+from services.worker.engine import Finished, Output
+from services.worker.engine_thread import EngineThread
+from stoker import log
+from stoker.errors import AlreadyExists, StokerError
+from stoker.ids import SessionId
+from stoker.v1.session_pb2 import GenerateRequest
+from stoker.v1.worker_pb2 import RunCommand, StepEvent
+
+
+class RunStream:
+    """Sessions of one engine, as the node agent sees them.
+
+    Args:
+        loop: Where `take`, `events` and `end` are called.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._owners: dict[SessionId, wire.Owner] = {}
+        self._current: dict[str, SessionId] = {}
+        self._numbers = itertools.count()
+        self._waiting = StepEvent()
+        self._news = asyncio.Event()
+        self._has_reader = False
+
+    # --- from the engine's thread ---
+
+    def on_outputs(self, outputs: list[Output]) -> None:
+        """Take a step's outputs; called in the engine's thread."""
+        step = wire.step_event(outputs, self._owners)
+        finished = [output.session_id for output in outputs if isinstance(output, Finished)]
+        self._loop.call_soon_threadsafe(self._add, step, finished)
+
+    def fail(self, error: StokerError) -> None:
+        """End every session with an error; called in the event loop."""
+        owners = list(self._owners.values())
+        self._owners.clear()
+        self._current.clear()
+        self._add(wire.errors_for(owners, error), [])
+
+    # --- in the event loop ---
+
+    def take(self, command: RunCommand, engine: EngineThread) -> None:
+        """Do what the agent wants; a refusal becomes the session's last event."""
+        match command.WhichOneof("command"):
+            case "submit":
+                self._submit(command.submit, engine)
+            case "cancel":
+                engine_id = self._current.get(command.cancel.session_id)
+                if engine_id is not None:
+                    self._release(engine_id)
+                    engine.cancel(engine_id)
+            case _:
+                log.get().warning("worker.command_unknown", command=str(command))
+
+    def _submit(self, request: GenerateRequest, engine: EngineThread) -> None:
+        owner = wire.Owner(session_id=request.session_id, epoch=request.epoch)
+        engine_id = SessionId(f"{request.session_id}/{request.epoch}/{next(self._numbers)}")
+        try:
+            if request.session_id in self._current:
+                raise AlreadyExists(f"session {request.session_id} runs here already: cancel it first")
+            wanted = wire.submit(request, engine_id)
+            self._owners[engine_id] = owner
+            self._current[request.session_id] = engine_id
+            engine.submit(wanted)
+        except StokerError as error:
+            if self._owners.get(engine_id) is owner:
+                self._release(engine_id)
+            self._add(wire.errors_for([owner], error), [])
+
+    async def events(self) -> AsyncIterator[StepEvent]:
+        """Yield what the engine brings, for ever; one reader at a time.
+
+        Raises:
+            AlreadyExists: There is a reader already.
+        """
+        if self._has_reader:
+            raise AlreadyExists("this worker's Run stream is taken")
+        self._has_reader = True
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                step, self._waiting = self._waiting, StepEvent()
+                yield step
+        finally:
+            self._has_reader = False
+
+    def cancel_all(self, engine: EngineThread) -> None:
+        """End every session: their reader has gone."""
+        for engine_id in list(self._owners):
+            self._release(engine_id)
+            engine.cancel(engine_id)
+
+    def is_flushed(self) -> bool:
+        """Tell whether nothing waits to be read."""
+        return not self._waiting.sessions
+
+    def _add(self, step: StepEvent, finished: list[SessionId]) -> None:
+        for engine_id in finished:
+            self._release(engine_id)
+        if not step.sessions:
+            return
+        if self._waiting.sessions:
+            self._waiting.sessions.MergeFrom(step.sessions)
+        else:
+            self._waiting = step
+        self._news.set()
+
+    def _release(self, engine_id: SessionId) -> None:
+        owner = self._owners.pop(engine_id, None)
+        if owner is not None and self._current.get(owner.session_id) == engine_id:
+            del self._current[owner.session_id]

@@ -1,0 +1,159 @@
+"""The worker's process: becomes warm, loads one model, runs its sessions, and speaks gRPC to its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from services.worker import wire
+from services.worker.engine_thread import EngineThread
+from services.worker.run_stream import RunStream
+from services.worker.settings import WorkerSettings
+from stoker import log
+from stoker.errors import InvalidRequest, ReplicaGone, StokerError
+from stoker.rpc import Server
+from stoker.v1.worker_pb2 import (
+    DescribeWorkerRequest,
+    LoadModelRequest,
+    LoadModelResponse,
+    RunCommand,
+    StepEvent,
+    WorkerDescription,
+)
+from stoker.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+FLUSH_SECONDS = 1.0
+"""How long the last errors of a failed engine may take to reach the agent."""
+
+
+class WorkerShell(WorkerServicer):
+    """One worker's parts and their lifecycle; see `stoker.serving.Service`."""
+
+    def __init__(self, settings: WorkerSettings, ended_within: asyncio.Event) -> None:
+        self._settings = settings
+        self._ended_within = ended_within
+        self._server = Server(["stoker.v1.Worker"])
+        add_WorkerServicer_to_server(self, self._server.grpc_server)
+        self._loop = asyncio.get_running_loop()
+        self._warm: asyncio.Task[list[str]] | None = None
+        self._stream = RunStream(self._loop)
+        self._engine: EngineThread | None = None
+        self._load_began = False
+
+    async def start(self) -> None:
+        """Listen at once; `DescribeWorker` answers when the imports are done."""
+        self._server.bind(f"unix:{self._settings.socket}")
+        await self._server.start()
+        self._warm = asyncio.create_task(asyncio.to_thread(self._warm_up), name="warm-up")
+        self._warm.add_done_callback(self._end_if_cold)
+
+    async def stop_serving(self) -> None:
+        """See `stoker.serving.Service`."""
+        await self._server.set_serving(serving=False)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """The node agent has drained the sessions; nothing is left to wait for."""
+
+    async def close(self) -> None:
+        """Stop listening; the process's end frees the rest."""
+        await self._server.stop()
+
+    # --- rpcs ---
+
+    async def DescribeWorker(  # noqa: N802 - the name of the rpc
+        self, request: DescribeWorkerRequest, context: Context
+    ) -> WorkerDescription:
+        """Say what this worker is, once it is warm."""
+        del request, context
+        return WorkerDescription(
+            worker_id=self._settings.worker_id,
+            pid=os.getpid(),
+            warm=True,
+            architectures=await self._until_warm(),
+            engine="transformers",
+        )
+
+    async def LoadModel(  # noqa: N802 - the name of the rpc
+        self, request: LoadModelRequest, context: Context
+    ) -> LoadModelResponse:
+        """Load the one model of this worker's life; a worker whose load failed is of no further use."""
+        del context
+        if self._load_began:
+            raise InvalidRequest(f"worker {self._settings.worker_id} has had its model: start another one")
+        self._load_began = True
+        await self._until_warm()
+        from services.worker.load import load_model  # noqa: PLC0415 - imports torch: only once it is warm
+
+        with log.bind(replica_id=request.replica_id, model=request.spec.name):
+            loaded = await asyncio.to_thread(load_model, request, self._settings)
+        self._engine = EngineThread(
+            loaded.engine, on_outputs=self._stream.on_outputs, on_failure=self._on_engine_failure
+        )
+        self._engine.start()
+        limits = loaded.engine.limits
+        return LoadModelResponse(
+            timings=loaded.timings,
+            max_context_tokens=limits.max_context_tokens,
+            kv_cache_tokens=limits.max_kv_tokens,
+            max_batch=limits.max_batch,
+        )
+
+    async def Run(  # noqa: N802 - the name of the rpc
+        self, request_iterator: AsyncIterator[RunCommand], context: Context
+    ) -> AsyncIterator[StepEvent]:
+        """Run sessions until the agent goes; then they are cancelled."""
+        del context
+        engine = self._engine
+        if engine is None:
+            raise ReplicaGone(f"worker {self._settings.worker_id} has no model yet")
+        async with asyncio.TaskGroup() as tasks:
+            commands = tasks.create_task(self._take_commands(request_iterator, engine))
+            try:
+                async for step in self._stream.events():
+                    yield step
+            finally:
+                commands.cancel()
+                self._stream.cancel_all(engine)
+
+    async def _take_commands(self, commands: AsyncIterator[RunCommand], engine: EngineThread) -> None:
+        async for command in commands:
+            self._stream.take(command, engine)
+
+    # --- life ---
+
+    def _warm_up(self) -> list[str]:
+        """Import what a load needs; returns the architectures. Runs in a thread."""
+        import torch  # noqa: PLC0415 - seconds of imports, while the loop answers already
+
+        if self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        from services.worker import load  # noqa: F401, PLC0415 - a load must not import anything
+        from services.worker.model_loading import supported_architectures  # noqa: PLC0415
+
+        return sorted(supported_architectures())
+
+    async def _until_warm(self) -> list[str]:
+        if self._warm is None:
+            raise AssertionError("no call comes before start")
+        return await asyncio.shield(self._warm)
+
+    def _end_if_cold(self, warm: asyncio.Task[list[str]]) -> None:
+        if not warm.cancelled() and (error := warm.exception()) is not None:
+            log.get().error("worker.warm_up_failed", exc_info=error)
+            self._ended_within.set()
+
+    def _on_engine_failure(self, cause: BaseException) -> None:
+        """Called in the engine's thread, which is its last act."""
+        log.get().error("engine.failed", exc_info=cause)
+        self._loop.call_soon_threadsafe(self._fail_sessions, wire.engine_failed(cause))
+
+    def _fail_sessions(self, error: StokerError) -> None:
+        self._stream.fail(error)
+        self._loop.call_later(FLUSH_SECONDS, self._ended_within.set)
