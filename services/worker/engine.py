@@ -234,24 +234,24 @@ class EngineLimits:
     agree on it for bit-equal prefills."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """What an engine is doing now."""
+    """What an engine is doing now, and what it has done since its start."""
 
-    running: int
-    waiting: int
-    kv_tokens: int
+    running: int = 0
+    waiting: int = 0
+    kv_tokens: int = 0
     """KV tokens allocated."""
-    max_kv_tokens: int
-    preempted_count: int
-    """Sessions set back to the queue because KV tokens ran out, since the start."""
-    prefill_token_count: int
-    """Prompt and re-prefilled tokens processed since the start."""
-    replay_token_count: int
-    """Tokens replayed through the decode path since the start."""
-    decode_token_count: int
-    """Tokens generated since the start."""
-    step_count: int
+    max_kv_tokens: int = 0
+    preempted_count: int = 0
+    """Sessions set back to the queue because KV tokens ran out."""
+    prefill_token_count: int = 0
+    """Prompt and re-prefilled tokens processed."""
+    replay_token_count: int = 0
+    """Tokens replayed through the decode path."""
+    decode_token_count: int = 0
+    """Tokens generated."""
+    step_count: int = 0
 
 
 class Engine(Protocol):

@@ -1,0 +1,216 @@
+"""The attention function we give to transformers' models: it keeps KV per session, outside the model.
+
+Theory of operation. Models run without a transformers cache on one packed row of tokens, [1, T]. Each
+attention layer calls `attend`, which finds in the active `ForwardPlan` what the T rows are: one chunk of one
+session's prompt (`PrefillPlan`), or single tokens of several sessions (`DecodePlan`). It stores the new keys
+and values and attends session by session, so the arithmetic of a row never sees its neighbours.
+
+Shapes: B batch (always 1), H query heads, K kv heads, G query heads of a kv head, T rows of this pass,
+S tokens of a session, D head dim.
+"""
+
+# ruff: noqa: N803, N806 - tensors carry shape suffixes
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stoker.errors import CheckpointInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from services.worker.kv_store import SessionKv
+
+ATTENTION_NAME = "stoker"
+"""What a config's `_attn_implementation` must say for its model to call `attend`."""
+
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "block_indices")
+"""Arguments that change the result and that `attend` doesn't know."""
+
+
+class ForwardPlan(Protocol):
+    """What the rows of one forward pass are."""
+
+    group_rows: int
+    """How many rows each matrix product gets; 0: all at once."""
+
+    def attend(
+        self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        """Store keys and values, return the attention's output as [B, T, H, D]."""
+        ...
+
+
+class Attention:
+    """One layer's variant of attention."""
+
+    __slots__ = ("scale", "softcap", "window")
+
+    def __init__(self, scale: float | None, window: int | None, softcap: float | None) -> None:
+        self.scale = scale
+        self.window = window
+        self.softcap = softcap
+
+    def over(
+        self,
+        q_HTD: torch.Tensor,
+        k_KSD: torch.Tensor,
+        v_KSD: torch.Tensor,
+        mask_TS: torch.Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        """Return [H, T, D]."""
+        if self.softcap is not None:
+            return self._softcapped(q_HTD, k_KSD, v_KSD, mask_TS, is_causal=is_causal, cap=self.softcap)
+        return scaled_dot_product_attention(
+            q_HTD[None],
+            k_KSD[None],
+            v_KSD[None],
+            attn_mask=mask_TS,
+            is_causal=is_causal,
+            scale=self.scale,
+            enable_gqa=q_HTD.shape[0] != k_KSD.shape[0],
+        )[0]
+
+    def _softcapped(  # noqa: PLR0913 - as `over`
+        self,
+        q_HTD: torch.Tensor,
+        k_KSD: torch.Tensor,
+        v_KSD: torch.Tensor,
+        mask_TS: torch.Tensor | None,
+        *,
+        is_causal: bool,
+        cap: float,
+    ) -> torch.Tensor:
+        """Attend with scores bounded by cap * tanh(score / cap), as Gemma 2 does."""
+        repeats = q_HTD.shape[0] // k_KSD.shape[0]
+        k_HSD, v_HSD = k_KSD.repeat_interleave(repeats, 0), v_KSD.repeat_interleave(repeats, 0)
+        scale = q_HTD.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = torch.tanh((q_HTD @ k_HSD.transpose(1, 2)) * scale / cap) * cap
+        if is_causal:
+            mask_TS = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask_TS is not None:
+            scores = scores.masked_fill(~mask_TS, float("-inf"))
+        return scores.softmax(-1, dtype=torch.float32).to(q_HTD.dtype) @ v_HSD
+
+
+class PrefillPlan:
+    """T consecutive tokens of one session, from token `start` on."""
+
+    __slots__ = ("group_rows", "kv", "start")
+
+    def __init__(self, kv: SessionKv, start: int) -> None:
+        self.kv = kv
+        self.start = start
+        self.group_rows = 0
+
+    def attend(
+        self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        """See `ForwardPlan`."""
+        k_KSD, v_KSD = self.kv.write(layer, self.start, k_BKTD[0], v_BKTD[0])
+        rows, tokens = q_BHTD.shape[2], k_KSD.shape[1]
+        is_plain = self.start == 0 and (how.window is None or tokens <= how.window)
+        mask_TS = None if is_plain else _causal_mask(self.start, rows, tokens, how.window, q_BHTD.device)
+        out_HTD = how.over(q_BHTD[0], k_KSD, v_KSD, mask_TS, is_causal=is_plain)
+        return out_HTD.transpose(0, 1)[None]
+
+
+class DecodePlan:
+    """One token of some session per row; rows beyond `rows` are padding.
+
+    Args:
+        rows: For each row its session's KV and the token's index in the session. Rows of one session are
+            consecutive and ascending.
+        group_rows: See `ForwardPlan`.
+    """
+
+    __slots__ = ("group_rows", "rows")
+
+    def __init__(self, rows: Sequence[tuple[SessionKv, int]], group_rows: int) -> None:
+        self.rows = rows
+        self.group_rows = group_rows
+
+    def attend(
+        self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        """See `ForwardPlan`."""
+        heads, kv_heads = q_BHTD.shape[1], k_BKTD.shape[1]
+        out_THD = q_BHTD.new_zeros((q_BHTD.shape[2], heads, v_BKTD.shape[-1]))
+        for row, (kv, index) in enumerate(self.rows):
+            k_KSD, v_KSD = kv.write(layer, index, k_BKTD[0, :, row : row + 1], v_BKTD[0, :, row : row + 1])
+            if how.window is not None and index >= how.window:
+                k_KSD, v_KSD = k_KSD[:, index + 1 - how.window :], v_KSD[:, index + 1 - how.window :]
+            # The query heads of one kv head become its query rows: no copies of keys, and no mask needed.
+            q_KGD = q_BHTD[0, :, row].reshape(kv_heads, heads // kv_heads, -1)
+            out_THD[row] = how.over(q_KGD, k_KSD, v_KSD, None, is_causal=False).reshape(heads, -1)
+        return out_THD[None]
+
+
+def _causal_mask(
+    start: int, rows: int, tokens: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Return a boolean [T, S]: row t is token start + t, which sees itself and its window's past."""
+    query_T1 = torch.arange(start, start + rows, device=device)[:, None]
+    key_1S = torch.arange(tokens, device=device)[None]
+    mask_TS = key_1S <= query_T1
+    return mask_TS if window is None else mask_TS & (key_1S > query_T1 - window)
+
+
+class _Active(threading.local):
+    plan: ForwardPlan | None = None
+
+
+_ACTIVE = _Active()
+
+
+def active_plan() -> ForwardPlan | None:
+    """Return the plan of the forward pass that this thread is in."""
+    return _ACTIVE.plan
+
+
+@contextmanager
+def planned(plan: ForwardPlan) -> Iterator[None]:
+    """Make `plan` the one that this thread's forward pass follows."""
+    _ACTIVE.plan = plan
+    try:
+        yield
+    finally:
+        _ACTIVE.plan = None
+
+
+def attend(  # noqa: PLR0913, PLR0917 - transformers' signature
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - the plan knows the mask
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' `AttentionInterface` asks for it; q, k, v are [B, H or K, T, D]."""
+    plan = _ACTIVE.plan
+    if plan is None:
+        raise RuntimeError("the model ran outside of an engine's forward pass; run it through the engine")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise CheckpointInvalid(
+                f"{type(module).__name__} uses attention with `{name}`, which this engine doesn't support"
+            )
+    how = Attention(scaling, sliding_window, softcap)
+    return plan.attend(int(module.layer_idx), query, key, value, how), None  # type: ignore[arg-type]
+
+
+def register_attention() -> None:
+    """Make `attend` known to transformers under `ATTENTION_NAME`; it makes no mask for it. Idempotent."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)

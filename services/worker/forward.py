@@ -1,0 +1,143 @@
+"""Forward passes: token ids and KV stores in, rows of logits out.
+
+Every decode pass of a model has the same arithmetic per row, whatever the batch:
+
+- its matrix products take `group_rows` rows at a time (`row_linear`);
+- it has so few rows that torch runs everything else on one thread in one piece (its grain is 32768 elements),
+  because a piece's last elements go through scalar code, which rounds differently from vector code;
+- for the same reason padding rows stand at the end where a row isn't a multiple of the vector width.
+
+On CUDA a pass always has exactly `group_rows` rows, because reductions there are laid out by the shape.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
+from services.worker.row_linear import make_rows_uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from services.worker.attention import ForwardPlan
+    from services.worker.kv_store import SessionKv
+    from services.worker.sampling import Floats
+
+Row = TypeVar("Row")
+
+GRAIN_ELEMENTS = 32768
+"""at::internal::GRAIN_SIZE: below it, torch's CPU loops don't split."""
+VECTOR_ELEMENTS = 64
+"""Elements that torch's CPU loops take at once at most: two AVX-512 registers of bfloat16."""
+UNBOUNDED_CONTEXT = 1 << 30
+
+CUDA_GROUP_ROWS = 16
+CPU_GROUP_ROWS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+"""Measured on AVX-512 without bf16 units (benchmarks/engine_spike.py)."""
+
+
+class ModelRunner:
+    """Runs one model's forward passes."""
+
+    def __init__(self, model: nn.Module, group_rows: int | None) -> None:
+        config = model.config
+        if config._attn_implementation != ATTENTION_NAME:  # type: ignore[union-attr]  # noqa: SLF001 - its only name
+            raise ValueError(f"build the model with attn_implementation={ATTENTION_NAME!r}")
+        parameter = next(model.parameters())
+        self._model: nn.Module = model
+        self.device = parameter.device
+        self.vocab_size = int(config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+        self.max_context_tokens = _max_context_tokens(config)
+        default = CUDA_GROUP_ROWS if self.device.type == "cuda" else CPU_GROUP_ROWS.get(parameter.dtype, 4)
+        self._group_rows = group_rows or default
+        widths = _row_widths(model)
+        is_aligned = all(width % VECTOR_ELEMENTS == 0 for width in widths)
+        self._tail_rows = 0 if is_aligned else -(-VECTOR_ELEMENTS // min(widths))
+        if not make_rows_uniform(model):
+            self._rows_per_pass = 1
+            self._group_rows = 1
+            self._tail_rows = 0
+        elif self.device.type == "cuda":
+            self._rows_per_pass = self._group_rows
+        else:
+            fitting = GRAIN_ELEMENTS // max(widths) - self._tail_rows
+            self._rows_per_pass = max(self._group_rows, fitting - fitting % self._group_rows)
+
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Cut a step's rows into passes."""
+        for start in range(0, len(rows), self._rows_per_pass):
+            yield rows[start : start + self._rows_per_pass]
+
+    def decode(self, rows: Sequence[tuple[SessionKv, int, int]], logits_of: Sequence[int]) -> list[Floats]:
+        """Feed one token per row: (its session's KV, its index in the session, its id).
+
+        Args:
+            rows: At most one pass's worth; KV room for each must have been reserved.
+            logits_of: The rows whose logits are wanted.
+
+        Returns:
+            One row of float32 logits, on the CPU, for each of `logits_of`.
+        """
+        count = len(rows) + self._tail_rows
+        padded = max(count, self._group_rows) if self.device.type == "cuda" else count
+        padding = [0] * (padded - len(rows))
+        plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
+        tokens = [token for _, _, token in rows] + padding
+        positions = [index for _, index, _ in rows] + padding
+        return self._run(plan, tokens, positions, logits_of)
+
+    def prefill(
+        self, kv: SessionKv, start: int, tokens: Sequence[int], *, needs_logits: bool
+    ) -> Floats | None:
+        """Feed consecutive tokens of one session; return the last one's logits if they are wanted."""
+        positions = range(start, start + len(tokens))
+        wanted = [len(tokens) - 1] if needs_logits else []
+        logits = self._run(PrefillPlan(kv, start), tokens, positions, wanted)
+        return logits[0] if needs_logits else None
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = nn.Module()
+
+    def _run(
+        self, plan: ForwardPlan, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
+    ) -> list[Floats]:
+        input_ids = torch.tensor([tokens], device=self.device)
+        position_ids = torch.tensor([positions], device=self.device)
+        with planned(plan):
+            if not wanted:
+                self._model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)  # type: ignore[operator]
+                return []
+            out = self._model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=torch.tensor(list(wanted), device=self.device),
+            )
+        rows: np.ndarray = out.logits[0].float().cpu().numpy()
+        return list(rows)
+
+
+def _max_context_tokens(config: object) -> int:
+    text = config.get_text_config()  # type: ignore[attr-defined]
+    return int(getattr(text, "max_position_embeddings", None) or UNBOUNDED_CONTEXT)
+
+
+def _row_widths(model: nn.Module) -> set[int]:
+    """Return how many elements of a row the model's element-wise operations may take."""
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    heads = int(text.num_attention_heads)
+    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    widths = {head_width, int(text.hidden_size)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features != text.vocab_size:
+            widths.add(module.out_features)
+        elif isinstance(module, Conv1D):
+            widths.add(int(module.nf))
+    return widths

@@ -1,0 +1,80 @@
+"""Matrix products whose result for a row does not depend on how many rows there are.
+
+The bits of `x @ W` depend on the number of rows of `x`: libraries choose another kernel, with another order
+of summation, for 1, 2, 3 … rows. So in a decode step every product is made on exactly `group_rows` rows at a
+time, padded with zeros, whatever the batch. That costs little or nothing: MKL on AVX-512 works through 3 rows
+at a time anyway (docs/decisions/0002-engine.md has the numbers).
+
+Inputs are flattened to two dimensions, in prefill too: for bfloat16 on the CPU torch takes a path that is 5
+to 20 times slower when `linear` gets three.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad
+from transformers.pytorch_utils import Conv1D
+
+from services.worker.attention import active_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class RowLinear(nn.Linear):
+    """`nn.Linear`, made of products of equal shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T + bias."""
+        return _by_groups(x, self.out_features, lambda rows: linear(rows, self.weight, self.bias))
+
+
+class RowConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
+    """transformers' `Conv1D` (GPT-2's linear layer), made of products of equal shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight + bias."""
+        return _by_groups(x, self.nf, lambda rows: torch.addmm(self.bias, rows, self.weight))
+
+
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear, Conv1D: RowConv1D}
+_ROW_LOCAL = (nn.Linear, Conv1D, nn.Embedding)
+
+
+def make_rows_uniform(model: nn.Module) -> bool:
+    """Replace the model's linear layers in place.
+
+    Returns:
+        True if no other module owns a matrix, so that a forward pass of several sessions' rows gives each row
+        its own bits. False otherwise (mixtures of experts): rows must then go through the model one by one.
+    """
+    uniform = True
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(type(module))
+        if replacement is not None:
+            module.__class__ = replacement
+        elif not isinstance(module, _ROW_LOCAL):
+            uniform = uniform and all(
+                parameter is None or parameter.ndim < 2  # noqa: PLR2004 - a matrix
+                for parameter in module._parameters.values()  # noqa: SLF001 - the own ones, without a walk
+            )
+    return uniform
+
+
+def _by_groups(
+    x: torch.Tensor, out_features: int, product: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    plan = active_plan()
+    rows = x.reshape(-1, x.shape[-1])
+    group, count = (plan.group_rows if plan is not None else 0), rows.shape[0]
+    if group in {0, count}:
+        out = product(rows)
+    elif count < group:
+        out = product(pad(rows, (0, 0, 0, group - count)))[:count]
+    else:
+        padded = rows if count % group == 0 else pad(rows, (0, 0, 0, group - count % group))
+        out = torch.cat([product(part) for part in torch.split(padded, group)])[:count]
+    return out.view(*x.shape[:-1], out_features)
