@@ -4,6 +4,8 @@ A backend's test module derives from `StateSuite` and provides two fixtures: `op
 same state each time it is called, and `time`, which lets its leases' time pass.
 """
 
+# ruff: noqa: D102 - a test's name is its claim
+
 from __future__ import annotations
 
 import asyncio
@@ -18,6 +20,7 @@ from stoker.state import (
     NO_LEASE,
     Changes,
     Committed,
+    Compare,
     Conflict,
     CreateRevisionIs,
     Delete,
@@ -167,7 +170,7 @@ class StateSuite:
         async with open_store() as store:
             created = await put(store, "a", b"1")
             written = await put(store, "a", b"2")
-            expected = {
+            expected: dict[Compare, bool] = {
                 ModRevisionIs(key="a", revision=written): True,
                 ModRevisionIs(key="a", revision=created): False,
                 CreateRevisionIs(key="a", revision=created): True,

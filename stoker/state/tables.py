@@ -8,7 +8,7 @@ WAL mode with `synchronous=FULL`: once `transact` returns, the write survives a 
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -89,18 +89,10 @@ class Tables:
 
     def __init__(self, path: str, *, keep_revisions: int = DEFAULT_KEEP_REVISIONS) -> None:
         self._keep_revisions = keep_revisions
-        try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._create_if_empty(path)
-            self.revision = self._counter("revision")
-            self._compacted = self._counter("compacted")
-        except sqlite3.Error as error:
-            raise ConfigError(
-                f"{path} cannot be opened as a state file ({error}): restore it from a backup, or start "
-                "with an empty data folder"
-            ) from error
+        with ExitStack() as undo:
+            self._db = undo.enter_context(closing(_connect(path)))
+            self._open(path)
+            undo.pop_all()
 
     def close(self) -> None:
         """Close the file; everything committed is on disk already."""
@@ -182,6 +174,16 @@ class Tables:
         with self._transaction():
             self._forget(revision)
 
+    def _open(self, path: str) -> None:
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._create_if_empty(path)
+            self.revision = self._counter("revision")
+            self._compacted = self._counter("compacted")
+        except sqlite3.Error as error:
+            raise _unusable(path, error) from error
+
     def _create_if_empty(self, path: str) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
@@ -259,6 +261,20 @@ class Tables:
         self._db.execute("DELETE FROM history WHERE revision <= ?", (revision,))
         self._db.execute("UPDATE counters SET value = ? WHERE name = 'compacted'", (revision,))
         self._compacted = revision
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(path, isolation_level=None)
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: sqlite3.Error) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be opened as a state file ({error}): restore it from a backup, or start with an empty "
+        "data folder"
+    )
 
 
 def _versioned(row: tuple[bytes, bytes, int, int, int]) -> Versioned:

@@ -12,11 +12,12 @@ import pytest
 
 from stoker.clock import ManualClock
 from stoker.errors import ConfigError
-from stoker.state import Changes, LeaseLost, Resync, StateStore, open_state
+from stoker.state import Changes, LeaseLost, Resync, StateStore, WatchEvent, open_state
 from stoker.state.embedded import open_embedded
 from tests.state_suite import TTL_SECONDS, StateSuite, existing, flat, following, put
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from tests.state_suite import OpenStore
@@ -139,7 +140,7 @@ async def test_a_call_that_is_cancelled_leaves_the_state_usable_and_watches_info
         assert (await existing(store, "a")).value == b"end"
 
 
-async def until(events, revision):
+async def until(events: AsyncGenerator[WatchEvent, None], revision: int) -> AsyncGenerator[WatchEvent, None]:
     """Yield the events of a watch up to a revision."""
     async for event in events:
         yield event
