@@ -130,9 +130,7 @@ class Session:
         if ends == session_pb2.FINISH_REASON_UNSPECIFIED:
             return self._delta(pieces)
         if ends not in (session_pb2.FINISH_REASON_STOP, session_pb2.FINISH_REASON_LENGTH):
-            raise StokerError(
-                f"session {self.session_id} was cancelled by its worker; send the request again"
-            )
+            raise StokerError(f"the worker cancelled session {self.session_id}; send the request again")
         pieces.append(self._filter(self._detokenizer.flush()))
         if self._stops.matched is None:
             pieces.append(self._stops.flush())

@@ -28,7 +28,7 @@ class GatewaySettings(ServiceSettings):
     grpc_address: str = "127.0.0.1:8001"
     """`host:port` of gRPC `stoker.v1.Inference`; port 0 = any free one."""
 
-    controllers: Annotated[list[str], Field(min_length=1)] = ["127.0.0.1:7070"]
+    controllers: Annotated[tuple[str, ...], Field(min_length=1)] = ("127.0.0.1:7070",)
     """`host:port` of the controllers; the first that answers is used."""
 
     cache_dir: Path = Path("~/.cache/stoker/gateway")
@@ -61,5 +61,5 @@ class GatewaySettings(ServiceSettings):
     kept_traces: Annotated[int, Field(ge=1)] = 1024
     """Requests remembered for `/api/v1/requests/{id}`."""
 
-    api_keys: list[str] = []
+    api_keys: tuple[str, ...] = ()
     """When not empty: every request needs one of them as `Authorization: Bearer`."""

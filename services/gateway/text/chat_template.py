@@ -134,7 +134,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[loopcontrols, _GenerationBlocks],
-        autoescape=False,  # noqa: S701 - the output is a model's prompt, not HTML
+        autoescape=False,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

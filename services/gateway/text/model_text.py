@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -111,7 +111,7 @@ class ModelText:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of all these tokens at once, special ones left out."""
-        return cast("str", self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def detokenizer(self) -> Detokenizer:
         """Return a fresh detokenizer, for one session."""

@@ -14,7 +14,7 @@ _SPACE_MARK = "\u2581"
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Return GPT-2's table character → byte: printable bytes stand for themselves, the rest from U+0100 on."""
+    """Return GPT-2's table character → byte: printable ones are themselves, the rest follow U+0100."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in kept}
     others = (byte for byte in range(256) if byte not in set(kept))

@@ -1,0 +1,135 @@
+"""The gateway's parts, put together, and their lifecycle."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+from services.gateway.agents import Agents
+from services.gateway.controllers import Controllers
+from services.gateway.grpc_api import SERVICE_NAME, Inference
+from services.gateway.placement import Placement
+from services.gateway.rest.admin import admin_router
+from services.gateway.rest.app import build_app
+from services.gateway.rest.edge import Edge
+from services.gateway.rest.inference import inference_router
+from services.gateway.rest.models import models_router
+from services.gateway.rest.server import HttpServer
+from services.gateway.rest.status import status_router
+from services.gateway.route_watch import RouteWatch
+from services.gateway.routes import ModelRoute
+from services.gateway.runner import Runner
+from services.gateway.settings import GatewaySettings
+from services.gateway.small_files import ModelTexts
+from services.gateway.trace import Traces
+from stoker import log, rpc
+from stoker.clock import SystemClock
+from stoker.ids import new_id
+from stoker.state.background import Background, background
+from stoker.v1 import inference_pb2_grpc
+
+TEXT_THREADS = 2
+
+
+class GatewayService:
+    """See `stoker.serving.Service`."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._stack = AsyncExitStack()
+        self._draining = False
+        self._tasks: Background
+        self._watch: RouteWatch
+        self._runner: Runner
+        self._texts: ModelTexts
+        self._http: HttpServer | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._grpc: rpc.Server
+
+    async def start(self) -> None:
+        """Bind both ports, follow the routes, serve."""
+        settings, clock = self._settings, SystemClock()
+        executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="gateway-text")
+        self._stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+        self._tasks = await self._stack.enter_async_context(background())
+        controllers = Controllers(settings.controllers)
+        self._stack.push_async_callback(controllers.close)
+        agents = Agents()
+        self._stack.push_async_callback(agents.close)
+        self._texts = ModelTexts(
+            cache_dir=settings.cache_dir.expanduser(),
+            disk_bytes=settings.cache_disk_bytes,
+            models=settings.cache_models,
+            executor=executor,
+            start=self._tasks.start,
+        )
+        self._watch = RouteWatch(
+            controllers,
+            gateway_id=settings.gateway_id or new_id("gateway"),
+            clock=clock,
+            on_route=self._prefetch,
+        )
+        placement = Placement(
+            self._watch.table,
+            controllers,
+            clock=clock,
+            cold_timeout_seconds=settings.cold_timeout_seconds,
+            patience_seconds=settings.controller_patience_seconds,
+        )
+        traces = Traces(settings.kept_traces)
+        self._runner = Runner(
+            watch=self._watch,
+            placement=placement,
+            agents=agents,
+            texts=self._texts,
+            traces=traces,
+            executor=executor,
+            clock=clock,
+            timeout_seconds=settings.request_timeout_seconds,
+            max_attempts=settings.max_attempts,
+        )
+        app = build_app(
+            [
+                inference_router(self._runner, clock, settings.keepalive_seconds),
+                models_router(self._watch),
+                status_router(self._why_unready),
+                admin_router(controllers, self._watch, traces),
+            ]
+        )
+        edge = Edge(app, max_body_bytes=settings.max_body_bytes, api_keys=settings.api_keys)
+        self._http = HttpServer(edge, settings.address)
+        self._grpc = rpc.Server([SERVICE_NAME])
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            Inference(self._runner, self._watch), self._grpc.grpc_server
+        )
+        grpc_port = self._grpc.bind(settings.grpc_address)
+        await self._grpc.start()
+        self._stack.push_async_callback(self._grpc.stop)
+        self._tasks.start(self._watch.run(), name="routes")
+        self._http_task = self._tasks.start(self._http.run(), name="http")
+        log.get().info("gateway.listening", address=self._http.address, grpc_port=grpc_port)
+
+    async def stop_serving(self) -> None:
+        """Answer 503 to readiness probes and to new requests."""
+        self._draining = True
+        self._runner.refuse_new()
+        await self._grpc.set_serving(serving=False)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Let running requests end."""
+        await self._runner.drain(grace_seconds)
+
+    async def close(self) -> None:
+        """Stop listening, cancel what runs, give everything back."""
+        if self._http is not None:
+            await self._http.close(self._http_task)
+        await self._stack.aclose()
+
+    def _prefetch(self, route: ModelRoute) -> None:
+        self._texts.prefetch(route)
+
+    def _why_unready(self) -> str | None:
+        if self._draining:
+            return "draining"
+        return None if self._watch.table.synced else "no controller has told the routes yet"
