@@ -65,8 +65,8 @@ class Controller:
     async def _lead(self, leadership: Leadership) -> None:
         try:
             await leadership.run()
-        except StokerError as error:
-            log.get().error("controller.failed", error_code=error.code, message=error.message)
+        except Exception as error:
+            log.get().error("controller.failed", exc_info=error)
             self._ended.set()
             raise
 

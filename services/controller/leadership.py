@@ -72,8 +72,8 @@ class Leadership:
             while True:
                 try:
                     await self._lead()
-                except (Fenced, PeerError) as error:
-                    log.get().warning("term.lost", error_code=error.code, message=error.message)
+                except* (Fenced, PeerError) as errors:  # several tasks of one term may fail at once
+                    log.get().warning("term.lost", reasons=[str(error) for error in errors.exceptions])
                 await self._clock.sleep(RETRY_SECONDS)
 
     async def _lead(self) -> None:
