@@ -272,8 +272,8 @@ def _connect(path: str) -> sqlite3.Connection:
 
 def _unusable(path: str, error: sqlite3.Error) -> ConfigError:
     return ConfigError(
-        f"{path} cannot be opened as a state file ({error}): restore it from a backup, or start with an empty "
-        "data folder"
+        f"{path} cannot be opened as a state file ({error}): restore it from a backup, or start with "
+        "an empty data folder"
     )
 
 
