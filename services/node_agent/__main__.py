@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read at import; we only fork to exec workers
 
 from services.node_agent.service import NodeAgentService
 from services.node_agent.settings import NodeAgentSettings

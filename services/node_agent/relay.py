@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
 from stoker.rpc import translated
 from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
 from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
-from stoker.v1.worker_pb2_grpc import WorkerAsyncStub
+
+if TYPE_CHECKING:
+    from stoker.v1.worker_pb2_grpc import WorkerAsyncStub
 
 MAX_BUFFERED_EVENTS = 4096
 """Of one session, when its client reads more slowly than the worker generates."""

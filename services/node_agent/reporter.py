@@ -76,7 +76,7 @@ class Reporter:
 
     async def run(self, host: Host, store: StoreWatch) -> None:
         """Report for ever: finds the leader, and finds it again."""
-        turn, hint, retry_seconds = 0, "", FIRST_RETRY_SECONDS
+        turn, hint, said, retry_seconds = 0, "", "", FIRST_RETRY_SECONDS
         while True:
             address = hint or self._controllers[turn % len(self._controllers)]
             before = self._sequence
@@ -89,10 +89,11 @@ class Reporter:
                 hint, message = "", error.message
             if not hint:
                 turn += 1
-            retry_seconds = FIRST_RETRY_SECONDS if self._sequence > before + 1 else retry_seconds
-            log.get().warning(
-                "controller.lost", address=address, message=message, retry_seconds=retry_seconds
-            )
+            if self._sequence > before + 1:  # it had answered
+                said, retry_seconds = "", FIRST_RETRY_SECONDS
+            if message != said:  # once, not at every try
+                log.get().warning("controller.lost", address=address, message=message)
+                said = message
             await asyncio.sleep(retry_seconds)
             retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
 

@@ -114,8 +114,9 @@ class WorkerLink:
                     DescribeWorkerRequest(), timeout=self._options.spawn_timeout_seconds, wait_for_ready=True
                 )
         except StokerError as error:
-            log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=error.message)
-            await self.process.end()
+            if not await self._ends_by_itself():
+                log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=error.message)
+                await self.process.end()
             return
         self.start_seconds = time.monotonic() - self._began_seconds
         self._emit(WorkerWarm(worker_id=self.worker_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -42,7 +43,8 @@ class WorkerShell(WorkerServicer):
         self._server = Server(["stoker.v1.Worker"])
         add_WorkerServicer_to_server(self, self._server.grpc_server)
         self._loop = asyncio.get_running_loop()
-        self._warm: asyncio.Task[list[str]] | None = None
+        self._thread = ThreadPoolExecutor(1, "stoker-load")
+        self._warm: asyncio.Future[list[str]] | None = None
         self._stream = RunStream(self._loop)
         self._engine: EngineThread | None = None
         self._load_began = False
@@ -51,7 +53,7 @@ class WorkerShell(WorkerServicer):
         """Listen at once; `DescribeWorker` answers when the imports are done."""
         self._server.bind(f"unix:{self._settings.socket}")
         await self._server.start()
-        self._warm = asyncio.create_task(asyncio.to_thread(self._warm_up), name="warm-up")
+        self._warm = self._loop.run_in_executor(self._thread, self._warm_up)
         self._warm.add_done_callback(self._end_if_cold)
 
     async def stop_serving(self) -> None:
@@ -92,7 +94,7 @@ class WorkerShell(WorkerServicer):
         from services.worker.load import load_model  # noqa: PLC0415 - imports torch: only once it is warm
 
         with log.bind(replica_id=request.replica_id, model=request.spec.name):
-            loaded = await asyncio.to_thread(load_model, request, self._settings)
+            loaded = await self._loop.run_in_executor(self._thread, load_model, request, self._settings)
         self._engine = EngineThread(
             loaded.engine, on_outputs=self._stream.on_outputs, on_failure=self._on_engine_failure
         )
@@ -144,7 +146,7 @@ class WorkerShell(WorkerServicer):
             raise AssertionError("no call comes before start")
         return await asyncio.shield(self._warm)
 
-    def _end_if_cold(self, warm: asyncio.Task[list[str]]) -> None:
+    def _end_if_cold(self, warm: asyncio.Future[list[str]]) -> None:
         if not warm.cancelled() and (error := warm.exception()) is not None:
             log.get().error("worker.warm_up_failed", exc_info=error)
             self._ended_within.set()

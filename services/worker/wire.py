@@ -70,7 +70,7 @@ def sampling(wanted: session_pb2.Sampling) -> engine.Sampling:
 
 
 def step_event(outputs: Sequence[engine.Output], owners: Mapping[SessionId, Owner]) -> worker_pb2.StepEvent:
-    """Return one step's outputs as one message: one event per session; those without an owner are left out."""
+    """Return one step's outputs as one message: one event per session that has an owner."""
     step = worker_pb2.StepEvent()
     events: dict[SessionId, worker_pb2.SessionEvent] = {}
     for output in outputs:
