@@ -25,6 +25,7 @@ from services.controller.fold import (
     NodeForgotten,
     NodeReported,
     Released,
+    Releasing,
     Reserved,
     StopOrdered,
     StopRefused,
@@ -240,6 +241,7 @@ class Cluster:
                 self.apply(StopOrdered(replica_id=replica_id, now_seconds=now_seconds, for_model=for_model))
                 tasks.start(self._stop(action), name=f"stop-{replica_id}")
             case Release(replica_id=replica_id, reason=reason):
+                self.apply(Releasing(replica_id=replica_id))
                 tasks.start(self._release(replica_id, reason), name=f"release-{replica_id}")
 
     def _begin_start(self, start: Start, tasks: Background) -> None:
@@ -312,6 +314,7 @@ class Cluster:
                 policy=self._policy,
             )
             self.apply(failed)
+        self.apply(Releasing(replica_id=record.replica_id))
         await self._release(record.replica_id, "its order failed")
 
     async def _stop(self, stop: Stop) -> None:
