@@ -1,0 +1,69 @@
+"""gRPC `stoker.v1.Inference` of the real gateway."""
+
+from __future__ import annotations
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stoker import rpc
+from stoker.errors import InvalidRequest, ModelNotFound
+from stoker.v1 import inference_pb2, inference_pb2_grpc, session_pb2
+from tests.integration.gateway.fake_cluster import FakeCluster
+from tests.integration.gateway.gateway_process import GatewayProcess
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HI = inference_pb2.ChatMessage(role="user", content="hi")
+
+
+async def ask(gateway: GatewayProcess, request: inference_pb2.ChatRequest) -> list[inference_pb2.TextEvent]:
+    async with rpc.connect(gateway.grpc_address) as channel:
+        with rpc.translated("gateway"):
+            call = inference_pb2_grpc.InferenceStub(channel).Chat(request, timeout=30)
+            return [event async for event in call]
+
+
+async def test_a_conversation_streams_text_and_ends_with_its_usage(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    events = await ask(gateway, inference_pb2.ChatRequest(model="tiny", messages=[HI]))
+
+    assert "".join(event.text for event in events) == "Hello!"
+    assert events[-1].finish_reason == session_pb2.FINISH_REASON_STOP
+    assert events[-1].usage.completion_tokens == 7
+    assert len({event.request_id for event in events}) == 1
+
+
+async def test_a_text_is_continued_with_log_probabilities(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    request = inference_pb2.CompleteRequest(
+        model="tiny", prompt="x", sampling=inference_pb2.TextSampling(top_logprobs=1, max_tokens=2)
+    )
+    async with rpc.connect(gateway.grpc_address) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Complete(request, timeout=30)
+        events = [event async for event in call]
+
+    assert b"".join(token.raw for event in events for token in event.tokens) == b"He"
+    assert events[-1].finish_reason == session_pb2.FINISH_REASON_LENGTH
+
+
+async def test_errors_keep_their_class(cluster: FakeCluster, gateway: GatewayProcess) -> None:
+    with pytest.raises(ModelNotFound):
+        await ask(gateway, inference_pb2.ChatRequest(model="nobody", messages=[HI]))
+    with pytest.raises(InvalidRequest, match="temperature"):
+        sampling = inference_pb2.TextSampling(temperature=9)
+        await ask(gateway, inference_pb2.ChatRequest(model="tiny", messages=[HI], sampling=sampling))
+
+
+async def test_models_are_listed_and_health_is_served(cluster: FakeCluster, gateway: GatewayProcess) -> None:
+    async with rpc.connect(gateway.grpc_address) as channel:
+        names = await inference_pb2_grpc.InferenceStub(channel).ListDeployedModels(
+            inference_pb2.ListDeployedModelsRequest()
+        )
+        health = await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="stoker.v1.Inference")
+        )
+
+    assert "tiny" in names.names
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
