@@ -106,6 +106,14 @@ class AlreadyExists(CallerError):
     http_status = 409
 
 
+class InUse(CallerError):
+    """The thing is held by somebody and stays as it is: a leased or pinned checkpoint."""
+
+    code = "in_use"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 409
+
+
 class CheckpointInvalid(CallerError):
     """A checkpoint is missing files, truncated, hostile, or of an architecture no engine serves."""
 

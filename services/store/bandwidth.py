@@ -1,0 +1,83 @@
+"""How fast each tier is, learnt from what was moved. Pure.
+
+A tier is busy while at least one read from it runs; its rate is bytes over busy time, taken in samples of
+some size, because one chunk says little (several threads share the disk). The estimate is the median of the
+last samples: one hiccup of a noisy disk does not move it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from services.store.reading import ReadPart
+from stoker.units import MIB
+
+SAMPLE_BYTES = 64 * MIB
+WINDOW = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What one tier moved: bytes, and the seconds in which it was moving any."""
+
+    tier: str
+    byte_count: int
+    seconds: float
+
+
+def moved_by_tier(parts: Iterable[ReadPart]) -> tuple[Moved, ...]:
+    """Return bytes and busy seconds per tier; overlapping reads count their time once."""
+    by_tier: dict[str, list[ReadPart]] = {}
+    for part in parts:
+        by_tier.setdefault(part.tier, []).append(part)
+    return tuple(
+        Moved(tier=tier, byte_count=sum(part.byte_count for part in found), seconds=_busy_seconds(found))
+        for tier, found in sorted(by_tier.items())
+    )
+
+
+def _busy_seconds(parts: list[ReadPart]) -> float:
+    busy, until = 0.0, float("-inf")
+    for part in sorted(parts, key=lambda part: part.began_seconds):
+        busy += max(0.0, part.ended_seconds - max(until, part.began_seconds))
+        until = max(until, part.ended_seconds)
+    return busy
+
+
+class RunningRates:
+    """The learnt rate of each tier."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, list[ReadPart]] = {}
+        self._rates: dict[str, deque[float]] = {}
+
+    def add(self, parts: Iterable[ReadPart]) -> None:
+        """Learn from reads, of all loads together, as they end."""
+        for part in parts:
+            pending = self._pending.setdefault(part.tier, [])
+            pending.append(part)
+            if sum(each.byte_count for each in pending) >= SAMPLE_BYTES:
+                self._sample(part.tier)
+
+    def flush(self) -> None:
+        """Make a sample of what is pending, however small: a load ended and nothing else may come."""
+        for tier in list(self._pending):
+            if not self._rates.get(tier):
+                self._sample(tier)
+
+    def bytes_per_second(self, tier: str) -> float | None:
+        """Return the estimate; None when nothing was moved yet."""
+        rates = self._rates.get(tier)
+        return median(rates) if rates else None
+
+    def tiers(self) -> tuple[str, ...]:
+        """Return the tiers that have an estimate."""
+        return tuple(sorted(tier for tier, rates in self._rates.items() if rates))
+
+    def _sample(self, tier: str) -> None:
+        for moved in moved_by_tier(self._pending.pop(tier, ())):
+            if moved.seconds > 0:
+                self._rates.setdefault(tier, deque(maxlen=WINDOW)).append(moved.byte_count / moved.seconds)

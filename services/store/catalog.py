@@ -1,0 +1,204 @@
+"""What the store knows of checkpoints on this host: opened once, believed while their files stay the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from services.store.reading import FileSignature
+from stoker.checkpoint.attention_facts import read_attention_facts
+from stoker.checkpoint.dtypes import TORCH_NAMES
+from stoker.checkpoint.execution_order import execution_order
+from stoker.checkpoint.folder import read_bounded, resolve_file, resolve_folder
+from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
+from stoker.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, SHARD_INDEX_NAME
+from stoker.checkpoint.manifest import TensorRecord
+from stoker.checkpoint.model_facts import MAX_CONFIG_BYTES
+from stoker.errors import CheckpointInvalid, InvalidRequest
+from stoker.units import MIB
+from stoker.v1 import model_pb2
+
+MAX_ENTRIES = 1024
+_MAX_ATTACHED_FILE_BYTES = 8 * MIB
+_ATTACHED_FILES = (CONFIG_NAME, "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A checkpoint on this host, its headers read.
+
+    Attributes:
+        index: Files and tensors.
+        info: What is told about it.
+        tensors: In execution order.
+        signatures: Of the weights files, by name, when their headers were read.
+        attached_files: Content of the configs that go with every attach.
+        folder_signature: Changes when anything that the index was made from does.
+    """
+
+    index: CheckpointIndex
+    info: model_pb2.CheckpointInfo
+    tensors: tuple[TensorRecord, ...]
+    signatures: dict[str, FileSignature]
+    attached_files: dict[str, bytes]
+    folder_signature: tuple[FileSignature | None, ...]
+
+
+class Catalog:
+    """Opens checkpoints off the event loop and remembers the last `MAX_ENTRIES`."""
+
+    def __init__(self, *, allowed_roots: tuple[Path, ...]) -> None:
+        """Args: allowed_roots: folders that checkpoints may lie under; none = anywhere."""
+        self._roots = tuple(root.resolve() for root in allowed_roots)
+        self._entries: OrderedDict[Path, CatalogEntry] = OrderedDict()
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="catalog")
+
+    async def open(self, uri: str, *, revision: str = "") -> CatalogEntry:
+        """Return the checkpoint at `uri`; a known one costs a stat per file.
+
+        Args:
+            uri: An absolute path or `file://`.
+            revision: Refuse anything else; empty = whatever is there.
+
+        Raises:
+            InvalidRequest: The uri is of no kind that is supported, or outside the allowed folders.
+            NotFound: There is no such folder.
+            CheckpointInvalid: It cannot be served, or its revision is another.
+        """
+        entry = await asyncio.get_running_loop().run_in_executor(self._threads, self._open, uri)
+        self._remember(entry)
+        if revision and revision != entry.index.revision:
+            raise CheckpointInvalid(
+                f"{uri} is at revision {entry.index.revision}, asked for was {revision}: its files were "
+                "changed; deploy the model again"
+            )
+        return entry
+
+    async def folder(self, uri: str) -> Path:
+        """Return the resolved folder that `uri` names, without opening the checkpoint.
+
+        Raises:
+            InvalidRequest: As `open`.
+            NotFound: As `open`.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._folder, uri)
+
+    def entries(self) -> list[CatalogEntry]:
+        """Return what is known, least recently used first."""
+        return list(self._entries.values())
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self, uri: str) -> CatalogEntry:
+        folder = self._folder(uri)
+        known = self._entries.get(folder)
+        if known is not None and known.folder_signature == _folder_signature(known.index):
+            return known
+        return _read_entry(folder)
+
+    def _remember(self, entry: CatalogEntry) -> None:
+        self._entries[entry.index.path] = entry
+        self._entries.move_to_end(entry.index.path)
+        while len(self._entries) > MAX_ENTRIES:
+            self._entries.popitem(last=False)
+
+    def _folder(self, uri: str) -> Path:
+        folder = resolve_folder(local_path(uri))
+        if self._roots and not any(folder.is_relative_to(root) for root in self._roots):
+            raise InvalidRequest(
+                f"{uri} lies outside of the folders that this store serves: "
+                f"{', '.join(map(str, self._roots))}; see STOKER_STORE_ALLOWED_ROOTS"
+            )
+        return folder
+
+
+def local_path(uri: str) -> Path:
+    """Return the absolute path that `uri` names; pure.
+
+    Raises:
+        InvalidRequest: It is neither an absolute path nor `file://`.
+    """
+    supported = "supported are absolute paths and file:// of a folder that this host can see"
+    if "\0" in uri or len(uri) > os.pathconf("/", "PC_PATH_MAX"):
+        raise InvalidRequest(f"{uri[:200]!r} is no path; {supported}", param="checkpoint_uri")
+    if uri.startswith("/"):
+        return Path(uri)
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path.startswith("/"):
+        return Path(unquote(parts.path))
+    what = f"the scheme {parts.scheme}://" if "://" in uri else "a relative path"
+    raise InvalidRequest(f"{uri!r} names {what}; {supported}", param="checkpoint_uri")
+
+
+def _read_entry(folder: Path) -> CatalogEntry:
+    index = open_checkpoint(folder)
+    before = _folder_signature(index)
+    configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}
+    return CatalogEntry(
+        index=index,
+        info=_info(index, configs.get(CONFIG_NAME, b"{}")),
+        tensors=_in_execution_order(index),
+        signatures={file.name: _signature_of_file(file.path, file.size_bytes) for file in index.files},
+        attached_files=configs,
+        folder_signature=before,
+    )
+
+
+def _read_config(folder: Path, name: str) -> bytes:
+    path = resolve_file(folder, name)
+    if path is None:
+        raise CheckpointInvalid(f"{folder / name} vanished while the checkpoint was opened; try again")
+    limit = MAX_CONFIG_BYTES if name == CONFIG_NAME else _MAX_ATTACHED_FILE_BYTES
+    return read_bounded(path, limit_bytes=limit)
+
+
+def _signature_of_file(path: Path, size_bytes: int) -> FileSignature:
+    signature = _signature(path)
+    if signature is None or signature.size_bytes != size_bytes:
+        raise CheckpointInvalid(f"{path} changed while its header was read; try again when it is complete")
+    return signature
+
+
+def _folder_signature(index: CheckpointIndex) -> tuple[FileSignature | None, ...]:
+    names = (".", MANIFEST_NAME, SHARD_INDEX_NAME, *index.small_files)
+    return tuple(
+        [_signature(index.path / name) for name in names] + [_signature(file.path) for file in index.files]
+    )
+
+
+def _signature(path: Path) -> FileSignature | None:
+    try:
+        return FileSignature.of(path.stat())
+    except OSError:
+        return None
+
+
+def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInfo:
+    attention = read_attention_facts(config_text, where=str(index.path / CONFIG_NAME))
+    layers = 1 + max((tensor.layer for tensor in index.tensors if tensor.layer is not None), default=-1)
+    dtype = index.dtype or ""
+    return model_pb2.CheckpointInfo(
+        uri=str(index.path),
+        revision=index.revision,
+        layout=index.layout,
+        weight_bytes=index.tensor_bytes,
+        file_bytes=index.weight_bytes,
+        architecture=index.facts.architecture or "",
+        dtype=TORCH_NAMES.get(dtype, dtype.lower()),
+        context_tokens=min(index.facts.context_length or 0, 2**32 - 1),
+        vocabulary_tokens=min(index.facts.vocab_size or 0, 2**32 - 1),
+        layers=attention.layers or layers,
+        kv_bytes_per_token=attention.kv_bytes_per_token(dtype),
+    )
+
+
+def _in_execution_order(index: CheckpointIndex) -> tuple[TensorRecord, ...]:
+    by_name = {tensor.name: tensor for tensor in index.tensors}
+    return tuple(by_name[placed.name] for placed in execution_order(by_name))

@@ -1,0 +1,106 @@
+"""The `CheckpointStore` gRPC service: what controllers, gateways and operators ask a store."""
+
+# ruff: noqa: ARG002 - gRPC hands every method its request and context, needed or not
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from services.store.catalog import Catalog
+from services.store.loads import Loads
+from services.store.messages import DRAM, store_status, transfers, urgency_of
+from services.store.resident import Phase
+from stoker.checkpoint.small_files import read_small_files
+from stoker.clock import Clock
+from stoker.units import MIB
+from stoker.v1 import checkpoint_store_pb2 as pb
+from stoker.v1 import checkpoint_store_pb2_grpc, model_pb2, start_pb2
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["CheckpointStore"].full_name
+PIECE_BYTES = 3 * MIB
+"""Of a small file in one message: under the 4 MiB that a message may have."""
+
+STATUS_INTERVAL_SECONDS = 0.1
+Context = Any  # grpc.aio.ServicerContext; handlers here never touch it
+
+
+class CheckpointStoreService(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
+    """Answers from the catalog and the pool; errors are mapped by the server's interceptor."""
+
+    def __init__(self, *, catalog: Catalog, loads: Loads, clock: Clock) -> None:
+        """Args: catalog: opens checkpoints. loads: the pool. clock: for the pace of WatchStatus."""
+        self._catalog = catalog
+        self._loads = loads
+        self._clock = clock
+
+    async def Describe(  # noqa: N802 - the method's name in the contract
+        self, request: pb.DescribeRequest, context: Context
+    ) -> model_pb2.CheckpointInfo:
+        """Read headers and config; touch no weights."""
+        entry = await self._catalog.open(request.uri)
+        return entry.info
+
+    async def ReadSmallFiles(  # noqa: N802 - the method's name in the contract
+        self, request: pb.ReadSmallFilesRequest, context: Context
+    ) -> AsyncIterator[pb.SmallFile]:
+        """Stream the small files, large ones in pieces."""
+        entry = await self._catalog.open(request.uri, revision=request.revision)
+        files = await asyncio.to_thread(read_small_files, entry.index.path)
+        for name, content in files.items():
+            for at in range(0, max(1, len(content)), PIECE_BYTES):
+                piece = content[at : at + PIECE_BYTES]
+                yield pb.SmallFile(name=name, content=piece, last=at + len(piece) == len(content))
+
+    async def Prefetch(  # noqa: N802 - the method's name in the contract
+        self, request: pb.PrefetchRequest, context: Context
+    ) -> pb.PrefetchResponse:
+        """Bring a checkpoint to the pool; the load goes on when the caller leaves."""
+        began_seconds = self._clock.now_seconds()
+        entry = await self._catalog.open(request.uri, revision=request.revision)
+        there = {
+            (each.entry.index.path, each.entry.index.revision)
+            for each in self._loads.residents()
+            if each.phase is Phase.READY
+        }
+        resident = await self._loads.load(entry, urgency_of(request.priority))
+        moved = transfers(resident.moved)
+        if (entry.index.path, entry.index.revision) in there:
+            seconds = self._clock.now_seconds() - began_seconds
+            moved = [start_pb2.TierTransfer(tier=DRAM, bytes=entry.index.weight_bytes, seconds=seconds)]
+        return pb.PrefetchResponse(checkpoint=entry.info, transfers=moved)
+
+    async def Evict(  # noqa: N802 - the method's name in the contract
+        self, request: pb.EvictRequest, context: Context
+    ) -> pb.EvictResponse:
+        """Give up a checkpoint's chunks; refused while somebody holds it."""
+        folder = await self._catalog.folder(request.uri)
+        return pb.EvictResponse(freed_bytes=self._loads.evict(folder))
+
+    async def Pin(  # noqa: N802 - the method's name in the contract
+        self, request: pb.PinRequest, context: Context
+    ) -> pb.PinResponse:
+        """Bring a checkpoint to the pool and keep it there, or let it go again."""
+        if request.pinned:
+            self._loads.pin(await self._catalog.open(request.uri))
+        else:
+            self._loads.unpin(await self._catalog.folder(request.uri))
+        return pb.PinResponse()
+
+    async def GetStatus(  # noqa: N802 - the method's name in the contract
+        self, request: pb.GetStatusRequest, context: Context
+    ) -> pb.StoreStatus:
+        """Return what the store holds."""
+        return store_status(self._loads, self._catalog.entries())
+
+    async def WatchStatus(  # noqa: N802 - the method's name in the contract
+        self, request: pb.GetStatusRequest, context: Context
+    ) -> AsyncIterator[pb.StoreStatus]:
+        """Return it at once and after every change, at most ten times a second."""
+        with self._loads.watched() as changed:
+            while True:
+                changed.clear()
+                yield store_status(self._loads, self._catalog.entries())
+                await changed.wait()
+                await self._clock.sleep(STATUS_INTERVAL_SECONDS)

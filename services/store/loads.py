@@ -1,0 +1,488 @@
+"""Brings checkpoints into the pool, once each, and drops them when room is needed.
+
+Theory of operation: everything here runs on the event loop and nothing waits. A request joins the resident
+that is there or on its way (single flight per folder and revision), or makes one. Admission says whether it
+gets chunks now, after some were given back, or never. Reader threads fill chunks; each comes back as a call
+on the loop that moves the ready counter, wakes who watches and, at the end, settles the load. A load belongs
+to the cluster: it goes on when who asked has left, unless a demand needs its room.
+
+Chunks go back only when no read may write to them any more (`reads_left == 0`) and no lease maps them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.store import metrics
+from services.store.admission import Admitted, Pool, Refused, Waits, admit
+from services.store.arena import Arena
+from services.store.bandwidth import RunningRates, moved_by_tier
+from services.store.catalog import CatalogEntry
+from services.store.chunk_pool import ChunkPool
+from services.store.counters import ReadyCounters
+from services.store.eviction import Occupant, Uses
+from services.store.read_queue import ChunkRead, Outcome, Readers, Urgency
+from services.store.reading import DISK, SourceFile
+from services.store.resident import Phase, Resident, ResidentFile
+from stoker import log
+from stoker.checkpoint.layout import chunk_count
+from stoker.clock import Clock
+from stoker.errors import CapacityError, InUse, PeerError, StokerError
+from stoker.units import GB
+
+_ASSUMED_BYTES_PER_SECOND = 1.0 * GB
+"""Of a disk that was never read from; only the order of evictions depends on it."""
+
+_READER_GRACE_SECONDS = 2.0
+
+
+class Loads:
+    """The residents of the pool; used from the event loop only."""
+
+    def __init__(self, arena: Arena, counters: ReadyCounters, *, read_threads: int, clock: Clock) -> None:
+        """Start the reader threads; call inside the running loop."""
+        self.arena = arena
+        self.chunks = ChunkPool(arena.chunk_count)
+        self.counters = counters
+        self.rates = RunningRates()
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # reader threads have none: log lines would lose theirs
+        self._readers = Readers(read_threads, self._read_done)
+        self._keys = itertools.count(1)
+        self._residents: dict[int, Resident] = {}
+        self._by_identity: dict[tuple[Path, str], Resident] = {}
+        self._waiting: list[Resident] = []
+        self._pinned: set[Path] = set()
+        self._watchers: set[asyncio.Event] = set()
+
+    # --- asking for checkpoints ---
+
+    def lease(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+        """Return the checkpoint with one lease more; it may still be on its way. Pair with `end_lease`.
+
+        Raises:
+            DoesNotFit: It is larger than the pool.
+            CapacityError: What holds the pool cannot be dropped now.
+        """
+        resident = self._resident(entry, urgency)
+        resident.leases += 1
+        self._changed()
+        return resident
+
+    def end_lease(self, resident: Resident) -> None:
+        """Take a lease back."""
+        resident.leases -= 1
+        self._settle_if_gone(resident)
+        self._admit_waiting()
+        self._changed()
+
+    async def load(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+        """Return the checkpoint when all of it is in the pool. Cancelling the wait does not end the load.
+
+        Raises:
+            StokerError: As `lease`; LoadFailed when it could not be read; CapacityError when a prefetch had
+                to give way.
+        """
+        resident = self._resident(entry, urgency)
+        demanded = int(urgency is Urgency.DEMAND)
+        resident.demand_waiters += demanded
+        try:
+            await asyncio.shield(resident.done)
+        finally:
+            resident.demand_waiters -= demanded
+        return resident
+
+    def pin(self, entry: CatalogEntry) -> None:
+        """Keep a checkpoint in the pool, and bring it there.
+
+        Raises:
+            StokerError: As `lease`; nothing is pinned then.
+        """
+        self._resident(entry, Urgency.PREFETCH)
+        self._pinned.add(entry.index.path)
+        self._changed()
+
+    def unpin(self, folder: Path) -> None:
+        """Let a checkpoint go when room is needed."""
+        self._pinned.discard(folder)
+        self._changed()
+
+    def is_pinned(self, folder: Path) -> bool:
+        """Tell whether a checkpoint's folder is pinned."""
+        return folder in self._pinned
+
+    def evict(self, folder: Path) -> int:
+        """Drop what the pool holds of a checkpoint; returns the bytes that become free.
+
+        Raises:
+            InUse: A lease, a pin or a waiting call holds it.
+        """
+        found = [resident for resident in self._by_identity.values() if resident.entry.index.path == folder]
+        held = next((resident for resident in found if self._is_held(resident)), None)
+        if held is not None:
+            why = (
+                "it is pinned; unpin it"
+                if self.is_pinned(folder)
+                else f"{held.leases} workers have it mapped"
+            )
+            raise InUse(f"{folder} stays in the pool: {why}")
+        freed = sum(len(resident.chunk_numbers) for resident in found) * self.arena.chunk_bytes
+        for resident in found:
+            self._drop(resident, "asked", InUse(f"{folder} was evicted while it was loading"))
+        self._admit_waiting()
+        return freed
+
+    # --- looking on ---
+
+    def residents(self) -> list[Resident]:
+        """Return what is in the pool or on its way, without what is gone."""
+        return list(self._by_identity.values())
+
+    def loading(self) -> bool:
+        """Tell whether any load is under way."""
+        return any(resident.phase in {Phase.WAITING, Phase.LOADING} for resident in self.residents())
+
+    def leased_bytes(self) -> int:
+        """Return the bytes that cannot be dropped now."""
+        chunks = sum(len(each.chunk_numbers) for each in self._residents.values() if self._is_held(each))
+        return chunks * self.arena.chunk_bytes
+
+    def waiting_read_bytes(self) -> int:
+        """Return the bytes queued before the disk."""
+        return self._readers.waiting_bytes()
+
+    @contextmanager
+    def watched(self) -> Iterator[asyncio.Event]:
+        """Hand out an event that is set whenever something changed."""
+        event = asyncio.Event()
+        self._watchers.add(event)
+        try:
+            yield event
+        finally:
+            self._watchers.discard(event)
+
+    async def close(self) -> None:
+        """Fail what is under way and end the reader threads."""
+        for resident in self.residents():
+            if resident.phase in {Phase.WAITING, Phase.LOADING}:
+                stopping = PeerError("the checkpoint store is being stopped", retry_after_seconds=1.0)
+                self._drop(resident, "stopping", stopping)
+        await asyncio.to_thread(self._readers.close, grace_seconds=_READER_GRACE_SECONDS)
+
+    # --- one resident's way ---
+
+    def _resident(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+        identity = (entry.index.path, entry.index.revision)
+        resident = self._by_identity.get(identity)
+        if resident is None:
+            self._supersede(entry)
+            resident = self._new(entry, urgency)
+            self._by_identity[identity] = resident
+            self._residents[resident.key] = resident
+            if any(each.urgency <= urgency for each in self._waiting) and self._could_fit(resident):
+                self._wait(resident)
+            else:
+                self._place(resident)
+            if resident.error is not None:
+                raise resident.error
+        elif urgency < resident.urgency:
+            resident.urgency = urgency
+            self._readers.hurry(resident.key)
+        resident.uses = resident.uses.used(self._clock.now_seconds())
+        resident.last_used_unix_seconds = self._clock.unix_seconds()
+        return resident
+
+    def _new(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+        now_seconds = self._clock.now_seconds()
+        chunk_bytes = self.arena.chunk_bytes
+        resident = Resident(
+            key=next(self._keys),
+            entry=entry,
+            need_chunks=sum(chunk_count(file.size_bytes, chunk_bytes) for file in entry.index.files),
+            urgency=urgency,
+            began_seconds=now_seconds,
+            uses=Uses(count=0.0, at_seconds=now_seconds),
+            last_used_unix_seconds=self._clock.unix_seconds(),
+            mapped=self._loop.create_future(),
+            done=self._loop.create_future(),
+        )
+        for future in (resident.mapped, resident.done):
+            future.add_done_callback(_retrieve)
+        return resident
+
+    def _supersede(self, entry: CatalogEntry) -> None:
+        """Nobody can ask for other revisions of the folder any more: let those go that nobody holds."""
+        for other in self.residents():
+            if other.entry.index.path == entry.index.path:
+                other.superseded = True
+                if not self._is_held(other):
+                    self._drop(
+                        other, "superseded", InUse(f"{entry.index.path} was changed while it was loading")
+                    )
+
+    def _place(self, resident: Resident) -> None:
+        """Start a load, or let it wait for chunks, or fail it."""
+        decision = admit(
+            self._pool(without=resident),
+            uri=str(resident.entry.index.path),
+            need_chunks=resident.need_chunks,
+            now_seconds=self._clock.now_seconds(),
+        )
+        match decision:
+            case Refused(error=error):
+                self._fail(resident, error)
+            case Waits():
+                self._wait(resident)
+            case Admitted(evict=victims):
+                for key in victims:
+                    gives_way = CapacityError("the prefetch gave way to a request", retry_after_seconds=1.0)
+                    self._drop(self._residents[key], "room", gives_way)
+                if resident.need_chunks <= self.chunks.free_count:
+                    self._start(resident)
+                else:
+                    self._wait(resident)
+
+    def _could_fit(self, resident: Resident) -> bool:
+        return resident.need_chunks <= self.chunks.total
+
+    def _wait(self, resident: Resident) -> None:
+        if resident not in self._waiting:
+            self._waiting.append(resident)
+            self._waiting.sort(key=lambda each: (each.urgency, each.key))
+
+    def _admit_waiting(self) -> None:
+        """Place those that wait, in order, until one has to wait on."""
+        while self._waiting:
+            first = self._waiting.pop(0)
+            self._place(first)
+            if first.phase is Phase.WAITING:
+                return
+
+    def _start(self, resident: Resident) -> None:
+        files = resident.entry.index.files
+        try:
+            slots = self.counters.take(len(files))
+        except CapacityError as error:
+            self._fail(resident, error)
+            return
+        taken = iter(self.chunks.take(resident.need_chunks))
+        chunk_bytes = self.arena.chunk_bytes
+        resident.files = tuple(
+            ResidentFile(
+                size_bytes=file.size_bytes,
+                chunk_bytes=chunk_bytes,
+                chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
+                slot=slot,
+                source=SourceFile(file.path, resident.entry.signatures[file.name]),
+            )
+            for file, slot in zip(files, slots, strict=True)
+        )
+        resident.phase = Phase.LOADING
+        reads = self._reads(resident)
+        resident.reads_left = len(reads)
+        resident.mapped.set_result(None)
+        self._readers.add(resident.key, reads, resident.urgency)
+        self._changed()
+        if not reads:
+            self._complete(resident)
+
+    def _reads(self, resident: Resident) -> list[ChunkRead]:
+        """Return the reads in order: shards one after the other, as they are used; ranks side by side."""
+        by_file = [
+            [
+                ChunkRead(
+                    load=resident.key,
+                    file=number,
+                    index=index,
+                    source=file.source,
+                    chunk=self.arena.chunk(chunk),
+                    length=file.length(index),
+                )
+                for index, chunk in enumerate(file.chunks)
+            ]
+            for number, file in enumerate(resident.files)
+            if file.source is not None
+        ]
+        if resident.entry.index.layout == "converted":
+            rounds = itertools.zip_longest(*by_file)
+            return [read for each in rounds for read in each if read is not None]
+        return [read for reads in by_file for read in reads]
+
+    def _read_done(self, read: ChunkRead, outcome: Outcome) -> None:
+        """Called from a reader thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._take_outcome, read, outcome, context=self._context)
+        except RuntimeError:
+            return  # the loop is closed: the process is ending
+
+    def _take_outcome(self, read: ChunkRead, outcome: Outcome) -> None:
+        resident = self._residents[read.load]
+        resident.reads_left -= 1
+        if isinstance(outcome, StokerError):
+            self._fail(resident, outcome)
+        elif resident.phase is Phase.LOADING:
+            resident.parts += outcome
+            self.rates.add(outcome)
+            file = resident.files[read.file]
+            if file.arrive(read.index):
+                self.counters.set(file.slot, file.ready_bytes)
+                resident.tell()
+            if resident.reads_left == 0:
+                self._complete(resident)
+        if resident.phase is Phase.GONE:
+            self._settle_if_gone(resident)
+            self._admit_waiting()
+
+    def _complete(self, resident: Resident) -> None:
+        self._close_sources(resident)
+        self.rates.flush()
+        resident.phase = Phase.READY
+        resident.moved = moved_by_tier(resident.parts)
+        resident.seconds = self._clock.now_seconds() - resident.began_seconds
+        first = min((part.began_seconds for part in resident.parts), default=0.0)
+        last = max((part.ended_seconds for part in resident.parts), default=0.0)
+        resident.parts = []
+        resident.done.set_result(None)
+        resident.tell()
+        self._record(resident, read_seconds=last - first)
+        self._changed()
+
+    def _record(self, resident: Resident, *, read_seconds: float) -> None:
+        metrics.LOAD_SECONDS.observe(resident.seconds)
+        tiers: dict[str, float] = {}
+        for moved in resident.moved:
+            metrics.READ_BYTES.labels(tier=moved.tier).inc(moved.byte_count)
+            metrics.READ_SECONDS.labels(tier=moved.tier).inc(moved.seconds)
+            tiers |= {
+                f"{moved.tier}_bytes": moved.byte_count,
+                f"{moved.tier}_seconds": round(moved.seconds, 4),
+            }
+        byte_count = sum(file.size_bytes for file in resident.files)
+        log.get().info(
+            "checkpoint.loaded",
+            uri=str(resident.entry.index.path),
+            revision=resident.entry.index.revision,
+            bytes=byte_count,
+            seconds=round(resident.seconds, 4),
+            queue_seconds=round(max(0.0, resident.seconds - read_seconds), 4),
+            read_seconds=round(read_seconds, 4),
+            bytes_per_second=round(byte_count / resident.seconds) if resident.seconds > 0 else 0,
+            urgency=resident.urgency.name.lower(),
+            leases=resident.leases,
+            **tiers,
+        )
+
+    # --- and its end ---
+
+    def _drop(self, resident: Resident, reason: str, error: StokerError) -> None:
+        """Let a resident go; `error` is for those who wait for it, if it is still on its way."""
+        metrics.EVICTIONS.labels(reason=reason).inc()
+        log.get().info(
+            "checkpoint.evicted",
+            uri=str(resident.entry.index.path),
+            revision=resident.entry.index.revision,
+            bytes=len(resident.chunk_numbers) * self.arena.chunk_bytes,
+            phase=resident.phase.value,
+            reason=reason,
+        )
+        self._leave(resident, error)
+
+    def _fail(self, resident: Resident, error: StokerError) -> None:
+        if resident.phase is Phase.GONE:
+            return
+        metrics.LOAD_FAILURES.labels(code=error.code).inc()
+        log.get().warning(
+            "checkpoint.load_failed",
+            uri=str(resident.entry.index.path),
+            revision=resident.entry.index.revision,
+            seconds=round(self._clock.now_seconds() - resident.began_seconds, 4),
+            ready_bytes=resident.ready_bytes,
+            error_code=error.code,
+            message=error.message,
+        )
+        self._leave(resident, error)
+
+    def _leave(self, resident: Resident, error: StokerError) -> None:
+        """Take a resident out of sight; its chunks follow when nothing touches them."""
+        resident.phase = Phase.GONE
+        resident.error = error
+        identity = (resident.entry.index.path, resident.entry.index.revision)
+        if self._by_identity.get(identity) is resident:
+            del self._by_identity[identity]
+        if resident in self._waiting:
+            self._waiting.remove(resident)
+        resident.reads_left -= self._readers.drop(resident.key)
+        for future in (resident.mapped, resident.done):
+            if not future.done():
+                future.set_exception(error)
+        resident.tell()
+        self._settle_if_gone(resident)
+        self._changed()
+
+    def _settle_if_gone(self, resident: Resident) -> None:
+        """Give back what a resident took, if it is gone and nobody reads or writes it."""
+        if resident.phase is not Phase.GONE or resident.reads_left or resident.leases:
+            return
+        if self._residents.pop(resident.key, None) is None:
+            return
+        self._close_sources(resident)
+        self.chunks.give_back(resident.chunk_numbers)
+        self.counters.give_back(tuple(file.slot for file in resident.files))
+
+    def _close_sources(self, resident: Resident) -> None:
+        for file in resident.files:
+            if file.source is not None:
+                file.source.close()
+                file.source = None
+
+    def _is_held(self, resident: Resident) -> bool:
+        pinned = resident.entry.index.path in self._pinned and not resident.superseded
+        return bool(resident.leases or resident.demand_waiters or pinned)
+
+    def _pool(self, *, without: Resident) -> Pool:
+        draining = sum(
+            len(each.chunk_numbers)
+            for each in self._residents.values()
+            if each.phase is Phase.GONE and not each.leases
+        )
+        return Pool(
+            total_chunks=self.chunks.total,
+            free_chunks=self.chunks.free_count,
+            draining_chunks=draining,
+            chunk_bytes=self.arena.chunk_bytes,
+            occupants=[self._occupant(each) for each in self._residents.values() if each is not without],
+        )
+
+    def _occupant(self, resident: Resident) -> Occupant:
+        rate = self.rates.bytes_per_second(DISK) or _ASSUMED_BYTES_PER_SECOND
+        chunks = resident.chunk_numbers
+        return Occupant(
+            key=resident.key,
+            chunks=len(chunks),
+            reload_seconds=len(chunks) * self.arena.chunk_bytes / rate,
+            uses=resident.uses,
+            held=resident.phase is Phase.GONE or self._is_held(resident),
+            superseded=resident.superseded,
+        )
+
+    def _changed(self) -> None:
+        free = self.chunks.free_count * self.arena.chunk_bytes
+        leased = self.leased_bytes()
+        metrics.POOL_BYTES.labels(state="free").set(free)
+        metrics.POOL_BYTES.labels(state="leased").set(leased)
+        metrics.POOL_BYTES.labels(state="cached").set(max(0, self.arena.total_bytes - free - leased))
+        metrics.LEASES.set(sum(each.leases for each in self._residents.values()))
+        for event in self._watchers:
+            event.set()
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Look at a failure, so that asyncio does not complain when nobody waited for it."""
+    if not future.cancelled():
+        future.exception()

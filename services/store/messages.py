@@ -1,0 +1,157 @@
+"""What the store says, as messages: chunk maps, progress, status. No I/O."""
+
+from __future__ import annotations
+
+from services.store.bandwidth import Moved
+from services.store.catalog import CatalogEntry
+from services.store.loads import Loads
+from services.store.read_queue import Urgency
+from services.store.reading import DISK
+from services.store.resident import Phase, Resident
+from stoker.errors import StokerError
+from stoker.v1 import checkpoint_store_pb2 as pb
+from stoker.v1 import start_pb2
+
+DRAM = "dram"
+
+
+def urgency_of(priority: pb.Priority.ValueType) -> Urgency:
+    """Return what a request's priority means."""
+    return Urgency.PREFETCH if priority == pb.PRIORITY_PREFETCH else Urgency.DEMAND
+
+
+def attach_reply(loads: Loads, resident: Resident, *, warm: bool) -> bytes:
+    """Return the serialised first reply to an attach.
+
+    The big part, chunk map and tensor table, is the same for every attach and kept on the resident; what
+    differs is appended: protobuf merges a message field that comes twice.
+
+    Args:
+        loads: Where the resident is.
+        resident: Has its chunks.
+        warm: Whether all of it was there when it was asked for.
+    """
+    if not resident.attach_reply:
+        resident.attach_reply = pb.AttachReply(attached=_attached(loads, resident)).SerializeToString()
+    tier = pb.AttachReply(attached=pb.Attached(tier=DRAM if warm else DISK))
+    return resident.attach_reply + tier.SerializeToString()
+
+
+def _attached(loads: Loads, resident: Resident) -> pb.Attached:
+    entry = resident.entry
+    number = {file.name: at for at, file in enumerate(entry.index.files)}
+    return pb.Attached(
+        checkpoint=entry.info,
+        arena_bytes=loads.arena.total_bytes,
+        chunk_bytes=loads.arena.chunk_bytes,
+        files=[
+            pb.AttachedFile(
+                name=described.name,
+                bytes=described.size_bytes,
+                chunk_offsets=[loads.arena.offset(chunk) for chunk in file.chunks],
+                ready_counter_offset=loads.counters.offset(file.slot),
+            )
+            for described, file in zip(entry.index.files, resident.files, strict=True)
+        ],
+        tensors=[
+            pb.AttachedTensor(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                file=number[tensor.file],
+                offset=tensor.offset,
+                bytes=tensor.nbytes,
+                layer=tensor.layer,
+            )
+            for tensor in entry.tensors
+        ],
+        small_files=[
+            pb.SmallFile(name=name, content=content, last=True)
+            for name, content in entry.attached_files.items()
+        ],
+        tied=[pb.TiedTensors(names=group) for group in entry.index.tied_groups],
+    )
+
+
+def ready_messages(resident: Resident, told: list[int]) -> list[pb.AttachProgress]:
+    """Return a message per file that got further than `told` says, and note it there."""
+    messages = []
+    for number, file in enumerate(resident.files):
+        if file.ready_bytes != told[number]:
+            told[number] = file.ready_bytes
+            ready = pb.FileReady(file=number, bytes=file.ready_bytes)
+            messages.append(pb.AttachProgress(file_ready=ready))
+    return messages
+
+
+def done_message(resident: Resident, *, warm_seconds: float | None) -> pb.AttachDone:
+    """Return how the checkpoint came; `warm_seconds` is what the attach took when all of it was there."""
+    if warm_seconds is None:
+        return pb.AttachDone(transfers=transfers(resident.moved), seconds=resident.seconds)
+    byte_count = sum(file.size_bytes for file in resident.files)
+    from_dram = start_pb2.TierTransfer(tier=DRAM, bytes=byte_count, seconds=warm_seconds)
+    return pb.AttachDone(transfers=[from_dram], seconds=warm_seconds)
+
+
+def transfers(moved: tuple[Moved, ...]) -> list[start_pb2.TierTransfer]:
+    """Return what each tier moved."""
+    return [
+        start_pb2.TierTransfer(tier=each.tier, bytes=each.byte_count, seconds=each.seconds) for each in moved
+    ]
+
+
+def failed_message(error: StokerError) -> pb.AttachFailed:
+    """Return an error as it travels over the attach socket."""
+    return pb.AttachFailed(code=error.code, message=error.message)
+
+
+def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
+    """Return what the store holds and how fast its tiers are.
+
+    Args:
+        loads: The pool.
+        entries: Checkpoints known on this host, also those that are not in the pool.
+    """
+    arena = loads.arena
+    residents = loads.residents()
+    in_pool = {resident.entry.index.path for resident in residents}
+    known = [_not_in_pool(loads, entry) for entry in entries if entry.index.path not in in_pool]
+    return pb.StoreStatus(
+        pool=pb.PoolStatus(
+            total_bytes=arena.total_bytes,
+            free_bytes=loads.chunks.free_count * arena.chunk_bytes,
+            leased_bytes=loads.leased_bytes(),
+            chunk_bytes=arena.chunk_bytes,
+            page_bytes=arena.page_bytes,
+            backing=arena.backing,
+        ),
+        checkpoints=[_in_pool(loads, resident) for resident in residents] + known,
+        bandwidths=[
+            pb.Bandwidth(
+                stage=tier,
+                bytes_per_second=loads.rates.bytes_per_second(tier) or 0.0,
+                queued_bytes=loads.waiting_read_bytes() if tier == DISK else 0,
+            )
+            for tier in loads.rates.tiers()
+        ],
+    )
+
+
+def _in_pool(loads: Loads, resident: Resident) -> pb.StoredCheckpoint:
+    return pb.StoredCheckpoint(
+        checkpoint=resident.entry.info,
+        dram_bytes=resident.ready_bytes,
+        disk_bytes=resident.entry.index.weight_bytes,
+        leases=resident.leases,
+        pinned=loads.is_pinned(resident.entry.index.path),
+        loading=resident.phase in {Phase.WAITING, Phase.LOADING},
+        last_used_unix_seconds=resident.last_used_unix_seconds,
+    )
+
+
+def _not_in_pool(loads: Loads, entry: CatalogEntry) -> pb.StoredCheckpoint:
+    return pb.StoredCheckpoint(
+        checkpoint=entry.info,
+        disk_bytes=entry.index.weight_bytes,
+        pinned=loads.is_pinned(entry.index.path),
+    )

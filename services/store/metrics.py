@@ -1,0 +1,34 @@
+"""Prometheus metrics of the store."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from stoker.metrics import START_STAGE_BUCKETS_SECONDS
+
+READ_BYTES = Counter("stoker_store_read_bytes_total", "Bytes brought into the pool, by tier.", ["tier"])
+READ_SECONDS = Counter(
+    "stoker_store_read_seconds_total", "Seconds in which a load was moving bytes from a tier.", ["tier"]
+)
+LOAD_SECONDS = Histogram(
+    "stoker_store_load_seconds",
+    "From the request to the last chunk of a checkpoint.",
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+LOAD_FAILURES = Counter("stoker_store_load_failures_total", "Loads that failed, by error code.", ["code"])
+EVICTIONS = Counter(
+    "stoker_store_evictions_total", "Checkpoints dropped from the pool, by reason.", ["reason"]
+)
+POOL_BYTES = Gauge("stoker_store_pool_bytes", "Memory of the pool, by what it is.", ["state"])
+PAGE_BYTES = Gauge("stoker_store_page_bytes", "Page size of the pool that the kernel really gave.")
+FAULTED_IN_BYTES = Gauge(
+    "stoker_store_faulted_in_bytes", "Bytes of the pool whose pages were faulted in ahead."
+)
+FAULT_IN_SECONDS = Gauge("stoker_store_fault_in_seconds", "What faulting the pool in took.")
+LEASES = Gauge("stoker_store_leases", "Attach connections that hold a checkpoint.")
+ATTACH_SECONDS = Histogram(
+    "stoker_store_attach_seconds",
+    "From the attach request to the answer with the chunk map.",
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+BANDWIDTH = Gauge("stoker_store_bandwidth_bytes_per_second", "Learnt rate of a tier.", ["tier"])

@@ -1,0 +1,219 @@
+"""Fill a chunk from a file: from the page cache where the bytes are, by direct I/O where they are not.
+
+Measured (2 cores, virtio disk): a cached file comes at 16 GB/s through the page cache and at 2.4 GB/s by
+direct I/O; an uncached one at the disk's speed only by direct I/O. `RWF_NOWAIT` tells which, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.store.settings import DIRECT_ALIGNMENT_BYTES
+from stoker.checkpoint.folder import open_regular
+from stoker.errors import CheckpointInvalid, LoadFailed
+from stoker.units import align_up
+
+DISK = "disk"
+PAGE_CACHE = "page_cache"
+
+Pread = Callable[[memoryview, int], int]
+"""Reads into a buffer from a file offset; returns how many bytes came, 0 at the end; raises OSError."""
+
+_NOT_CACHED = frozenset({errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
+_NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPart:
+    """Bytes that came from one tier, and when (monotonic seconds)."""
+
+    tier: str
+    byte_count: int
+    began_seconds: float
+    ended_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """The ways to read one file.
+
+    Attributes:
+        cached: Only what is in the page cache; EAGAIN when nothing is.
+        direct: Past the page cache; offset, address and length aligned. None where the filesystem can't.
+        buffered: Through the page cache, waiting for the disk.
+    """
+
+    cached: Pread
+    direct: Pread | None
+    buffered: Pread
+
+
+def fill(
+    chunk: memoryview, *, offset: int, length: int, ways: Ways, now: Callable[[], float] = time.monotonic
+) -> list[ReadPart]:
+    """Fill the first `length` bytes of `chunk` from `offset` of a file; blocks.
+
+    Args:
+        chunk: Aligned memory; room for `length` rounded up to the alignment: direct I/O reads blocks.
+        offset: Aligned.
+        length: Bytes wanted; the file should have them.
+        ways: How to read.
+        now: Monotonic seconds.
+
+    Returns:
+        What came from where, at most two parts.
+
+    Raises:
+        EOFError: The file ends early; carries the offset at which it does.
+        OSError: The disk can't.
+    """
+    began = now()
+    done = _fill_cached(chunk, offset, length, ways.cached)
+    middle = now()
+    parts = []
+    if done:
+        parts.append(ReadPart(tier=PAGE_CACHE, byte_count=done, began_seconds=began, ended_seconds=middle))
+    if done < length:
+        _fill_from_disk(chunk, offset, length, done, ways)
+        parts.append(ReadPart(tier=DISK, byte_count=length - done, began_seconds=middle, ended_seconds=now()))
+    return parts
+
+
+def _fill_cached(chunk: memoryview, offset: int, length: int, cached: Pread) -> int:
+    """Return how many bytes from the start of the chunk were in the page cache and are now in `chunk`."""
+    done = 0
+    while done < length:
+        # The first probe is one block: a probe of a whole chunk makes the kernel read ahead what direct I/O
+        # is about to read as well.
+        end = length if done else min(length, DIRECT_ALIGNMENT_BYTES)
+        try:
+            count = cached(chunk[done:end], offset + done)
+        except OSError as error:
+            if error.errno in _NOT_CACHED:
+                return done
+            raise
+        if count == 0:
+            raise EOFError(offset + done)
+        done += count
+    return done
+
+
+def _fill_from_disk(chunk: memoryview, offset: int, length: int, done: int, ways: Ways) -> None:
+    direct = ways.direct
+    done -= done % DIRECT_ALIGNMENT_BYTES
+    while done < length:
+        if direct is None or done % DIRECT_ALIGNMENT_BYTES:
+            # A direct read that stopped inside a block stopped at the end of the file; a buffered one tells.
+            count = ways.buffered(chunk[done:length], offset + done)
+        else:
+            end = align_up(length, DIRECT_ALIGNMENT_BYTES)
+            try:
+                count = direct(chunk[done:end], offset + done)
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+                direct = None
+                continue
+        if count == 0:
+            raise EOFError(offset + done)
+        done += count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSignature:
+    """What changes when a file does."""
+
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileSignature:
+        """Return the signature in what stat(2) says."""
+        return cls(
+            inode=status.st_ino,
+            size_bytes=status.st_size,
+            modified_ns=status.st_mtime_ns,
+        )
+
+
+class SourceFile:
+    """A weights file being read; opened by the first read, from any thread."""
+
+    def __init__(self, path: Path, expected: FileSignature) -> None:
+        """Args: path: resolved. expected: what the file was when its header was read."""
+        self.path = path
+        self._expected = expected
+        self._lock = threading.Lock()
+        self._ways: Ways | None = None
+        self._descriptors: list[int] = []
+
+    def read(self, chunk: memoryview, *, offset: int, length: int) -> list[ReadPart]:
+        """Fill a chunk, as `fill` does; blocks.
+
+        Raises:
+            LoadFailed: The file is gone, truncated, changed, or the disk can't read it.
+        """
+        try:
+            with self._lock:
+                ways = self._ways or self._open()
+            parts = fill(chunk, offset=offset, length=length, ways=ways)
+        except EOFError as error:
+            raise LoadFailed(
+                f"{self.path} ends at byte {error.args[0]:,} of {self._expected.size_bytes:,}: it was cut "
+                "while it was read; restore the file and try again"
+            ) from error
+        except OSError as error:
+            raise LoadFailed(
+                f"{self.path} cannot be read between bytes {offset:,} and {offset + length:,}: "
+                f"{error.strerror or error}; check the disk"
+            ) from error
+        except CheckpointInvalid as error:
+            raise LoadFailed(error.message) from error
+        self._check_unchanged()
+        return parts
+
+    def _check_unchanged(self) -> None:
+        """Raise LoadFailed when the file was written to since its header was read.
+
+        Checked after every read, so the last check comes after the last byte. A file that was replaced by
+        another (rename) is fine: this one is read to its end as it was.
+        """
+        if FileSignature.of(os.fstat(self._descriptors[0])) != self._expected:
+            raise LoadFailed(
+                f"{self.path} was changed while it was read; try again when whoever writes it is done"
+            )
+
+    def close(self) -> None:
+        """Close the file; no read may be running."""
+        with self._lock:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._ways = None
+
+    def _open(self) -> Ways:
+        buffered = open_regular(self.path)
+        self._descriptors.append(buffered)
+        if FileSignature.of(os.fstat(buffered)) != self._expected:
+            raise LoadFailed(f"{self.path} was changed or replaced before it was read; try again")
+        direct = None
+        with suppress(OSError):  # tmpfs, some network filesystems: buffered only
+            direct = os.open(f"/proc/self/fd/{buffered}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._descriptors.append(direct)
+        # Random: a probe for one block must not make the kernel read ahead.
+        advice = os.POSIX_FADV_SEQUENTIAL if direct is None else os.POSIX_FADV_RANDOM
+        os.posix_fadvise(buffered, 0, 0, advice)
+        self._ways = Ways(
+            cached=lambda into, at: os.preadv(buffered, [into], at, os.RWF_NOWAIT),
+            direct=None if direct is None else (lambda into, at: os.preadv(direct, [into], at)),
+            buffered=lambda into, at: os.preadv(buffered, [into], at),
+        )
+        return self._ways

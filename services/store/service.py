@@ -1,0 +1,143 @@
+"""The store daemon's parts and their order of life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Sequence
+
+from services.store import metrics
+from services.store.arena import Arena, FaultedIn, open_arena
+from services.store.attach_server import AttachServer
+from services.store.catalog import Catalog
+from services.store.counters import ReadyCounters
+from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
+from services.store.loads import Loads
+from services.store.run_folder import RunFolder
+from services.store.settings import FaultIn, StoreSettings
+from stoker import log, rpc
+from stoker.clock import SystemClock
+from stoker.v1 import checkpoint_store_pb2_grpc
+
+_MIN_COUNTERS = 4096
+_GRPC_GRACE_SECONDS = 1.0
+
+
+class StoreService:
+    """Builds, serves and takes apart; see `stoker.serving.Service`."""
+
+    def __init__(self, settings: StoreSettings, ended_within: asyncio.Event) -> None:
+        """Args: ended_within: set when the attach server ends by itself."""
+        self._settings = settings
+        self._ended_within = ended_within
+        self._clock = SystemClock()
+        self._folder: RunFolder | None = None
+        self._arena: Arena | None = None
+        self._counters: ReadyCounters | None = None
+        self._catalog: Catalog | None = None
+        self._loads: Loads | None = None
+        self._attach: AttachServer | None = None
+        self._attach_task: asyncio.Task[None] | None = None
+        self._server: rpc.Server | None = None
+
+    async def start(self) -> None:
+        """See `Service`; ready in well under a second: the pool's pages come in the background."""
+        settings = self._settings
+        self._folder = folder = RunFolder(settings.run_dir)
+        self._arena = arena = open_arena(settings)
+        self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
+        self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots)
+        self._loads = loads = Loads(arena, counters, read_threads=settings.read_threads, clock=self._clock)
+        metrics.PAGE_BYTES.set(arena.page_bytes)
+        self._server = server = rpc.Server([SERVICE_NAME])
+        service = CheckpointStoreService(catalog=catalog, loads=loads, clock=self._clock)
+        checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
+        server.bind(settings.address)
+        self._attach = AttachServer(
+            folder.socket_path,
+            loads=loads,
+            catalog=catalog,
+            clock=self._clock,
+            max_attachments=settings.max_attachments,
+        )
+        self._attach.bind()
+        self._attach_task = asyncio.create_task(self._attach.serve(), name="attach-server")
+        self._attach_task.add_done_callback(self._attach_ended)
+        await server.start()
+        if settings.fault_in is FaultIn.EAGER:
+            self._fault_in(arena, loads)
+        log.get().info(
+            "pool.opened",
+            total_bytes=arena.total_bytes,
+            chunk_bytes=arena.chunk_bytes,
+            page_bytes=arena.page_bytes,
+            backing=arena.backing,
+            address=settings.address,
+            attach_socket=str(folder.socket_path),
+        )
+
+    async def stop_serving(self) -> None:
+        """See `Service`."""
+        if self._server is not None:
+            await self._server.set_serving(serving=False)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """See `Service`: loads under way may end; workers keep what they have mapped anyway."""
+        if self._loads is None:
+            return
+        loads = self._loads
+        try:
+            async with asyncio.timeout(grace_seconds):
+                with loads.watched() as changed:
+                    while loads.loading():
+                        await changed.wait()
+                        changed.clear()
+        except TimeoutError:
+            log.get().warning("drain.cut_short", grace_seconds=grace_seconds)
+
+    async def close(self) -> None:
+        """See `Service`."""
+        if self._server is not None:
+            await self._server.stop(_GRPC_GRACE_SECONDS if self._attach_task else 0.0)
+        if self._loads is not None:
+            await self._loads.close()
+        if self._attach_task is not None:
+            self._attach_task.cancel()
+            await asyncio.wait([self._attach_task])
+        if self._attach is not None:
+            self._attach.close()
+        if self._catalog is not None:
+            self._catalog.close()
+        if self._arena is not None:
+            await asyncio.to_thread(self._arena.close)
+        if self._counters is not None:
+            self._counters.close()
+        if self._folder is not None:
+            self._folder.close()
+
+    def _attach_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.get().error("attach.server_crashed", exc_info=task.exception())
+            self._ended_within.set()
+
+    def _fault_in(self, arena: Arena, loads: Loads) -> None:
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+
+        def step_done(chunks: Sequence[int]) -> None:
+            loop.call_soon_threadsafe(loads.chunks.mark_faulted_in, chunks)
+            metrics.FAULTED_IN_BYTES.inc(len(chunks) * arena.chunk_bytes)
+
+        def done(faulted_in: FaultedIn) -> None:
+            metrics.FAULT_IN_SECONDS.set(faulted_in.seconds)
+            metrics.PAGE_BYTES.set(faulted_in.page_bytes)
+            context.run(
+                log.get().info,
+                "pool.faulted_in",
+                bytes=faulted_in.byte_count,
+                seconds=round(faulted_in.seconds, 3),
+                page_bytes=faulted_in.page_bytes,
+                backing=arena.backing,
+            )
+
+        arena.fault_in(self._settings.fault_in_threads, step_done=step_done, done=done)

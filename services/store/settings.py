@@ -1,0 +1,77 @@
+"""Settings of the store daemon: `STOKER_STORE_*`."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from stoker.settings import ServiceSettings
+from stoker.units import KIB, MIB
+
+DIRECT_ALIGNMENT_BYTES = 4096
+"""Strictest alignment that direct I/O asks for on disks in use."""
+
+
+class FaultIn(StrEnum):
+    """When the pool's pages are allocated."""
+
+    EAGER = "eager"
+    LAZY = "lazy"
+
+
+class HugeTmpfs(StrEnum):
+    """Whether the daemon may make a tmpfs with huge pages for itself."""
+
+    OFF = "off"
+    PRIVATE = "private"
+
+
+class StoreSettings(ServiceSettings):
+    """What the store daemon is told."""
+
+    model_config = SettingsConfigDict(env_prefix="STOKER_STORE_")
+
+    address: str = "127.0.0.1:7072"
+    """Where gRPC listens: `host:port` or `unix:path`."""
+
+    run_dir: Path = Path(tempfile.gettempdir()) / "stoker"
+    """Folder of the attach socket (`attach.sock`) and of the lock; one daemon per folder."""
+
+    pool_bytes: int = Field(default=0, ge=0)
+    """Host memory for checkpoints, in bytes; 0 = a quarter of what is available at start."""
+
+    chunk_bytes: int = Field(default=16 * MIB, ge=4 * KIB)
+    """Unit of reading and of allocation, in bytes; a multiple of 4096 (of 2 MiB for huge pages)."""
+
+    fault_in: FaultIn = FaultIn.EAGER
+    """`eager`: allocate the pool's pages in the background from the start; `lazy`: each at its first use."""
+
+    fault_in_threads: int = Field(default=2, ge=1, le=64)
+    """Threads that fault the pool in, at low priority."""
+
+    huge_tmpfs_dir: Path | None = None
+    """A folder on a tmpfs mounted `huge=always|within_size`, for the pool; unset = find one in /dev/shm."""
+
+    huge_tmpfs: HugeTmpfs = HugeTmpfs.OFF
+    """`private`: make a detached tmpfs with huge pages (no mount point, gone with the process); needs
+    CAP_SYS_ADMIN, goes on without it."""
+
+    read_threads: int = Field(default=4, ge=1, le=64)
+    """Threads that read from disk, for all loads together."""
+
+    allowed_roots: tuple[Path, ...] = ()
+    """Folders that checkpoints may lie under; empty = anywhere this process can read."""
+
+    max_attachments: int = Field(default=1024, ge=1)
+    """Attach connections at a time."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if self.chunk_bytes % DIRECT_ALIGNMENT_BYTES:
+            raise ValueError(f"chunk_bytes must be a multiple of {DIRECT_ALIGNMENT_BYTES}")
+        return self
