@@ -161,6 +161,7 @@ class SessionRelay:
         Raises:
             PeerError: The worker cannot be reached any more.
         """
+        self._idle_since_seconds = self._now_seconds()
         with translated(self._peer):
             async for step in self._stub.Run(self._submitted()):
                 for item in step.sessions:
