@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
-MODEL_DIR := .cache/models/smollm2-135m-instruct
+GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
 PYTEST_ARGS ?=
 
 .PHONY: help demo up down test check format gpu-check env model test-tools clean
@@ -37,7 +37,7 @@ $(VENV)/.protos: $(wildcard protos/stoker/v1/*.proto) $(VENV)/.installed
 	@touch $@
 
 model: env
-	@$(BIN)/python examples/get_model.py --to $(MODEL_DIR) $(if $(MODEL),--source '$(MODEL)')
+	@$(GET_MODEL)
 
 # What the tests need from the system: an etcd server, and compose to read the compose files.
 test-tools:
@@ -60,16 +60,16 @@ test-tools:
 demo: env
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--source '$(MODEL)')
 
-up: model
-	@$(BIN)/stoker up --detach --deploy smollm2=$(MODEL_DIR)
+up: env
+	@model=$$($(GET_MODEL)) && $(BIN)/stoker up --detach --deploy "smollm2=$$model"
 
 down: env
 	@$(BIN)/stoker down
 
 # --- proof -------------------------------------------------------------------------------------------------
 
-test: env test-tools model
-	@STOKER_TEST_MODEL=$(CURDIR)/$(MODEL_DIR) $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: env test-tools
+	@model=$$($(GET_MODEL)) && STOKER_TEST_MODEL="$$model" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: env
 	@$(BIN)/ruff format --check .

@@ -33,7 +33,6 @@ from stoker.units import format_bytes, format_rate, format_seconds
 from stoker.v1 import model_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_DIR = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 DATA_DIR = ROOT / ".data" / "demo"
 FIRST, SECOND = "smollm2", "smollm2-twin"
 KEEP_ALIVE_SECONDS = 5.0
@@ -58,7 +57,7 @@ class Answer:
 
 async def demo(source: str | None) -> None:
     """Run the whole demo; raises StokerError when something can't be done."""
-    model_dir = await asyncio.to_thread(get_model, MODEL_DIR, source)
+    model_dir = await asyncio.to_thread(get_model, source)
     console.print("starting gateway, controller, node agent and store ...")
     options = ClusterOptions(data_dir=DATA_DIR, rest_port=0, grpc_port=0)
     async with running_cluster(options) as cluster:

