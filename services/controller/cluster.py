@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.controller import metrics
+from services.controller.actions import Action, Note, Release, Start, Stop, start_failed
 from services.controller.fold import (
     Demanded,
     DemandEnded,
@@ -35,7 +36,7 @@ from services.controller.ledger import Ledger
 from services.controller.orders import Orders
 from services.controller.records import ModelRecord, ReservationRecord
 from services.controller.routes import Routes
-from services.controller.scaling import Action, Note, Release, Start, Stop, reconcile, start_failed
+from services.controller.scaling import reconcile
 from services.controller.settings import ControllerSettings
 from services.controller.touched import touched
 from services.controller.view import Reservation, View

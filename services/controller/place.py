@@ -19,9 +19,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.controller.estimate import Estimate, loading_bytes_by_node, start_estimate
-from services.controller.fleet import Member, Standing, is_idle, member, taken_devices
-from services.controller.view import Device, Held, Model, Node, Policy, View
+from services.controller.estimate import Estimate, start_estimate
+from services.controller.fleet import Member, Standing, is_idle
+from services.controller.room import (
+    Never,
+    Situation,
+    devices_needed,
+    enough,
+    free_devices,
+    never_fits,
+    on_node,
+    pool_has_room,
+    situation_of,
+)
+from services.controller.view import Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
 
@@ -92,29 +103,6 @@ class Unplaceable:
 Decision = Placed | StopIdle | Wait | Unplaceable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Never:
-    """Why a node can never take a model."""
-
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Situation:
-    """What is the same for every node of one decision, computed once."""
-
-    view: View
-    model: Model
-    now_seconds: float
-    policy: Policy
-    taken: Mapping[NodeId, frozenset[int]]
-    loading_bytes: Mapping[NodeId, int]
-    starting_workers: Mapping[NodeId, int]
-    live: Mapping[ModelName, int]
-    members: Mapping[NodeId, tuple[Member, ...]]
-
-
 def place(
     view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
 ) -> Decision:
@@ -127,7 +115,7 @@ def place(
         policy: Constants.
         may_disturb: Idle replicas of other models may be stopped for it.
     """
-    situation = _situation(view, name, now_seconds, policy)
+    situation = situation_of(view, name, now_seconds, policy)
     nodes = [view.nodes[node_id] for node_id in sorted(view.nodes)]
     nevers = {node.node_id: never for node in nodes if (never := never_fits(situation.model, node))}
     candidates = [node for node in nodes if node.node_id not in nevers]
@@ -147,118 +135,6 @@ def place(
     return Placed(node_id=best.node_id, devices=best.devices, estimate=best.estimate, options=shown)
 
 
-def devices_needed(model: Model, node: Node) -> int:
-    """Return how many slots of this node one replica occupies: one, until ranks are served."""
-    del model, node
-    return 1
-
-
-def never_fits(model: Model, node: Node) -> Never | None:
-    """Return why this node can never take the model; None when it can, sooner or later."""
-    if node.architectures and model.architecture not in node.architectures:
-        return Never(
-            code="checkpoint_invalid",
-            reason=f"{node.node_id}: its engines don't serve {model.architecture}",
-        )
-    if 0 < node.pool.total_bytes < model.file_bytes:
-        return Never(
-            code="does_not_fit",
-            reason=(
-                f"{node.node_id}: the checkpoint has {format_bytes(model.file_bytes)}, the store's pool "
-                f"{format_bytes(node.pool.total_bytes)}"
-            ),
-        )
-    if len(_fitting(model, node)) < devices_needed(model, node):
-        largest_bytes = max((device.memory_bytes for device in node.devices), default=0)
-        return Never(
-            code="does_not_fit",
-            reason=(
-                f"{node.node_id}: a replica needs {format_bytes(_device_bytes(model, 'cuda'))} on a device, "
-                f"the largest has {format_bytes(largest_bytes)}"
-                if node.devices
-                else f"{node.node_id}: it has no device"
-            ),
-        )
-    return None
-
-
-def _situation(view: View, name: ModelName, now_seconds: float, policy: Policy) -> Situation:
-    members: dict[NodeId, list[Member]] = {}
-    live: Counter[ModelName] = Counter()
-    starting: Counter[NodeId] = Counter()
-    for replica_id in sorted(view.reservations):
-        found = member(view, view.reservations[replica_id])
-        members.setdefault(found.reservation.node_id, []).append(found)
-        live[found.reservation.model] += found.standing in (Standing.STARTING, Standing.READY)
-        starting[found.reservation.node_id] += found.replica is None and found.standing is Standing.STARTING
-    return Situation(
-        view=view,
-        model=view.models[name],
-        now_seconds=now_seconds,
-        policy=policy,
-        taken=taken_devices(view),
-        loading_bytes=loading_bytes_by_node(view),
-        starting_workers=starting,
-        live=live,
-        members={node_id: tuple(found) for node_id, found in members.items()},
-    )
-
-
-def _device_bytes(model: Model, kind: str) -> int:
-    """Return what one replica needs on a device: on a CPU the weights are the pool's memory."""
-    return model.kv_cache_bytes + (0 if kind == "cpu" else model.weight_bytes)
-
-
-def _fitting(model: Model, node: Node) -> tuple[Device, ...]:
-    return tuple(
-        device
-        for device in node.devices
-        if not device.memory_bytes or device.memory_bytes >= _device_bytes(model, device.kind)
-    )
-
-
-def _free_devices(situation: Situation, node: Node, given_up: tuple[Member, ...] = ()) -> tuple[int, ...]:
-    freed = {device for victim in given_up for device in victim.reservation.devices}
-    taken = situation.taken.get(node.node_id, frozenset()) - freed
-    fitting = _fitting(situation.model, node)
-    return tuple(sorted(device.index for device in fitting if device.index not in taken))
-
-
-def _pool_has_room(situation: Situation, node: Node, given_up: tuple[Member, ...] = ()) -> bool:
-    """Tell whether the pool can take the checkpoint by evicting what nobody leases."""
-    model = situation.model
-    held = node.held.get((model.checkpoint_uri, model.revision), Held())
-    if not node.pool.total_bytes or held.leases:
-        return True
-    coming_bytes = sum(_unleased_bytes(situation.view, found, node) for found in _on(situation, node))
-    freed_bytes = _freed_pool_bytes(situation.view, node, given_up)
-    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - coming_bytes + freed_bytes
-    return free_bytes >= model.file_bytes
-
-
-def _unleased_bytes(view: View, found: Member, node: Node) -> int:
-    """Return what a replica that was just ordered will lease, as long as the store does not show it."""
-    model = view.models.get(found.reservation.model)
-    if model is None or found.standing is not Standing.STARTING:
-        return 0
-    held = node.held.get((model.checkpoint_uri, model.revision), Held())
-    return 0 if held.leases else model.file_bytes
-
-
-def _freed_pool_bytes(view: View, node: Node, given_up: tuple[Member, ...]) -> int:
-    models = [view.models[found.reservation.model] for found in given_up]
-    leaving = Counter((model.checkpoint_uri, model.revision) for model in models)
-    return sum(
-        held.dram_bytes
-        for key, count in leaving.items()
-        if (held := node.held.get(key)) and 0 < held.leases <= count
-    )
-
-
-def _on(situation: Situation, node: Node) -> tuple[Member, ...]:
-    return situation.members.get(node.node_id, ())
-
-
 def _estimate(situation: Situation, node: Node, stop_seconds: float = 0.0) -> Estimate:
     return start_estimate(
         situation.model,
@@ -271,9 +147,9 @@ def _estimate(situation: Situation, node: Node, stop_seconds: float = 0.0) -> Es
 
 
 def _free_option(situation: Situation, node: Node) -> Option | None:
-    free = _free_devices(situation, node)
+    free = free_devices(situation, node)
     needed = devices_needed(situation.model, node)
-    if len(free) < needed or not _pool_has_room(situation, node):
+    if len(free) < needed or not pool_has_room(situation, node):
         return None
     return Option(
         node_id=node.node_id,
@@ -286,21 +162,21 @@ def _free_option(situation: Situation, node: Node) -> Option | None:
 
 def _stop_option(situation: Situation, node: Node) -> Option | None:
     """Return the option that stops the cheapest idle replicas, where the node has no room without."""
-    if _enough(situation, node, ()):
+    if enough(situation, node, ()):
         return None
     worth = {
         found.reservation.replica_id: _worth_seconds(situation, node, found)
-        for found in _on(situation, node)
+        for found in on_node(situation, node)
         if _may_go(situation, found)
     }
     cheapest = sorted(
-        (found for found in _on(situation, node) if found.reservation.replica_id in worth),
+        (found for found in on_node(situation, node) if found.reservation.replica_id in worth),
         key=lambda found: (worth[found.reservation.replica_id], found.reservation.replica_id),
     )
     victims = _fewest(situation, node, cheapest)
     if not victims:
         return None
-    devices = _free_devices(situation, node, victims)[: devices_needed(situation.model, node)]
+    devices = free_devices(situation, node, victims)[: devices_needed(situation.model, node)]
     return Option(
         node_id=node.node_id,
         devices=devices,
@@ -320,20 +196,15 @@ def _fewest(situation: Situation, node: Node, cheapest: list[Member]) -> tuple[M
             continue
         left[model.name] -= 1
         victims = (*victims, found)
-        if _enough(situation, node, victims):
+        if enough(situation, node, victims):
             break
     else:
         return ()
     for found in reversed(victims):
         without = tuple(victim for victim in victims if victim is not found)
-        if without and _enough(situation, node, without):
+        if without and enough(situation, node, without):
             victims = without
     return victims
-
-
-def _enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:
-    free = _free_devices(situation, node, given_up)
-    return len(free) >= devices_needed(situation.model, node) and _pool_has_room(situation, node, given_up)
 
 
 def _may_go(situation: Situation, found: Member) -> bool:
@@ -392,12 +263,12 @@ def _room_is_being_made(situation: Situation, node: Node) -> bool:
     """Tell whether replicas on their way out will leave enough room, and for this model."""
     leaving = tuple(
         found
-        for found in _on(situation, node)
+        for found in on_node(situation, node)
         if found.standing is Standing.STOPPING
         and found.reservation.stopping_for in (None, situation.model.name)
         and found.reservation.model in situation.view.models
     )
-    return bool(leaving) and not _enough(situation, node, ()) and _enough(situation, node, leaving)
+    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)
 
 
 def _wait(
@@ -412,7 +283,7 @@ def _wait(
     residencies = [
         ends_seconds
         for node in open_nodes
-        for found in _on(situation, node)
+        for found in on_node(situation, node)
         if is_idle(found)
         and (ends_seconds := _residency_ends_seconds(found, situation.policy)) > situation.now_seconds
     ]
@@ -422,13 +293,13 @@ def _wait(
 
 
 def _busy(situation: Situation, node: Node) -> str:
-    free = _free_devices(situation, node)
+    free = free_devices(situation, node)
     if len(free) >= devices_needed(situation.model, node):
         return (
             f"{node.node_id}: {format_bytes(node.pool.leased_bytes)} of the pool's "
             f"{format_bytes(node.pool.total_bytes)} are in use"
         )
-    models = sorted({found.reservation.model for found in _on(situation, node)})
+    models = sorted({found.reservation.model for found in on_node(situation, node)})
     return f"{node.node_id}: its {len(node.devices)} slots serve {', '.join(models[:MAX_REASONS])}"
 
 

@@ -15,10 +15,9 @@ The plan says what to do now and when to look again though nothing happens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
-from services.controller.estimate import Estimate
+from services.controller.actions import Action, Note, Plan, Release, Start, Stop, start_failed
 from services.controller.fleet import Member, Standing, is_idle, members_by_model
 from services.controller.fold import (
     Event,
@@ -32,66 +31,9 @@ from services.controller.fold import (
     StopOrdered,
     fold,
 )
-from services.controller.place import Option, Placed, StopIdle, Unplaceable, Wait, place
+from services.controller.place import Placed, StopIdle, Unplaceable, Wait, place
 from services.controller.view import Model, Node, Phase, Policy, Refusal, Reservation, View
-from stoker.ids import ModelName, NodeId, ReplicaId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Reserve these slots, then order the start."""
-
-    model: ModelName
-    node_id: NodeId
-    devices: tuple[int, ...]
-    runtime: str
-    estimate: Estimate
-    options: tuple[Option, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
-    """Order a replica to stop.
-
-    Attributes:
-        replica_id: Which.
-        node_id: Where it runs.
-        only_if_idle: Its agent refuses when a session has come meanwhile.
-        reason: For logs.
-        for_model: Who gets its room, if anybody.
-    """
-
-    replica_id: ReplicaId
-    node_id: NodeId
-    only_if_idle: bool
-    reason: str
-    for_model: ModelName | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """Delete a reservation from the state."""
-
-    replica_id: ReplicaId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
-    """Fold this; nothing else is to be done."""
-
-    event: NodeUnreachable | NodeForgotten | StartFailed | Refused | RefusalLifted
-
-
-Action = Start | Stop | Release | Note
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to do now, in order; and when to decide again at the latest (None = on the next event)."""
-
-    actions: tuple[Action, ...]
-    next_due_seconds: float | None
+from stoker.ids import ModelName, ReplicaId
 
 
 def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
@@ -107,27 +49,6 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
     )
 
 
-def backoff_seconds(failures_in_a_row: int, policy: Policy) -> float:
-    """Return how long a model rests after its n-th failed start in a row: doubling, bounded."""
-    doublings = min(max(0, failures_in_a_row - 1), 32)
-    return min(policy.backoff_limit_seconds, policy.backoff_first_seconds * 2.0**doublings)
-
-
-def start_failed(  # noqa: PLR0913 - a failure's facts, each named by its caller
-    view: View, name: ModelName, *, code: str, message: str, now_seconds: float, policy: Policy
-) -> StartFailed:
-    """Return the event of one more failed start of a model, with its back-off."""
-    before = view.failures.get(name)
-    rest_seconds = backoff_seconds((before.count if before else 0) + 1, policy)
-    return StartFailed(
-        model=name,
-        now_seconds=now_seconds,
-        retry_at_seconds=now_seconds + rest_seconds,
-        code=code,
-        message=message,
-    )
-
-
 class _Planner:
     """Collects actions; folds each into its own copy of the view, so that later rules see earlier ones."""
 
@@ -138,6 +59,7 @@ class _Planner:
         self.actions: list[Action] = []
         self.due_seconds: list[float] = []
         self._tentative = count()
+        self._warm: set[ModelName] = set()
 
     # --- nodes ---
 
@@ -264,6 +186,11 @@ class _Planner:
     # --- starting ---
 
     def start_what_is_wanted(self) -> None:
+        self._warm = {
+            name
+            for name, members in members_by_model(self.view).items()
+            if any(found.standing is Standing.READY for found in members)
+        }
         wanting = sorted(self._wanting(), key=lambda name: (*self._urgency(name), name))
         for name in wanting:
             self._start(name)
@@ -304,16 +231,12 @@ class _Planner:
 
     def _urgency(self, name: ModelName) -> tuple[int, float]:
         demand = self.view.demands.get(name)
-        if demand is not None and not self._has_ready(name):
+        if demand is not None and name not in self._warm:
             return (0, demand.since_seconds)
         return (1 if name in self.view.always else 2, 0.0)
 
-    def _has_ready(self, name: ModelName) -> bool:
-        members = members_by_model(self.view).get(name, ())
-        return any(found.standing is Standing.READY for found in members)
-
     def _start(self, name: ModelName) -> None:
-        cold = not self._has_ready(name)
+        cold = name not in self._warm
         decision = place(self.view, name, self.now_seconds, self.policy, may_disturb=cold)
         match decision:
             case Placed():
