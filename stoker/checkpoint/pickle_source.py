@@ -6,6 +6,7 @@ Imports torch: load this module only where a pickle is converted.
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -92,12 +93,9 @@ def shared_groups(state: dict[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]
 
 def _load(path: Path) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old protocols: what counts is whether it loads
+            return _load_mapped(path)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointInvalid(
@@ -107,3 +105,12 @@ def _load(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointInvalid(f"{path} cannot be read: {reason}. Fetch the file again.") from error
+
+
+def _load_mapped(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
