@@ -138,7 +138,9 @@ class WorkerShell(WorkerServicer):
             torch.set_num_threads(self._settings.threads)
         from services.worker import load  # noqa: F401, PLC0415 - a load must not import anything
         from services.worker.model_loading import supported_architectures  # noqa: PLC0415
+        from services.worker.warm import warm_up  # noqa: PLC0415
 
+        warm_up()
         return sorted(supported_architectures())
 
     async def _until_warm(self) -> list[str]:
