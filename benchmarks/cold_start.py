@@ -78,8 +78,9 @@ def _stages(timings: dict[str, Any]) -> dict[str, float]:
         name: start.get(f"{name}_seconds", 0.0)
         for name in ("placement", "worker", "attach", "weights", "skeleton", "assign")
     }
-    for name in ("route", "tokenizer", "prefill"):
-        stages[name] = timings[f"{name}_seconds"] or 0.0
+    stages["route"] = timings["route_seconds"]
+    stages["tokenizer"] = timings["files_seconds"] + timings["text_seconds"]
+    stages["prefill"] = timings["worker"]["prefill_seconds"]
     return stages
 
 

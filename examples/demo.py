@@ -39,7 +39,7 @@ KEEP_ALIVE_SECONDS = 5.0
 QUESTION = "Why is the sky blue? Answer in two sentences."
 ANSWER_TOKENS = 64
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +169,15 @@ def _stages(answer: Answer) -> dict[str, str]:
             rate = format_rate(int(transfer["bytes"]), transfer["seconds"])
             weights += f" ({transfer['tier']} {rate})"
     return {
-        "route": shown(timings.get("route_seconds")),
+        "route": shown(timings["route_seconds"]),
         "placement": shown(start.get("placement_seconds")),
         "worker": shown(start.get("worker_seconds")),
         "attach": shown(start.get("attach_seconds")),
         "weights": weights,
         "skeleton": shown(start.get("skeleton_seconds")),
         "assign": shown(start.get("assign_seconds")),
-        "tokenizer": shown(timings.get("tokenizer_seconds")),
-        "first forward": shown(timings.get("prefill_seconds")),
+        "tokenizer": shown(timings["files_seconds"] + timings["text_seconds"]),
+        "first forward": shown(timings["worker"]["prefill_seconds"]),
         "[bold]first token": f"[bold]{shown(answer.first_token_seconds)}",
         "tokens per second": f"{answer.tokens_per_second:.1f}",
     }

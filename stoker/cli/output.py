@@ -14,7 +14,10 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-console = Console(soft_wrap=True)
+WIDE_COLUMNS = 240
+"""Where no terminal says how wide it is, nothing is cut off."""
+
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE_COLUMNS)
 errors = Console(stderr=True, soft_wrap=True)
 
 
