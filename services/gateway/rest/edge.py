@@ -21,6 +21,9 @@ REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID_KEY = "stoker.request_id"
 """Where the scope holds it."""
 
+DISCARDED_BODIES = 8
+"""Times the limit that is read and dropped of a body that is too long, before the connection is cut."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/version"})
 """Probes and scrapers have no key."""
@@ -68,6 +71,8 @@ class Edge:
             return
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
+            if "expect" not in headers:  # the client sends its body in any case
+                await self._discard(receive)
             await error_response(self._too_large())(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)
@@ -89,10 +94,20 @@ class Edge:
             if message["type"] == "http.request":
                 seen_bytes += len(message.get("body", b""))
                 if seen_bytes > self._max_body_bytes:
+                    await self._discard(receive)
                     raise self._too_large()
             return message
 
         return receive_bounded
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a body, up to a bound: most clients read an answer only after they sent all."""
+        left_bytes = DISCARDED_BODIES * self._max_body_bytes
+        while left_bytes > 0:
+            message = await receive()
+            left_bytes -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the request's body is larger than {self._max_body_bytes} bytes; send less")

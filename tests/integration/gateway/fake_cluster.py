@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Self
 
 from stoker import rpc
 from stoker.errors import ModelNotFound, StokerError
@@ -32,7 +32,7 @@ class FakeStore(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
         self.files: dict[str, dict[str, bytes]] = {}
         self.reads = 0
 
-    async def ReadSmallFiles(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def ReadSmallFiles(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
         """Send every file in two parts."""
         self.reads += 1
         for name, content in self.files[request.uri].items():
@@ -49,7 +49,7 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
         self.cancelled = asyncio.Event()
         self.script: Script = says("Hello!")
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
         """Play the script."""
         self.orders.append(request)
         try:
@@ -72,7 +72,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
         self.acquires_left = asyncio.Event()
         self.cold_replica: controller_pb2.RouteReplica | None = None
 
-    async def WatchRoutes(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def WatchRoutes(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
         """Send all routes, then changes."""
         changes: asyncio.Queue[controller_pb2.RoutesUpdate] = asyncio.Queue()
         self.watchers.append(changes)
@@ -80,7 +80,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
         while True:
             yield await changes.get()
 
-    async def Acquire(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def Acquire(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
         """Say that it starts, and that it is ready once `may_start` is set."""
         self.acquired.append(request)
         if self.acquire_error is not None:
@@ -100,15 +100,15 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
             ready=controller_pb2.AcquireReady(replica=self.cold_replica, timings=timings)
         )
 
-    async def Deploy(self, request: Any, context: Any) -> Any:
+    async def Deploy(self, request: Any, context: Any) -> Any:  # noqa: N802 - the rpc's name
         """Make a route of the spec."""
         return controller_pb2.DeployResponse(model=model_pb2.Model(spec=request.spec), created=True)
 
-    async def DeleteModel(self, request: Any, context: Any) -> Any:
+    async def DeleteModel(self, request: Any, context: Any) -> Any:  # noqa: N802 - the rpc's name
         """Know no model."""
         raise ModelNotFound(f"model {request.name!r} is not deployed")
 
-    async def ListModels(self, request: Any, context: Any) -> Any:
+    async def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802 - the rpc's name
         """List what the routes name."""
         return controller_pb2.ListModelsResponse(models=[route.model for route in self.routes.values()])
 
@@ -131,7 +131,7 @@ class FakeCluster:
         self._servers: list[rpc.Server] = []
         self.controller_address = self.agent_address = self.store_address = ""
 
-    async def __aenter__(self) -> FakeCluster:
+    async def __aenter__(self) -> Self:
         """Start the servers."""
         self.controller_address = await self._serve(
             controller_pb2_grpc.add_ControllerServicer_to_server, self.controller

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,8 +29,16 @@ class GatewayProcess:
         self._reader: asyncio.Task[None]
         self.url = self.grpc_address = ""
 
-    async def __aenter__(self) -> GatewayProcess:
-        """Start it and return when it serves and knows the routes."""
+    async def __aenter__(self) -> Self:
+        """Start it and return when it serves."""
+        await self.spawn()
+        listening = await self.wait_for_log("gateway.listening")
+        self.url = f"http://{listening['address']}"
+        self.grpc_address = f"127.0.0.1:{listening['grpc_port']}"
+        return self
+
+    async def spawn(self) -> None:
+        """Start it."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("STOKER_")} | {
             f"STOKER_GATEWAY_{name.upper()}": value for name, value in self._settings.items()
         }
@@ -43,10 +51,6 @@ class GatewayProcess:
             stderr=asyncio.subprocess.PIPE,
         )
         self._reader = asyncio.create_task(self._read())
-        listening = await self.wait_for_log("gateway.listening")
-        self.url = f"http://{listening['address']}"
-        self.grpc_address = f"127.0.0.1:{listening['grpc_port']}"
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop it as an operator would."""

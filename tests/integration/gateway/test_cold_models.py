@@ -136,8 +136,9 @@ async def test_a_worker_that_dies_in_mid_stream_ends_it_with_one_error(
     cluster: FakeCluster, gateway: GatewayProcess
 ) -> None:
     cluster.agent.script = fails_after("He", WorkerDied("worker w1 was killed"))
+    cluster.controller.push(cluster.route("dying-1"))
     async with httpx.AsyncClient(timeout=30) as http:
-        answer = await http.post(f"{gateway.url}/v1/chat/completions", json=body("tiny"))
+        answer = await http.post(f"{gateway.url}/v1/chat/completions", json=body("dying-1"))
 
     events = [line for line in answer.text.split("\n\n") if line.startswith("data:")]
     assert answer.status_code == 200
@@ -154,9 +155,9 @@ async def test_a_worker_that_dies_in_a_whole_answer_is_a_503(
     cluster: FakeCluster, client: openai.AsyncOpenAI
 ) -> None:
     cluster.agent.script = fails_after("He", WorkerDied("worker w1 was killed"))
-    cluster.controller.push(cluster.route("tiny"))
+    cluster.controller.push(cluster.route("dying-2"))
     with pytest.raises(openai.InternalServerError, match="worker w1 was killed") as caught:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES)
+        await client.chat.completions.create(model="dying-2", messages=MESSAGES)
 
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1

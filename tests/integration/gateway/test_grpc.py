@@ -6,7 +6,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker import rpc
-from stoker.errors import InvalidRequest, ModelNotFound
+from stoker.errors import CallerError, ModelNotFound
 from stoker.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 from tests.integration.gateway.fake_cluster import FakeCluster
 from tests.integration.gateway.gateway_process import GatewayProcess
@@ -51,9 +51,9 @@ async def test_a_text_is_continued_with_log_probabilities(
 async def test_errors_keep_their_class(cluster: FakeCluster, gateway: GatewayProcess) -> None:
     with pytest.raises(ModelNotFound):
         await ask(gateway, inference_pb2.ChatRequest(model="nobody", messages=[HI]))
-    with pytest.raises(InvalidRequest, match="temperature"):
-        sampling = inference_pb2.TextSampling(temperature=9)
-        await ask(gateway, inference_pb2.ChatRequest(model="tiny", messages=[HI], sampling=sampling))
+    hot = inference_pb2.TextSampling(temperature=9)
+    with pytest.raises(CallerError, match="temperature"):
+        await ask(gateway, inference_pb2.ChatRequest(model="tiny", messages=[HI], sampling=hot))
 
 
 async def test_models_are_listed_and_health_is_served(cluster: FakeCluster, gateway: GatewayProcess) -> None:

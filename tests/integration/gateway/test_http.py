@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -86,7 +85,7 @@ async def test_a_chunked_body_beyond_the_limit_is_413(http: httpx.AsyncClient) -
 
 async def test_the_clients_request_id_is_kept_when_it_is_plain(http: httpx.AsyncClient) -> None:
     kept = await http.post(CHAT, json=GOOD, headers={"x-request-id": "my-id.1"})
-    replaced = await http.post(CHAT, json=GOOD, headers={"x-request-id": "a b\x7f"})
+    replaced = await http.post(CHAT, json=GOOD, headers={"x-request-id": "a b"})
 
     assert kept.headers["x-request-id"] == "my-id.1"
     assert replaced.headers["x-request-id"].startswith("req-")
@@ -177,12 +176,8 @@ async def test_a_taken_port_is_a_clear_failure(
 ) -> None:
     taken = gateway.url.removeprefix("http://")
     process = GatewayProcess(cluster.controller_address, tmp_path, address=taken)
-    start = asyncio.ensure_future(process.__aenter__())
-    failed = None
-    while failed is None:
-        await asyncio.sleep(0)
-        failed = next((line for line in process.log if line.get("event") == "service.failed"), None)
-    start.cancel()
+    await process.spawn()
+    failed = await process.wait_for_log("service.failed")
 
     assert await process.stop() != 0
     assert f"cannot listen on {taken}" in failed["message"]

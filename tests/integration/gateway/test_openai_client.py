@@ -120,7 +120,7 @@ async def test_log_probabilities_come_with_tokens_and_bytes(
     content = answer.choices[0].logprobs.content
 
     assert b"".join(bytes(token.bytes) for token in content).decode() == "aé"
-    assert content[0].token == "a"
+    assert content[0].token == "a"  # noqa: S105 - a token of text
     assert len(content[0].top_logprobs) == 2
     assert content[0].top_logprobs[0].logprob == content[0].logprob
 
@@ -141,7 +141,8 @@ async def test_streamed_log_probabilities_equal_the_whole_ones(
 
     assert streamed == whole.choices[0].logprobs.content
     assert (
-        "".join(token.token for token in streamed if len(token.bytes) == 1 and token.bytes[0] < 128) == "a "
+        "".join(scored.token for scored in streamed if len(scored.bytes) == 1 and scored.bytes[0] < 128)
+        == "a "
     )
 
 
