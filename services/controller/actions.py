@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.controller.estimate import Estimate
-from services.controller.fold import NodeForgotten, NodeUnreachable, RefusalLifted, Refused, StartFailed
+from services.controller.fold import (
+    NodeForgotten,
+    NodeUnreachable,
+    RefusalLifted,
+    Refused,
+    ReplicaLost,
+    StartFailed,
+)
 from services.controller.place import Option
 from services.controller.view import Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -50,11 +57,14 @@ class Release:
     reason: str
 
 
+Noted = NodeUnreachable | NodeForgotten | ReplicaLost | StartFailed | Refused | RefusalLifted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
     """Fold this; nothing else is to be done."""
 
-    event: NodeUnreachable | NodeForgotten | StartFailed | Refused | RefusalLifted
+    event: Noted
 
 
 Action = Start | Stop | Release | Note

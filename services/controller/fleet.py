@@ -93,7 +93,7 @@ def _standing(view: View, reservation: Reservation, node: Node | None, replica: 
     if reservation.stopping_since_seconds is not None or reservation.releasing:
         return Standing.STOPPING
     if node is None:
-        return Standing.STARTING
+        return Standing.GONE if reservation.lost else Standing.STARTING
     if not node.reachable or (reservation.replica_id in view.distrusted and not node.connected):
         return Standing.GONE
     if replica is None:

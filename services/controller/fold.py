@@ -93,6 +93,13 @@ class NodeForgotten:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLost:
+    """A reserved replica's node was waited for, and did not come."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopOrdered:
     """It was decided to stop a replica."""
 
@@ -167,6 +174,7 @@ Event = (
     | NodeDisconnected
     | NodeUnreachable
     | NodeForgotten
+    | ReplicaLost
     | StopOrdered
     | StopRefused
     | Demanded
@@ -199,6 +207,8 @@ def fold(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - on
             return _node(view, node_id, connected=False, reachable=False)
         case NodeForgotten(node_id=node_id):
             return replace(view, nodes=_without(view.nodes, node_id))
+        case ReplicaLost(replica_id=replica_id):
+            return _reservation(view, replica_id, lost=True)
         case StopOrdered():
             return _stop_ordered(view, event)
         case StopRefused(replica_id=replica_id, busy=busy):
@@ -262,9 +272,12 @@ def _node_reported(view: View, node: Node) -> View:
         nodes=_with(view.nodes, node.node_id, node),
         distrusted=view.distrusted - seen.keys() - replicas.keys(),
     )
+    for reservation in view.reservations.values():
+        if reservation.lost and reservation.node_id == node.node_id:
+            view = _reservation(view, reservation.replica_id, lost=False)
     for replica in replicas.values():
-        reservation = view.reservations.get(replica.replica_id)
-        if reservation is not None and not reservation.reported:
+        mine = view.reservations.get(replica.replica_id)
+        if mine is not None and not mine.reported:
             view = _reservation(view, replica.replica_id, reported=True)
         was = seen.get(replica.replica_id)
         if replica.phase is Phase.READY and (was is None or was.phase is not Phase.READY):

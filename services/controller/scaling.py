@@ -2,7 +2,8 @@
 
 Rules, in the order in which they run:
 
-1. Nodes: silent beyond the time-out → unreachable; silent for very long → forgotten.
+1. Nodes: silent beyond the time-out → unreachable; silent for very long → forgotten. Replicas whose nodes a
+   new controller has waited for in vain → lost.
 2. Replicas that must go: failed starts (and the model backs off), replicas of deleted models, orphans nobody
    reserved, stale ones after a redeploy, surplus ones, and idle ones whose keep-alive is over.
 3. Reservations whose replica is gone are released.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-from services.controller.actions import Action, Note, Plan, Release, Start, Stop, start_failed
+from services.controller.actions import Action, Note, Noted, Plan, Release, Start, Stop, start_failed
 from services.controller.fleet import Member, Standing, is_idle, members_by_model
 from services.controller.fold import (
     Event,
@@ -26,8 +27,8 @@ from services.controller.fold import (
     RefusalLifted,
     Refused,
     Releasing,
+    ReplicaLost,
     Reserved,
-    StartFailed,
     StopOrdered,
     fold,
 )
@@ -40,6 +41,7 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
     """Decide everything that is to be decided about this view."""
     planner = _Planner(view, now_seconds, policy)
     planner.check_nodes()
+    planner.check_missing()
     planner.stop_what_must_go()
     planner.release_what_is_gone()
     planner.start_what_is_wanted()
@@ -72,6 +74,14 @@ class _Planner:
                 node.last_seen_seconds + self.policy.node_forget_seconds
             ):
                 self._note(NodeForgotten(node_id=node_id))
+
+    def check_missing(self) -> None:
+        for replica_id in sorted(self.view.reservations):
+            reservation = self.view.reservations[replica_id]
+            if reservation.lost or reservation.node_id in self.view.nodes:
+                continue
+            if self._is_over(reservation.seen_seconds + self.policy.node_timeout_seconds):
+                self._note(ReplicaLost(replica_id=replica_id))
 
     # --- stopping ---
 
@@ -179,7 +189,7 @@ class _Planner:
         if reservation.reported or reservation.stopping_since_seconds is not None:
             return "its node no longer runs it"
         if reservation.adopted:
-            return "its node never got the order"
+            return "its node does not run it"
         over = self._is_over(reservation.seen_seconds + self.policy.order_grace_seconds)
         return "its node never reported it" if over else None
 
@@ -205,15 +215,11 @@ class _Planner:
             if model is None:
                 continue
             members = by_model.get(name, ())
-            live = sum(self._counts(found) for found in members if not found.stale)
+            live = sum(
+                found.standing in (Standing.STARTING, Standing.READY) for found in members if not found.stale
+            )
             if live < self._desired(model, members) and not self._rests(name):
                 yield name
-
-    def _counts(self, found: Member) -> bool:
-        """Tell whether a replica is there or coming; one whose node is only now being looked for is both."""
-        if found.standing is Standing.STARTING and found.node is None:
-            return not self._is_over(found.reservation.seen_seconds + self.policy.node_timeout_seconds)
-        return found.standing in (Standing.STARTING, Standing.READY)
 
     def _desired(self, model: Model, members: tuple[Member, ...]) -> int:
         asked = 1 if model.name in self.view.demands else 0
@@ -312,7 +318,7 @@ class _Planner:
         if name in self.view.refusals:
             self._note(RefusalLifted(model=name))
 
-    def _note(self, event: NodeUnreachable | NodeForgotten | StartFailed | Refused | RefusalLifted) -> None:
+    def _note(self, event: Noted) -> None:
         self._fold(event)
         self.actions.append(Note(event=event))
 

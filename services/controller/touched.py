@@ -19,6 +19,7 @@ from services.controller.fold import (
     Refused,
     Released,
     Releasing,
+    ReplicaLost,
     Reserved,
     StartFailed,
     StopOrdered,
@@ -40,6 +41,7 @@ def touched(before: View, event: Event) -> AbstractSet[ModelName]:  # noqa: C901
         case (
             Releasing(replica_id=replica_id)
             | Released(replica_id=replica_id)
+            | ReplicaLost(replica_id=replica_id)
             | StopOrdered(replica_id=replica_id)
             | StopRefused(replica_id=replica_id)
         ):

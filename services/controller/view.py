@@ -198,6 +198,7 @@ class Reservation:
         reported: Its node has reported the replica at least once since.
         stopping_since_seconds: When the stop was decided; None = it is wanted.
         stopping_for: The model it makes room for, if any.
+        lost: Its node has not reported within the time-out since this controller leads; cleared when it does.
         releasing: Its deletion from the state is under way.
     """
 
@@ -212,6 +213,7 @@ class Reservation:
     reported: bool = False
     stopping_since_seconds: float | None = None
     stopping_for: ModelName | None = None
+    lost: bool = False
     releasing: bool = False
 
 

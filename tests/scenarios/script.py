@@ -1,0 +1,247 @@
+"""The scenarios' language: a line is an event or an expectation, as README.md beside this file says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from services.controller.answer import Failed, Queued, Ready, Starting, Unknown
+from services.controller.fold import (
+    Demanded,
+    DemandEnded,
+    Distrusted,
+    ModelDeleted,
+    ModelPut,
+    NodeDisconnected,
+    StopRefused,
+)
+from services.controller.view import Device, Held, Node, Phase, Pool, Stage
+from stoker.ids import ModelName, NodeId, ReplicaId
+from tests.scenarios.world import World, model
+
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0, "ms": 1e-3, "min": 60.0, "": 1.0}
+
+
+class ScriptError(AssertionError):
+    """A line that is no sentence, or an expectation that does not hold; names the line."""
+
+
+def play(text: str) -> World:
+    """Play a scenario to its end.
+
+    Raises:
+        ScriptError: An expectation does not hold, a decision was not expected, or a line has no meaning.
+    """
+    world = World()
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        verb = SENTENCES.get(words[0])
+        if verb is None:
+            raise ScriptError(f"line {number}: {words[0]!r} is none of {', '.join(SENTENCES)}")
+        if words[0] != "expect" and world.decisions:
+            raise ScriptError(f"line {number}: decided and not expected: {world.decisions}")
+        try:
+            verb(world, words[1:])
+        except ScriptError as error:
+            raise ScriptError(f"line {number}: {line.strip()}: {error}") from None
+    if world.decisions:
+        raise ScriptError(f"at the end: decided and not expected: {world.decisions}")
+    return world
+
+
+def quantity(text: str) -> float:
+    """Return `1.5GB`, `300ms`, `2min` or `7` as a number in bytes, seconds or as it is."""
+    found = re.fullmatch(r"(-?[0-9.]+)([a-zA-Z]*)", text.removesuffix("/s") if "B/s" in text else text)
+    if found is None or found[2] not in UNITS:
+        raise ScriptError(f"{text!r} is no number with a known unit")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _settings(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+
+
+def _policy(world: World, words: list[str]) -> None:
+    values = {key: quantity(value) for key, value in _settings(words).items()}
+    world.policy = replace(world.policy, **values)
+
+
+def _node(world: World, words: list[str]) -> None:
+    settings = _settings(words[1:])
+    node_id = NodeId(words[0])
+    kind = "cuda" if "device_memory" in settings else "cpu"
+    memory_bytes = int(quantity(settings.get("device_memory", "0")))
+    held = {
+        (
+            world.view.models[ModelName(name)].checkpoint_uri,
+            world.view.models[ModelName(name)].revision,
+        ): Held(dram_bytes=world.view.models[ModelName(name)].file_bytes)
+        for name in filter(None, settings.get("dram", "").split(","))
+    }
+    world.nodes[node_id] = Node(
+        node_id=node_id,
+        agent_address=f"{node_id}:7071",
+        devices=tuple(
+            Device(index=index, kind=kind, memory_bytes=memory_bytes)
+            for index in range(int(settings.get("devices", "1")))
+        ),
+        held=held,
+        stages={"disk": Stage(bytes_per_second=quantity(settings.get("disk", "1GB/s")))},
+        pool=Pool(total_bytes=int(quantity(settings.get("pool", "100GB")))),
+        architectures=frozenset(filter(None, settings.get("architectures", "").split(","))),
+        warm_workers=int(settings.get("warm", "1")),
+        draining="draining" in settings,
+    )
+    world.report(node_id)
+
+
+def _model(world: World, words: list[str]) -> None:
+    settings = _settings(words[1:])
+    before = world.view.models.get(ModelName(words[0]), model(words[0]))
+    values: dict[str, Any] = {}
+    for key, field, kind in MODEL_SETTINGS:
+        if key in settings:
+            values[field] = kind(settings[key])
+    if "size" in settings:
+        values["weight_bytes"] = values["file_bytes"]
+    world.apply(ModelPut(model=replace(before, **values)))
+
+
+MODEL_SETTINGS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("size", "file_bytes", lambda text: int(quantity(text))),
+    ("keep_alive", "keep_alive_seconds", quantity),
+    ("min", "min_replicas", int),
+    ("max", "max_replicas", int),
+    ("concurrency", "concurrency", int),
+    ("runtime", "runtime", str),
+    ("architecture", "architecture", str),
+)
+
+
+def _delete(world: World, words: list[str]) -> None:
+    world.apply(ModelDeleted(name=ModelName(words[0])))
+
+
+def _ask(world: World, words: list[str]) -> None:
+    for name in words:
+        world.apply(Demanded(model=ModelName(name), now_seconds=world.now_seconds))
+
+
+def _leave(world: World, words: list[str]) -> None:
+    for name in words:
+        world.apply(DemandEnded(model=ModelName(name)))
+
+
+def _ready(world: World, words: list[str]) -> None:
+    world.change_replica(
+        ReplicaId(words[0]), phase=Phase.READY, idle_since_seconds=world.now_seconds, sessions=0
+    )
+
+
+def _sessions(world: World, words: list[str]) -> None:
+    count = int(words[1])
+    idle_since_seconds = None if count else world.now_seconds
+    world.change_replica(ReplicaId(words[0]), sessions=count, idle_since_seconds=idle_since_seconds)
+
+
+def _fails(world: World, words: list[str]) -> None:
+    world.change_replica(
+        ReplicaId(words[0]),
+        phase=Phase.FAILED,
+        idle_since_seconds=None,
+        error_code=words[1],
+        error_message=" ".join(words[2:]),
+    )
+
+
+def _stopped(world: World, words: list[str]) -> None:
+    world.remove_replica(ReplicaId(words[0]))
+
+
+def _busy(world: World, words: list[str]) -> None:
+    world.apply(StopRefused(replica_id=ReplicaId(words[0]), busy=True))
+
+
+def _broken(world: World, words: list[str]) -> None:
+    world.apply(Distrusted(replica_ids=frozenset(map(ReplicaId, words))))
+
+
+def _silent(world: World, words: list[str]) -> None:
+    world.silent.add(NodeId(words[0]))
+    world.apply(NodeDisconnected(node_id=NodeId(words[0])))
+
+
+def _back(world: World, words: list[str]) -> None:
+    world.silent.discard(NodeId(words[0]))
+    world.report(NodeId(words[0]))
+
+
+def _drain(world: World, words: list[str]) -> None:
+    world.change_node(NodeId(words[0]), draining=True)
+
+
+def _wait(world: World, words: list[str]) -> None:
+    world.wait(quantity(words[0]))
+
+
+def _restart(world: World, words: list[str]) -> None:
+    del words
+    world.silent |= set(world.nodes)
+    world.restart_controller()
+
+
+def _expect(world: World, words: list[str]) -> None:
+    if words == ["nothing"]:
+        if world.decisions:
+            raise ScriptError(f"decided {world.decisions}")
+        return
+    if words[0] in world.view.models or words[0] == "unknown":
+        _expect_answer(world, ModelName(words[0]), words[1], " ".join(words[2:]))
+        return
+    expected = " ".join(words)
+    if not world.decisions:
+        raise ScriptError("nothing was decided")
+    decided = world.decisions.pop(0)
+    if not decided.startswith(expected):
+        raise ScriptError(f"decided {decided!r}")
+
+
+def _expect_answer(world: World, name: ModelName, kind: str, text: str) -> None:
+    found = world.answer(name)
+    said = {Ready: "ready", Starting: "starting", Queued: "queued", Failed: "fails", Unknown: "unknown"}
+    why = ""
+    match found:
+        case Ready(member=member) | Starting(member=member):
+            why = member.reservation.replica_id
+        case Queued(reason=reason):
+            why = reason
+        case Failed(code=code, message=message):
+            why = f"{code}: {message}"
+    if said[type(found)] != kind or text not in why:
+        raise ScriptError(f"a request is told {said[type(found)]} {why!r}")
+
+
+SENTENCES: dict[str, Callable[[World, list[str]], None]] = {
+    "policy": _policy,
+    "node": _node,
+    "model": _model,
+    "delete": _delete,
+    "ask": _ask,
+    "leave": _leave,
+    "ready": _ready,
+    "sessions": _sessions,
+    "fails": _fails,
+    "stopped": _stopped,
+    "busy": _busy,
+    "broken": _broken,
+    "silent": _silent,
+    "back": _back,
+    "drain": _drain,
+    "wait": _wait,
+    "restart": _restart,
+    "expect": _expect,
+}

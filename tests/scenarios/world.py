@@ -1,0 +1,188 @@
+"""A world the controller's pure modules decide about: time, nodes and replicas change only when told to.
+
+Decisions are carried out as a perfect shell and perfect agents would: a start is reserved and reported as
+starting at once, a stop is only written down until the scenario says that the replica has stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from services.controller.actions import Action, Note, Release, Start, Stop
+from services.controller.answer import Answer, answer
+from services.controller.fold import (
+    Event,
+    NodeReported,
+    Released,
+    Releasing,
+    Reserved,
+    StopOrdered,
+    fold,
+)
+from services.controller.scaling import reconcile
+from services.controller.view import Model, Node, Phase, Policy, Replica, Reservation, View
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+MAX_PASSES = 100
+"""Decisions must settle: a rule that undoes another one would go on for ever."""
+HEARTBEAT_SECONDS = 4.0
+
+
+@dataclass
+class World:
+    """What is true, what the controller knows, and what it decided."""
+
+    policy: Policy = field(default_factory=Policy)
+    now_seconds: float = 1000.0
+    view: View = field(default_factory=View)
+    nodes: dict[NodeId, Node] = field(default_factory=dict)
+    silent: set[NodeId] = field(default_factory=set)
+    decisions: list[str] = field(default_factory=list)
+    _started: dict[ModelName, int] = field(default_factory=dict)
+
+    def apply(self, *events: Event) -> None:
+        """Let things happen, then decide until nothing is left to decide."""
+        for event in events:
+            self.view = fold(self.view, event)
+        self.decide()
+
+    def decide(self) -> float | None:
+        """Carry out plans until one is empty; returns when to decide again."""
+        for _ in range(MAX_PASSES):
+            plan = reconcile(self.view, self.now_seconds, self.policy)
+            for action in plan.actions:
+                self._carry_out(action)
+            if not plan.actions:
+                return plan.next_due_seconds
+        raise AssertionError(f"decisions do not settle: {self.decisions[-10:]}")
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass: nodes that are not silent report, and the controller wakes when it wanted to."""
+        end_seconds = self.now_seconds + seconds
+        while self.now_seconds < end_seconds:
+            due_seconds = self.decide()
+            step_seconds = min(end_seconds, self.now_seconds + HEARTBEAT_SECONDS)
+            if due_seconds is not None:
+                step_seconds = min(step_seconds, due_seconds)
+            self.now_seconds = step_seconds
+            for node_id in sorted(self.nodes.keys() - self.silent):
+                self.report(node_id)
+        self.decide()
+
+    def report(self, node_id: NodeId) -> None:
+        """A node reports what is true on it."""
+        node = replace(self.nodes[node_id], last_seen_seconds=self.now_seconds)
+        self.apply(NodeReported(node=node))
+
+    def change_node(self, node_id: NodeId, **changes: object) -> None:
+        """Change what is true of a node, and have it report."""
+        self.nodes[node_id] = replace(self.nodes[node_id], **changes)  # type: ignore[arg-type]
+        self.report(node_id)
+
+    def change_replica(self, replica_id: ReplicaId, **changes: object) -> None:
+        """Change what is true of a replica, and have its node report."""
+        node = self.node_of(replica_id)
+        replica = replace(node.replicas[replica_id], **changes)  # type: ignore[arg-type]
+        self.change_node(node.node_id, replicas={**node.replicas, replica_id: replica})
+
+    def remove_replica(self, replica_id: ReplicaId) -> None:
+        """A replica has ended, and its node reports."""
+        node = self.node_of(replica_id)
+        left = {key: value for key, value in node.replicas.items() if key != replica_id}
+        self.change_node(node.node_id, replicas=left)
+
+    def node_of(self, replica_id: ReplicaId) -> Node:
+        """Return the node a replica runs on; fails when it runs nowhere."""
+        return next(node for node in self.nodes.values() if replica_id in node.replicas)
+
+    def restart_controller(self) -> None:
+        """A new controller knows the models and reservations, and no node yet."""
+        before = self.view
+        self.view = View(models=before.models, always=before.always)
+        self.apply(
+            *(
+                Reserved(
+                    reservation=Reservation(
+                        replica_id=kept.replica_id,
+                        model=kept.model,
+                        node_id=kept.node_id,
+                        devices=kept.devices,
+                        runtime=kept.runtime,
+                        predicted_seconds=kept.predicted_seconds,
+                        seen_seconds=self.now_seconds,
+                        adopted=True,
+                    )
+                )
+                for kept in before.reservations.values()
+            )
+        )
+
+    def answer(self, name: ModelName) -> Answer:
+        """Return what a request that begins to wait now is told."""
+        return answer(self.view, name, since_seconds=self.now_seconds, now_seconds=self.now_seconds)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Note(event=event):
+                self.view = fold(self.view, event)
+                self._write_down(event)
+            case Start():
+                self._start(action)
+            case Stop(replica_id=replica_id, reason=reason, for_model=for_model):
+                self.decisions.append(f"stop {replica_id}: {reason}")
+                ordered = StopOrdered(
+                    replica_id=replica_id, now_seconds=self.now_seconds, for_model=for_model
+                )
+                self.view = fold(self.view, ordered)
+            case Release(replica_id=replica_id, reason=reason):
+                self.decisions.append(f"release {replica_id}: {reason}")
+                self.view = fold(self.view, Releasing(replica_id=replica_id))
+                self.view = fold(self.view, Released(replica_id=replica_id))
+
+    def _write_down(self, event: Event) -> None:
+        match type(event).__name__, event:
+            case "NodeUnreachable", _:
+                self.decisions.append(f"unreachable {event.node_id}")  # type: ignore[union-attr]
+            case "NodeForgotten", _:
+                self.decisions.append(f"forget {event.node_id}")  # type: ignore[union-attr]
+            case "StartFailed", _:
+                rest_seconds = event.retry_at_seconds - self.now_seconds  # type: ignore[union-attr]
+                self.decisions.append(f"rest {event.model} {rest_seconds:g}s")  # type: ignore[union-attr]
+            case _:
+                pass
+
+    def _start(self, start: Start) -> None:
+        self._started[start.model] = self._started.get(start.model, 0) + 1
+        replica_id = ReplicaId(f"{start.model}.{self._started[start.model]}")
+        slots = ",".join(map(str, start.devices))
+        self.decisions.append(f"start {replica_id} on {start.node_id}/{slots}")
+        reservation = Reservation(
+            replica_id=replica_id,
+            model=start.model,
+            node_id=start.node_id,
+            devices=start.devices,
+            runtime=start.runtime,
+            predicted_seconds=start.estimate.total_seconds,
+            seen_seconds=self.now_seconds,
+        )
+        self.view = fold(self.view, Reserved(reservation=reservation))
+        node = self.nodes[start.node_id]
+        replica = Replica(
+            replica_id=replica_id, model=start.model, phase=Phase.STARTING, devices=start.devices
+        )
+        self.nodes[start.node_id] = replace(node, replicas={**node.replicas, replica_id: replica})
+
+
+def model(name: str, **changes: object) -> Model:
+    """Return a model of 1 GB with sensible numbers, changed as told."""
+    plain = Model(
+        name=ModelName(name),
+        checkpoint_uri=f"/models/{name}",  # type: ignore[arg-type]
+        revision="r1",  # type: ignore[arg-type]
+        architecture="LlamaForCausalLM",
+        file_bytes=1_000_000_000,
+        weight_bytes=1_000_000_000,
+        runtime="v1",
+        layers=10,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
