@@ -1,9 +1,9 @@
 """What to drop when room is needed. Pure.
 
 Dropping a checkpoint costs `reload_seconds * likelihood of use`: the seconds a later request waits because
-it is gone, times how probable that request is. Likelihood is a use count that halves every `HALF_LIFE_SECONDS`.
-Cheapest per chunk freed goes first; what turns out not to be needed is spared. What is leased, pinned or being
-read for someone who waits is never dropped.
+it is gone, times how probable that request is. Likelihood is a use count that halves every
+`HALF_LIFE_SECONDS`. Cheapest per chunk freed goes first; what turns out not to be needed is spared. What is
+leased, pinned or being read for someone who waits is never dropped.
 """
 
 from __future__ import annotations

@@ -1,0 +1,236 @@
+"""Checkpoints on their way into the pool and out of it: real memory, real files, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.store.arena import open_arena
+from services.store.catalog import Catalog
+from services.store.counters import ReadyCounters
+from services.store.loads import Loads
+from services.store.read_queue import Urgency
+from services.store.resident import Phase
+from services.store.settings import StoreSettings
+from stoker.clock import ManualClock
+from stoker.errors import CapacityError, DoesNotFit, InUse, LoadFailed, PeerError
+from stoker.units import KIB
+from tests.unit.services.store.checkpoints import write_checkpoint
+
+CHUNK = 64 * KIB
+
+
+class Store:
+    """A catalog and a pool of a few chunks."""
+
+    def __init__(self, chunks: int, counters: int) -> None:
+        self.catalog = Catalog(allowed_roots=())
+        settings = StoreSettings(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK)
+        self.arena = open_arena(settings)
+        self.counters = ReadyCounters(counters)
+        self.clock = ManualClock()
+        self.loads = Loads(self.arena, self.counters, read_threads=2, clock=self.clock)
+
+    async def load(self, folder, urgency=Urgency.DEMAND):
+        """Open the folder and load it."""
+        return await self.loads.load(await self.catalog.open(str(folder)), urgency)
+
+    def content(self, resident) -> bytes:
+        """The bytes of a resident's only file, as the pool has them."""
+        (file,) = resident.files
+        chunks = b"".join(self.arena.chunk(chunk) for chunk in file.chunks)
+        return chunks[: file.size_bytes]
+
+
+@asynccontextmanager
+async def store(chunks: int = 8, counters: int = 64):
+    made = Store(chunks, counters)
+    try:
+        yield made
+    finally:
+        await made.loads.close()
+        made.catalog.close()
+        made.arena.close()
+        made.counters.close()
+
+
+async def test_a_loaded_checkpoint_is_the_file_byte_for_byte(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    async with store() as made:
+        resident = await made.load(folder)
+
+        assert made.content(resident) == (folder / "model.safetensors").read_bytes()
+        assert made.counters.get(resident.files[0].slot) == resident.files[0].size_bytes
+        assert sum(moved.byte_count for moved in resident.moved) == resident.files[0].size_bytes
+
+
+async def test_many_who_ask_share_one_load(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    async with store() as made:
+        residents = await asyncio.gather(*(made.load(folder) for _ in range(10)))
+
+        assert len(set(map(id, residents))) == 1
+        assert made.loads.chunks.free_count == 8 - residents[0].need_chunks
+
+
+async def test_a_load_goes_on_when_who_asked_has_left(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    async with store() as made:
+        resident = made.loads.lease(await made.catalog.open(str(folder)), Urgency.DEMAND)
+        made.loads.end_lease(resident)
+        await resident.done
+
+        assert resident.phase is Phase.READY
+
+
+async def test_room_is_made_by_the_one_that_is_used_least(tmp_path):
+    a, b, c = (write_checkpoint(tmp_path / name, size=90_000) for name in "abc")
+    async with store(chunks=6) as made:
+        await made.load(a)
+        await made.load(b)
+        await made.load(a)
+        await made.load(c)
+
+        assert {each.entry.index.path for each in made.loads.residents()} == {a, c}
+
+
+async def test_a_leased_checkpoint_is_neither_dropped_for_room_nor_evicted(tmp_path):
+    a, b = (write_checkpoint(tmp_path / name, size=90_000) for name in "ab")
+    async with store(chunks=4) as made:
+        resident = made.loads.lease(await made.catalog.open(str(a)), Urgency.DEMAND)
+        await resident.done
+
+        with pytest.raises(CapacityError, match="held by running models"):
+            await made.load(b)
+        with pytest.raises(InUse, match="1 workers have it mapped"):
+            made.loads.evict(a)
+        made.loads.end_lease(resident)
+        await made.load(b)
+
+
+async def test_a_pinned_checkpoint_stays_until_unpinned(tmp_path):
+    a, b = (write_checkpoint(tmp_path / name, size=90_000) for name in "ab")
+    async with store(chunks=4) as made:
+        made.loads.pin(await made.catalog.open(str(a)))
+        await made.load(a)
+
+        with pytest.raises(InUse, match="pinned"):
+            made.loads.evict(a)
+        with pytest.raises(CapacityError):
+            await made.load(b)
+        made.loads.unpin(a)
+        assert made.loads.evict(a) == 3 * CHUNK
+
+
+async def test_a_checkpoint_larger_than_the_pool_is_refused_and_leaves_nothing(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=300_000)
+    async with store(chunks=4) as made:
+        with pytest.raises(DoesNotFit, match="STOKER_STORE_POOL_BYTES"):
+            await made.load(folder)
+
+        assert made.loads.chunks.free_count == 4
+        assert made.loads.residents() == []
+
+
+async def test_a_file_that_shrank_since_its_header_was_read_fails_and_gives_everything_back(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    async with store() as made:
+        entry = await made.catalog.open(str(folder))
+        os.truncate(folder / "model.safetensors", 70_000)
+
+        with pytest.raises(LoadFailed, match="changed or replaced"):
+            await made.loads.load(entry, Urgency.DEMAND)
+        await settled(made)
+        assert made.loads.chunks.free_count == 8
+
+
+async def settled(made: Store) -> None:
+    """Let reads that were running come back."""
+    while made.loads._residents:  # noqa: ASYNC110 - turns of the loop, not time
+        await asyncio.sleep(0)
+
+
+async def test_a_failed_load_is_tried_afresh_by_the_next_who_asks(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    good = (folder / "model.safetensors").read_bytes()
+    async with store() as made:
+        entry = await made.catalog.open(str(folder))
+        os.truncate(folder / "model.safetensors", 70_000)
+        with pytest.raises(LoadFailed):
+            await made.loads.load(entry, Urgency.DEMAND)
+        (folder / "model.safetensors").write_bytes(good)
+
+        assert made.content(await made.load(folder)) == good
+
+
+async def test_chunks_of_a_failed_load_stay_taken_while_a_worker_maps_them(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_003)
+    async with store() as made:
+        entry = await made.catalog.open(str(folder))
+        os.truncate(folder / "model.safetensors", 70_000)
+        resident = made.loads.lease(entry, Urgency.DEMAND)
+        with pytest.raises(LoadFailed):
+            await resident.done
+        while resident.reads_left:  # noqa: ASYNC110 - turns of the loop, not time
+            await asyncio.sleep(0)
+
+        assert made.loads.chunks.free_count == 8 - resident.need_chunks
+        made.loads.end_lease(resident)
+        assert made.loads.chunks.free_count == 8
+
+
+async def test_a_new_revision_lets_the_old_one_go(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=90_000)
+    async with store() as made:
+        await made.load(folder)
+        write_checkpoint(folder, size=90_001)
+        await made.load(folder)
+
+        assert len(made.loads.residents()) == 1
+        assert made.loads.chunks.free_count == 5
+
+
+async def test_a_superseded_revision_stays_while_a_worker_maps_it(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=90_000)
+    async with store() as made:
+        old = made.loads.lease(await made.catalog.open(str(folder)), Urgency.DEMAND)
+        await old.done
+        before = made.content(old)
+        write_checkpoint(folder, size=90_001)
+        await made.load(folder)
+
+        assert made.content(old) == before
+        made.loads.end_lease(old)
+
+
+async def test_a_prefetch_gives_way_to_a_demand(tmp_path):
+    a, b = (write_checkpoint(tmp_path / name, size=100_000) for name in "ab")
+    async with store(chunks=4) as made:
+        prefetched = made.loads._resident(await made.catalog.open(str(a)), Urgency.PREFETCH)
+        wanted = await made.load(b)
+
+        assert wanted.phase is Phase.READY
+        assert prefetched.phase is Phase.GONE
+
+
+async def test_stopping_fails_what_is_under_way(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100_000)
+    async with store() as made:
+        resident = made.loads.lease(await made.catalog.open(str(folder)), Urgency.DEMAND)
+        await made.loads.close()
+
+        with pytest.raises(PeerError, match="being stopped"):
+            await resident.done
+
+
+async def test_too_many_files_for_the_counters_are_refused_and_leave_nothing(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100)
+    async with store(counters=512) as made:
+        made.counters.take(512)
+
+        with pytest.raises(CapacityError, match="ready counter"):
+            await made.load(folder)
+        assert made.loads.chunks.free_count == 8
