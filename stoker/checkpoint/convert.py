@@ -78,7 +78,8 @@ def convert(
         CheckpointInvalid: The source is damaged, hostile, or changed meanwhile.
         AlreadyExists: Something else is at `dst`, or another conversion is writing it.
         DiskFull: There is not enough space; the message says how much is needed.
-        InvalidRequest: An argument is wrong, or the extra for this format is not installed.
+        InvalidRequest: An argument is wrong, `dst` cannot be written, or the extra for this format is not
+            installed.
     """
     target = _target_dtype(dtype)
     files = find_source(src)
@@ -95,13 +96,14 @@ def convert(
     if _holds(destination, source, overwrite=overwrite):
         return open_checkpoint(destination)
     stamp = files.stamp()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging.remove_leftovers(destination)
+    with staging.refusals_named(destination, need_bytes=0):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging.remove_leftovers(destination)
     with open_source(files, dtype=target) as opened:
         content = _content(opened, files, target)
         staging.check_space(destination.parent, need_bytes=content.need_bytes, destination=destination)
         with (
-            staging.disk_full_named(destination, need_bytes=content.need_bytes),
+            staging.refusals_named(destination, need_bytes=content.need_bytes),
             staging.StagedFolder(destination) as staged,
         ):
             written = _write(staged.path, content, opened, target, source, progress or _silent)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NOT_WRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+)
 
 
 class StagedFolder:
@@ -114,18 +117,24 @@ def check_space(folder: Path, *, need_bytes: int, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_full_named(destination: Path, *, need_bytes: int) -> Iterator[None]:
-    """Turn the system's refusals to store more into `DiskFull`.
+def refusals_named(destination: Path, *, need_bytes: int) -> Iterator[None]:
+    """Turn the system's refusals to write into errors that say what to do.
 
     Raises:
         DiskFull: No space, no quota, or over the size limit for files.
+        InvalidRequest: The place cannot be written: rights, a read-only disk, a file where a folder must be.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _disk_full(destination, need_bytes, f"the system refused: {error.strerror}") from error
+        if error.errno in _FULL:
+            raise _disk_full(destination, need_bytes, f"the system refused: {error.strerror}") from error
+        if error.errno in _NOT_WRITABLE:
+            raise InvalidRequest(
+                f"Cannot write {destination}: {error.strerror} ({error.filename or destination}). "
+                "Choose a folder that you may write."
+            ) from error
+        raise
 
 
 def check_destination(destination: Path) -> None:

@@ -307,6 +307,16 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_byte(
     assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
 
 
+def test_a_destination_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    src = write_folder(tmp_path / "src", small_model())
+    (tmp_path / "file").write_text("x")
+
+    with pytest.raises(InvalidRequest, match="Cannot write"):
+        convert(src, tmp_path / "file" / "dst")
+    with pytest.raises(InvalidRequest, match="Cannot write"):
+        convert(src, tmp_path / ("x" * 250))
+
+
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
