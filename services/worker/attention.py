@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stoker.errors import CheckpointInvalid
@@ -116,7 +116,9 @@ class PrefillPlan:
         self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         """See `ForwardPlan`."""
-        k_KSD, v_KSD = self.kv.write(layer, self.start, k_BKTD[0], v_BKTD[0])
+        width = v_BKTD.shape[-1]
+        k_KSD, v_KSD = self.kv.write(layer, self.start, _stack(k_BKTD, v_BKTD))
+        v_KSD = v_KSD[..., :width]
         rows, tokens = q_BHTD.shape[2], k_KSD.shape[1]
         is_plain = self.start == 0 and (how.window is None or tokens <= how.window)
         mask_TS = None if is_plain else _causal_mask(self.start, rows, tokens, how.window, q_BHTD.device)
@@ -143,16 +145,24 @@ class DecodePlan:
         self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         """See `ForwardPlan`."""
-        heads, kv_heads = q_BHTD.shape[1], k_BKTD.shape[1]
-        out_THD = q_BHTD.new_zeros((q_BHTD.shape[2], heads, v_BKTD.shape[-1]))
+        heads, width = q_BHTD.shape[1], v_BKTD.shape[-1]
+        kv_2KTD = _stack(k_BKTD, v_BKTD)
+        kv_heads = kv_2KTD.shape[1]
+        # The query heads of one kv head become its query rows: no copies of keys, and no mask needed.
+        q_TKGD = q_BHTD[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, q_BHTD.shape[-1])
+        out_TKGD = q_TKGD.new_zeros((*q_TKGD.shape[:3], width))
         for row, (kv, index) in enumerate(self.rows):
-            k_KSD, v_KSD = kv.write(layer, index, k_BKTD[0, :, row : row + 1], v_BKTD[0, :, row : row + 1])
+            k_KSD, v_KSD = kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
             if how.window is not None and index >= how.window:
                 k_KSD, v_KSD = k_KSD[:, index + 1 - how.window :], v_KSD[:, index + 1 - how.window :]
-            # The query heads of one kv head become its query rows: no copies of keys, and no mask needed.
-            q_KGD = q_BHTD[0, :, row].reshape(kv_heads, heads // kv_heads, -1)
-            out_THD[row] = how.over(q_KGD, k_KSD, v_KSD, None, is_causal=False).reshape(heads, -1)
-        return out_THD[None]
+            out_TKGD[row] = how.over(q_TKGD[row], k_KSD, v_KSD[..., :width], None, is_causal=False)
+        return out_TKGD.reshape(1, -1, heads, width)
+
+
+def _stack(k_BKTD: torch.Tensor, v_BKTD: torch.Tensor) -> torch.Tensor:
+    """Return keys and values as [2, K, T, D]; values narrower than keys are padded with zeros."""
+    missing = k_BKTD.shape[-1] - v_BKTD.shape[-1]
+    return torch.cat((k_BKTD, pad(v_BKTD, (0, missing)) if missing else v_BKTD))
 
 
 def _causal_mask(

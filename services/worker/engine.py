@@ -196,13 +196,12 @@ Output = TokenOut | Finished
 class KvExport:
     """Keys and values of a session's first `token_count` tokens, on the CPU.
 
-    One tensor per layer, of shape [kv heads, tokens, head dim], in the engine's dtype, with the rotary
-    embedding applied to the keys. Engines of the same model and dtype can exchange them.
+    One tensor per layer, of shape [2 (keys, values), kv heads, tokens, head dim], in the engine's dtype, with
+    the rotary embedding applied to the keys. Engines of the same model and dtype can exchange them.
     """
 
     token_count: int
-    layer_keys: tuple[torch.Tensor, ...]
-    layer_values: tuple[torch.Tensor, ...]
+    layers: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

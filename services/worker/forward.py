@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
 from services.worker.row_linear import make_rows_uniform
+from stoker.units import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,13 +85,12 @@ class ModelRunner:
         Returns:
             One row of float32 logits, on the CPU, for each of `logits_of`.
         """
-        count = len(rows) + self._tail_rows
-        padded = max(count, self._group_rows) if self.device.type == "cuda" else count
-        padding = [0] * (padded - len(rows))
+        padding = [0] * (align_up(len(rows) + self._tail_rows, self._group_rows) - len(rows))
         plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
         tokens = [token for _, _, token in rows] + padding
         positions = [index for _, index, _ in rows] + padding
-        return self._run(plan, tokens, positions, logits_of)
+        wanted = [*logits_of, *[0] * (-len(logits_of) % self._group_rows)] if logits_of else []
+        return self._run(plan, tokens, positions, wanted)[: len(logits_of)]
 
     def prefill(
         self, kv: SessionKv, start: int, tokens: Sequence[int], *, needs_logits: bool

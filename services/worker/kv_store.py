@@ -34,14 +34,19 @@ class KvBudget:
 class SessionKv:
     """The keys and values of one session, layer by layer, allocated as layers first write.
 
-    The tensors live where the model's keys come from.
+    The tensors live where the model's keys come from. Keys and values of a layer are one tensor of shape
+    [2, K, S, D], so that storing a token is one copy.
     """
 
     def __init__(self, budget: KvBudget) -> None:
         self._budget = budget
         self._capacity = 0
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._layers: dict[int, torch.Tensor] = {}
+
+    @property
+    def layer_count(self) -> int:
+        """Return how many layers have written."""
+        return len(self._layers)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; return False, changing nothing, if the budget has none."""
@@ -51,53 +56,39 @@ class SessionKv:
         if self._budget.used_tokens + capacity - self._capacity > self._budget.max_tokens:
             return False
         self._budget.used_tokens += capacity - self._capacity
-        for store in (self._keys, self._values):
-            for layer, old in store.items():
-                store[layer] = self._enlarged(old, capacity)
+        for layer, old_2KSD in self._layers.items():
+            new_2KSD = old_2KSD.new_empty((*old_2KSD.shape[:2], capacity, old_2KSD.shape[3]))
+            new_2KSD[:, :, : self._capacity] = old_2KSD
+            self._layers[layer] = new_2KSD
         self._capacity = capacity
         return True
 
-    def write(
-        self, layer: int, start: int, k_KTD: torch.Tensor, v_KTD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store tokens from `start` on; return views of all keys and values up to the last one written."""
-        if layer not in self._keys:
-            self._keys[layer] = k_KTD.new_empty((k_KTD.shape[0], self._capacity, k_KTD.shape[2]))
-            self._values[layer] = v_KTD.new_empty((v_KTD.shape[0], self._capacity, v_KTD.shape[2]))
-        end = start + k_KTD.shape[1]
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, start:end] = k_KTD
-        values[:, start:end] = v_KTD
-        return keys[:, :end], values[:, :end]
+    def write(self, layer: int, start: int, kv_2KTD: torch.Tensor) -> torch.Tensor:
+        """Store T tokens from `start` on; return a view [2, K, start + T, D] of all up to the last."""
+        store_2KSD = self._layers.get(layer)
+        if store_2KSD is None:
+            shape = (2, kv_2KTD.shape[1], self._capacity, kv_2KTD.shape[3])
+            store_2KSD = self._layers[layer] = kv_2KTD.new_empty(shape)
+        end = start + kv_2KTD.shape[2]
+        store_2KSD[:, :, start:end] = kv_2KTD
+        return store_2KSD[:, :, :end]
 
     def release(self) -> None:
         """Give everything back."""
         self._budget.used_tokens -= self._capacity
         self._capacity = 0
-        self._keys.clear()
-        self._values.clear()
+        self._layers.clear()
 
     def export(self, tokens: int) -> KvExport:
         """Copy the first `tokens` tokens to the CPU."""
-        layers = sorted(self._keys)
-        return KvExport(
-            token_count=tokens,
-            layer_keys=tuple(_copy(self._keys[layer], tokens) for layer in layers),
-            layer_values=tuple(_copy(self._values[layer], tokens) for layer in layers),
+        layers = tuple(
+            # clone, for the copy would otherwise be the live store when its capacity is exactly `tokens`
+            self._layers[layer][:, :, :tokens].to("cpu").clone(memory_format=torch.contiguous_format)
+            for layer in sorted(self._layers)
         )
+        return KvExport(token_count=tokens, layers=layers)
 
     def load(self, export: KvExport, tokens: int, device: torch.device) -> None:
         """Write the first `tokens` tokens of an export; room must have been reserved."""
-        for layer, (keys, values) in enumerate(zip(export.layer_keys, export.layer_values, strict=True)):
-            self.write(layer, 0, keys[:, :tokens].to(device), values[:, :tokens].to(device))
-
-    @staticmethod
-    def _enlarged(old_KSD: torch.Tensor, capacity: int) -> torch.Tensor:
-        new_KSD = old_KSD.new_empty((old_KSD.shape[0], capacity, old_KSD.shape[2]))
-        new_KSD[:, : old_KSD.shape[1]] = old_KSD
-        return new_KSD
-
-
-def _copy(store_KSD: torch.Tensor, tokens: int) -> torch.Tensor:
-    # clone, for `contiguous` returns the live store itself when its capacity is exactly `tokens`
-    return store_KSD[:, :tokens].to("cpu").clone(memory_format=torch.contiguous_format)
+        for layer, kv_2KTD in enumerate(export.layers):
+            self.write(layer, 0, kv_2KTD[:, :, :tokens].to(device))

@@ -87,8 +87,8 @@ def assign_weights(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> n
     """Make `tensors` the parameters of the skeleton and return the model, ready to run.
 
     Tensors are used as they are: on the CPU the model computes from the caller's memory. Only where their
-    dtypes differ are the rarer ones cast. Where names need transformers' conversions (fused experts, renamed parts),
-    transformers' own loader is used, which copies.
+    dtypes differ are the rarer ones cast. Where names need transformers' conversions (fused experts, renamed
+    parts), transformers' own loader is used, which copies.
 
     Args:
         skeleton: Used up by this call.
@@ -269,10 +269,14 @@ def _tie(skeleton: Skeleton, modules: Mapping[str, nn.Module], named: Mapping[st
         holder, needer = (source, target) if source in named else (target, source)
         owner, _, leaf = holder.rpartition(".")
         parameter = modules[owner]._parameters[leaf]  # noqa: SLF001 - see assign_weights
-        if needer in named and not torch.equal(named[needer], named[holder]):
+        if needer in named and not _is_same(named[needer], named[holder]):
             continue  # the checkpoint says otherwise than the config: both keep their own, as in transformers
         owner, _, leaf = needer.rpartition(".")
         modules[owner]._parameters[leaf] = parameter  # noqa: SLF001 - see assign_weights
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def _load_by_transformers(
