@@ -25,7 +25,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
@@ -65,7 +64,7 @@ class _Common(BaseModel):
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Neither stop tokens nor stop strings end the answer before."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | list[str] | None = None
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
@@ -80,6 +79,14 @@ class _Common(BaseModel):
             for key in value:
                 if not (key.isascii() and key.isdigit() and int(key) < 2**32):
                     raise ValueError(f"names {key!r}; its keys must be token ids, e.g. '50256'")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _are_few_and_short(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+            raise ValueError(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
         return value
 
     @model_validator(mode="before")
