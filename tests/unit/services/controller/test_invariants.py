@@ -1,0 +1,233 @@
+"""Invariants over random histories: the controller's rules together, not one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.controller.fold import (
+    Demanded,
+    DemandEnded,
+    ModelDeleted,
+    ModelPut,
+    NodeDisconnected,
+    StopRefused,
+)
+from services.controller.place import place
+from services.controller.scaling import reconcile
+from services.controller.view import Device, Phase, Policy, View
+from stoker.ids import ModelName, NodeId, ReplicaId
+from tests.scenarios.world import World, model
+from tests.unit.services.controller.builders import a_node
+
+MODELS = ("m0", "m1", "m2", "m3")
+NODES = ("a", "b", "c")
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            (
+                "ask",
+                "leave",
+                "ready",
+                "fails",
+                "stopped",
+                "busy",
+                "sessions",
+                "idle",
+                "wait",
+                "silent",
+                "back",
+                "restart",
+                "delete",
+                "deploy",
+                "join",
+            )
+        ),
+        st.integers(0, 7),
+        st.integers(0, 7),
+    ),
+    max_size=60,
+)
+
+
+def a_world() -> World:
+    world = World(policy=Policy(minimum_residency_seconds=0.5))
+    for index, name in enumerate(MODELS):
+        world.apply(
+            ModelPut(model=model(name, max_replicas=1 + index % 2, concurrency=1, min_replicas=index // 3))
+        )
+    join(world, "a", 2)
+    join(world, "b", 1)
+    return world
+
+
+def join(world: World, node_id: str, devices: int) -> None:
+    slots = tuple(Device(index=index, kind="cpu", memory_bytes=0) for index in range(devices))
+    node = replace(a_node(node_id), devices=slots)
+    world.nodes.setdefault(node.node_id, node)
+    world.silent.discard(node.node_id)
+    world.report(node.node_id)
+
+
+def step(world: World, verb: str, first: int, second: int) -> None:
+    name = ModelName(MODELS[first % len(MODELS)])
+    node_id = NodeId(NODES[first % len(NODES)])
+    running = sorted(replica_id for node in world.nodes.values() for replica_id in node.replicas)
+    replica_id = running[first % len(running)] if running else None
+    match verb:
+        case "ask" if name in world.view.models:
+            world.apply(Demanded(model=name, now_seconds=world.now_seconds))
+        case "leave" if name in world.view.demands:
+            world.apply(DemandEnded(model=name))
+        case "wait":
+            world.wait(float(second))
+        case "silent" if node_id in world.nodes:
+            world.silent.add(node_id)
+            world.apply(NodeDisconnected(node_id=node_id))
+        case "back" | "join":
+            join(world, node_id, 1 + second % 3)
+        case "restart":
+            world.silent |= set(world.nodes)
+            world.restart_controller()
+        case "delete" if name in world.view.models:
+            world.apply(ModelDeleted(name=name), *([DemandEnded(model=name)] * 50))
+        case "deploy":
+            world.apply(ModelPut(model=model(name, runtime=f"v{second}")))
+        case _ if replica_id is not None:
+            happen_to(world, verb, replica_id, second)
+        case _:
+            pass
+
+
+def happen_to(world: World, verb: str, replica_id: ReplicaId, count: int) -> None:
+    phase = world.node_of(replica_id).replicas[replica_id].phase
+    node_id = world.node_of(replica_id).node_id
+    if node_id in world.silent:
+        return
+    match verb:
+        case "ready" if phase is Phase.STARTING:
+            world.change_replica(replica_id, phase=Phase.READY, idle_since_seconds=world.now_seconds)
+        case "fails":
+            world.change_replica(replica_id, phase=Phase.FAILED, sessions=0, idle_since_seconds=None)
+        case "sessions" if phase is Phase.READY:
+            world.change_replica(replica_id, sessions=1 + count, idle_since_seconds=None)
+        case "idle" if phase is Phase.READY:
+            world.change_replica(replica_id, sessions=0, idle_since_seconds=world.now_seconds)
+        case "busy":
+            world.apply(StopRefused(replica_id=replica_id, busy=True))
+        case "stopped":
+            world.remove_replica(replica_id)
+        case _:
+            pass
+
+
+def check(world: World) -> None:
+    view = world.view
+    slots = Counter(
+        (reservation.node_id, device)
+        for reservation in view.reservations.values()
+        for device in reservation.devices
+    )
+    assert all(count == 1 for count in slots.values()), "a device has two owners"
+    running = Counter(
+        (node.node_id, device)
+        for node in world.nodes.values()
+        for replica in node.replicas.values()
+        for device in replica.devices
+    )
+    assert all(count == 1 for count in running.values()), "two replicas run on one device"
+    for node in view.nodes.values():
+        known = {device.index for device in node.devices}
+        for reservation in view.reservations.values():
+            assert reservation.node_id != node.node_id or set(reservation.devices) <= known
+    for name, demand in view.demands.items():
+        assert demand.waiters >= 1, name
+
+
+def shuffled(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    return dict(reversed(list(mapping.items())))
+
+
+def reordered(view: View) -> View:
+    return replace(
+        view,
+        models=shuffled(view.models),
+        nodes=shuffled(
+            {key: replace(node, replicas=shuffled(node.replicas)) for key, node in view.nodes.items()}
+        ),
+        reservations=shuffled(view.reservations),
+        demands=shuffled(view.demands),
+        failures=shuffled(view.failures),
+        refusals=shuffled(view.refusals),
+        always=frozenset(sorted(view.always, reverse=True)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_no_device_ever_has_two_owners_and_decisions_settle(steps: list[tuple[str, int, int]]) -> None:
+    """`World` itself fails when decisions don't settle."""
+    world = a_world()
+
+    for verb, first, second in steps:
+        step(world, verb, first, second)
+        check(world)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_decisions_do_not_depend_on_the_order_of_dicts(steps: list[tuple[str, int, int]]) -> None:
+    world = a_world()
+    for verb, first, second in steps:
+        step(world, verb, first, second)
+    world.apply(Demanded(model=ModelName("m0"), now_seconds=world.now_seconds))
+    view, later_seconds = world.view, world.now_seconds + 400
+
+    assert reconcile(view, later_seconds, world.policy) == reconcile(
+        reordered(view), later_seconds, world.policy
+    )
+    for name in view.models:
+        ours = place(view, name, later_seconds, world.policy)
+        assert ours == place(reordered(view), name, later_seconds, world.policy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_every_waiting_request_is_served_once_nothing_else_happens(steps: list[tuple[str, int, int]]) -> None:
+    """No starvation: with agents that do as told, whoever waits gets a replica."""
+    world = a_world()
+    for verb, first, second in steps:
+        step(world, verb, first, second)
+    for node_id in NODES:
+        join(world, node_id, 2)
+    for name in MODELS:
+        world.apply(ModelPut(model=model(name)))
+        world.apply(Demanded(model=ModelName(name), now_seconds=world.now_seconds))
+    served: set[str] = set()
+
+    for _ in range(100):
+        for replica_id in sorted(key for node in world.nodes.values() for key in node.replicas):
+            obey(world, replica_id)
+        for name in MODELS:
+            if name not in served and type(world.answer(ModelName(name))).__name__ == "Ready":
+                served.add(name)
+                while ModelName(name) in world.view.demands:
+                    world.apply(DemandEnded(model=ModelName(name)))
+        world.wait(1.0)
+
+    assert served == set(MODELS)
+
+
+def obey(world: World, replica_id: ReplicaId) -> None:
+    """Do what an agent would: end what is to be stopped, finish what starts, end what runs."""
+    replica = world.node_of(replica_id).replicas[replica_id]
+    reservation = world.view.reservations.get(replica_id)
+    if reservation is None or reservation.stopping_since_seconds is not None:
+        world.remove_replica(replica_id)
+    elif replica.phase is Phase.STARTING or replica.sessions:
+        world.change_replica(replica_id, phase=Phase.READY, sessions=0, idle_since_seconds=world.now_seconds)

@@ -1,0 +1,76 @@
+"""Descriptions of models: defaults filled in, nonsense refused with the field at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.controller.settings import ControllerSettings
+from services.controller.specs import check_architecture, resolve
+from stoker.errors import CheckpointInvalid, InvalidRequest
+from stoker.v1 import model_pb2
+
+SETTINGS = ControllerSettings(state="embedded://:memory:", keep_alive_seconds=11, max_replicas=2)
+
+
+def a_spec(**fields: Any) -> model_pb2.ModelSpec:
+    return model_pb2.ModelSpec(**({"name": "m", "checkpoint_uri": "/models/m"} | fields))
+
+
+def test_unset_numbers_get_the_controllers_defaults() -> None:
+    full = resolve(a_spec(), SETTINGS)
+
+    assert (full.keep_alive_seconds, full.max_replicas, full.concurrency, full.max_queue) == (11, 2, 8, 128)
+    assert (full.engine, full.dtype) == ("transformers", "auto")
+
+
+def test_a_keep_alive_of_zero_is_not_unset() -> None:
+    assert resolve(a_spec(keep_alive_seconds=0), SETTINGS).keep_alive_seconds == 0
+
+
+def test_the_default_maximum_makes_room_for_the_minimum() -> None:
+    assert resolve(a_spec(min_replicas=5), SETTINGS).max_replicas == 5
+
+
+@pytest.mark.parametrize("name", ["m", "SmolLM2-135M", "org/model.v1_2", "9"])
+def test_ordinary_names_are_accepted(name: str) -> None:
+    assert resolve(a_spec(name=name), SETTINGS).name == name
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("name", {"name": ""}),
+        ("name", {"name": "/m"}),
+        ("name", {"name": "m m"}),
+        ("name", {"name": "m\n"}),
+        ("name", {"name": "m" * 129}),
+        ("checkpoint_uri", {"checkpoint_uri": ""}),
+        ("keep_alive_seconds", {"keep_alive_seconds": float("nan")}),
+        ("keep_alive_seconds", {"keep_alive_seconds": 1e12}),
+        ("min_replicas", {"min_replicas": 3, "max_replicas": 2}),
+        ("max_replicas", {"max_replicas": 100_000}),
+        ("concurrency", {"concurrency": 100_000}),
+        ("max_queue", {"max_queue": 10_000_000}),
+        ("engine", {"engine": "vroom"}),
+        ("dtype", {"dtype": "float13"}),
+        ("labels", {"labels": {str(key): "" for key in range(33)}}),
+    ],
+)
+def test_a_field_out_of_range_is_refused_and_named(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(a_spec(**fields), SETTINGS)
+
+    assert refused.value.param == field
+
+
+def test_an_architecture_nobody_serves_is_refused_with_near_ones() -> None:
+    checkpoint = model_pb2.CheckpointInfo(uri="/m", architecture="LlamaForCasualLM")
+
+    with pytest.raises(CheckpointInvalid, match="near ones that are: LlamaForCausalLM"):
+        check_architecture(checkpoint, {"LlamaForCausalLM", "GPT2LMHeadModel"})
+
+
+def test_any_architecture_passes_while_no_node_has_said_what_it_serves() -> None:
+    check_architecture(model_pb2.CheckpointInfo(architecture="X"), set())
