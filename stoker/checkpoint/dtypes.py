@@ -5,8 +5,6 @@ The list is the library's own: `safe_open` names every variant it accepts when i
 
 from __future__ import annotations
 
-import math
-
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -81,8 +79,3 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
         if bits > MAX_TENSOR_BYTES * 8:
             return None
     return bits // 8 if bits % 8 == 0 else None
-
-
-def element_alignment_bytes(dtype: str) -> int:
-    """Return the boundary on which elements of `dtype` must start to be read in place."""
-    return max(1, DTYPE_BITS[dtype] // 8) if dtype != "C64" else math.gcd(8, 4)

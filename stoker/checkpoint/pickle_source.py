@@ -5,6 +5,8 @@ Imports torch: load this module only where a pickle is converted.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any, Self
@@ -17,19 +19,24 @@ from stoker.checkpoint.small_files import read_small_files
 from stoker.checkpoint.sources import TensorSource
 from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
 from stoker.errors import CheckpointInvalid
+from stoker.units import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
+_LIBC = ctypes.CDLL(None)
+_MADV_PAGEOUT = 21
+"""Linux 5.4 and later; older kernels refuse it, which changes nothing but the memory that is counted."""
+
 
 class PickleSource(TensorSource):
     """Pickles, in one file or many.
 
-    Memory: files in torch's zip format are mapped, so that their pages can be dropped at any time; files in
-    the format from before torch 1.6 can only be read whole, all shards together. A tensor that is not
-    contiguous is copied whole.
+    Memory: files in torch's zip format are mapped and their pages given back after each slice; files in the
+    format from before torch 1.6 can only be read whole, all shards together. A tensor that is not contiguous
+    is copied whole.
     """
 
     def __init__(self, folder: Path, weights: tuple[Path, ...]) -> None:
@@ -50,8 +57,10 @@ class PickleSource(TensorSource):
         self.shared_groups = shared_groups(self._state)
 
     def read(self, name: str) -> Iterator[memoryview]:
-        """Yield the tensor's bytes from the mapped file."""
-        return slices(self._state[name])
+        """Yield the tensor's bytes from the mapped file, giving pages back as they are passed."""
+        for part in slices(self._state[name]):
+            yield part
+            _page_out(part)
 
     def small_files(self) -> dict[str, bytes]:
         """Return the folder's small files."""
@@ -114,3 +123,15 @@ def _load_mapped(path: Path) -> Any:
         if "mmap" not in str(error):
             raise
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _page_out(part: memoryview) -> None:
+    """Ask the kernel to reclaim the pages under `part` now; a hint, which loses no data wherever they are.
+
+    Without it, what was read of a mapped file counts as this process's memory until somebody else needs it.
+    """
+    address = ctypes.addressof(ctypes.c_char.from_buffer(part)) if part.nbytes and not part.readonly else 0
+    begin = align_up(address, mmap.PAGESIZE)
+    length = (address + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if address and length > 0:
+        _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_PAGEOUT)

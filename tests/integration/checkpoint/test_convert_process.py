@@ -54,12 +54,13 @@ import resource, sys
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.verify import verify
 dtype = sys.argv[3] or None
-if dtype:
-    import stoker.checkpoint.tensor_bytes, torch
+if dtype or sys.argv[4]:
+    import stoker.checkpoint.pickle_source, torch
     torch.ones(9 << 20).to(torch.bfloat16)
     torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-index = convert(sys.argv[1], sys.argv[2], dtype=dtype)
+source = sys.argv[4] or sys.argv[1]
+index = convert(source, sys.argv[2], dtype=dtype)
 assert verify(index.path, threads=2).ok
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -68,8 +69,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize("dtype", ["", "float16"])
 def test_memory_is_bounded_by_slices_and_not_by_the_model(large: Path, tmp_path: Path, dtype: str) -> None:
     """Peak resident memory grows by less than 64 MiB while 300 MiB are converted and verified."""
-    grown_kib = int(run(PEAK, large, tmp_path / "dst", dtype))
+    grown_kib = int(run(PEAK, large, tmp_path / "dst", dtype, ""))
 
+    assert grown_kib < MEMORY_BOUND_KIB
+
+
+def test_memory_is_bounded_for_a_pickle_too(large: Path, tmp_path: Path) -> None:
+    """The same for a mapped pickle of 300 MiB, once torch is imported."""
+    torch = pytest.importorskip("torch")
+    (tmp_path / "src").mkdir()
+    shutil.copy(large / "config.json", tmp_path / "src")
+    state = {f"model.layers.{number}.x": torch.ones(25 * MIB // 2 * 3) for number in range(2)}
+    torch.save(state, tmp_path / "src" / "pytorch_model.bin")
+
+    grown_kib = int(run(PEAK, large, tmp_path / "dst", "", tmp_path / "src"))
+
+    assert (tmp_path / "dst" / "model.safetensors").stat().st_size > LARGE_BYTES
     assert grown_kib < MEMORY_BOUND_KIB
 
 
