@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import grpc
@@ -25,6 +25,10 @@ from stoker.units import MIB
 DEFAULT_DEADLINE_SECONDS = 10.0
 MAX_MESSAGE_BYTES = 4 * MIB
 ERROR_KEY = "stoker-error-bin"
+MAX_STATUS_BYTES = 1000
+MAX_ERROR_BYTES = 3500
+"""gRPC refuses trailing metadata above 8192 bytes. The status message may triple (percent encoding) and the
+error's JSON grow by a third (base64): 3 · 1000 + 4/3 · 3500 stays below."""
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -148,19 +152,42 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, 
     if not isinstance(error, StokerError):
         log.get().error("rpc.crashed", method=method, exc_info=error)
         error = StokerError(f"{method} failed inside: {type(error).__name__}: {error}")
-    await context.abort(error.grpc_status, error.message, trailing_metadata=((ERROR_KEY, encode(error)),))
+    await context.abort(
+        error.grpc_status,
+        _cut(error.message, MAX_STATUS_BYTES),
+        trailing_metadata=((ERROR_KEY, encode(error)),),
+    )
 
 
 def encode(error: StokerError) -> bytes:
-    """Return the error as the JSON that travels in the trailing metadata."""
+    """Return the error as the JSON that travels in the trailing metadata, `MAX_ERROR_BYTES` at most.
+
+    One that is larger loses its details (they become `{"cut": true}`) and the end of its message.
+    """
+    raw = _as_json(error, error.message, error.details)
+    for message_bytes in (2000, 500):  # 500 fit even where JSON writes each byte as six
+        if len(raw) > MAX_ERROR_BYTES:
+            raw = _as_json(error, _cut(error.message, message_bytes), {"cut": True})
+    return raw
+
+
+def _as_json(error: StokerError, message: str, details: dict[str, Any]) -> bytes:
     fields = {
         "code": error.code,
-        "message": error.message,
+        "message": message,
         "retry_after_seconds": error.retry_after_seconds,
         "param": error.param,
-        "details": error.details,
+        "details": details,
     }
-    return json.dumps(fields).encode()
+    return json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+
+
+def _cut(text: str, limit_bytes: int) -> str:
+    raw = text.encode(errors="replace")  # a file's name may hold what UTF-8 does not
+    if len(raw) <= limit_bytes:
+        return raw.decode()
+    mark = " … (cut)"
+    return raw[: limit_bytes - len(mark.encode())].decode(errors="ignore") + mark
 
 
 def decode(raw: bytes) -> StokerError:
@@ -179,7 +206,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> StokerError:
     """Return the StokerError that a failed call means; `peer` names who was called, for people."""
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_KEY and isinstance(value, bytes):
-            return decode(value)
+            with suppress(ValueError, KeyError, TypeError):  # not written by `encode`: the status still tells
+                return decode(value)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{peer} did not answer in time")
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
