@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from stoker.attach.attachment import Attachment, Tensor
-from stoker.checkpoint.dtypes import TORCH_NAMES, element_alignment_bytes
+from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.errors import CheckpointInvalid
 
 _PACKED = {"F4": 2}
@@ -32,7 +32,7 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
     if place.nbytes == 0:
         return torch.empty(shape, dtype=dtype)
     raw = _bytes(attachment.buffer(place.file, place.offset, place.nbytes))
-    if place.offset % element_alignment_bytes(place.dtype):
+    if place.offset % dtype.itemsize:
         attachment.wait_tensor(name)
         raw = raw.clone()
     return raw.view(dtype).reshape(shape)
