@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def write_weights(
     written = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, plan.size_bytes)
+        _reserve(descriptor, plan.size_bytes)
         for offset, parts in _stream(plan, read):
             if written != offset:
                 raise CheckpointInvalid(
@@ -110,6 +111,18 @@ def _stream(
         else:
             yield entry.offset, (part.cast("B") for part in read(entry.tensor.name))
     yield plan.size_bytes, ()
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Take the whole space now, so that a disk without it refuses at once."""
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno not in {
+            errno.EOPNOTSUPP,
+            errno.EINVAL,
+        }:  # where a file system cannot, writing will tell
+            raise
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

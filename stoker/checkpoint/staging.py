@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 )
@@ -95,11 +96,14 @@ def remove_leftovers(destination: Path) -> None:
         if not name.startswith(prefix):
             continue
         path = destination.parent / name
-        lock = _try_lock(path)
-        if lock is None:
+        try:
+            lock = _lock(path)
+        except BlockingIOError:
             raise AlreadyExists(
                 f"Another conversion is writing {destination} (its work is in {path.name}); wait for it."
-            )
+            ) from None
+        except OSError:
+            continue  # it vanished, or nobody can tell whether it is alive: leave it
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
@@ -160,26 +164,31 @@ def _create_locked(destination: Path) -> tuple[Path, int]:
     for _ in range(100):
         path = destination.parent / f"{destination.name}{PARTIAL_INFIX}{secrets.token_hex(4)}"
         path.mkdir()
-        lock = _try_lock(path)
-        if lock is None:
+        try:
+            lock = _lock(path)
+        except (BlockingIOError, FileNotFoundError):
             continue
+        except OSError:
+            return path, os.open(path, _FOLDER_FLAGS)  # a file system without locks: nobody will clean up
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
             return path, lock
         os.close(lock)
     raise AlreadyExists(f"{destination}: its partial folders keep vanishing; is something cleaning up?")
 
 
-def _try_lock(folder: Path) -> int | None:
-    """Return a descriptor that holds the lock of `folder`, or None when someone else does (or it is gone)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the lock of `folder` until it is closed.
+
+    Raises:
+        BlockingIOError: Someone alive holds it.
+        OSError: There is no such folder, or its file system has no locks (some network file systems).
+    """
+    descriptor = os.open(folder, _FOLDER_FLAGS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor
 
 
