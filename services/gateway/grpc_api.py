@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from services.gateway.api_keys import ApiKeys
 from services.gateway.route_watch import RouteWatch
 from services.gateway.runner import Runner
 from services.gateway.sampling import SamplingRequest
@@ -42,11 +43,13 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     Args:
         runner: Runs the requests.
         watch: Routes, for the list of models.
+        api_keys: Keys accepted, as `authorization` metadata.
     """
 
-    def __init__(self, runner: Runner, watch: RouteWatch) -> None:
+    def __init__(self, runner: Runner, watch: RouteWatch, api_keys: ApiKeys) -> None:
         self._runner = runner
         self._watch = watch
+        self._api_keys = api_keys
 
     async def Chat(  # type: ignore[override]  # noqa: N802 - the rpc's name; this handler writes to the context
         self,
@@ -54,6 +57,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent],
     ) -> None:
         """Answer a conversation."""
+        self._admit(context)
         if not request.messages:
             raise InvalidRequest("send at least one message", param="messages")
         for message in request.messages:
@@ -70,16 +74,22 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent],
     ) -> None:
         """Continue a text."""
+        self._admit(context)
         await self._answer(request.model, Prompts(prompts=[request.prompt]), request.sampling, context)
 
     async def ListDeployedModels(  # noqa: N802 - the rpc's name
         self,
         request: inference_pb2.ListDeployedModelsRequest,  # noqa: ARG002 - gRPC's signature
-        context: Any,  # noqa: ARG002 - gRPC's signature
+        context: Any,
     ) -> inference_pb2.ListDeployedModelsResponse:
         """Return the names of the deployed models."""
+        self._admit(context)
         names = [route.name for route in self._watch.table.models()]
         return inference_pb2.ListDeployedModelsResponse(names=names)
+
+    def _admit(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        sent = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        self._api_keys.check(sent[0] if sent and isinstance(sent[0], str) else "")
 
     async def _answer(
         self,

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from services.gateway.agents import Agents
+from services.gateway.api_keys import ApiKeys
 from services.gateway.controllers import Controllers
 from services.gateway.grpc_api import SERVICE_NAME, Inference
 from services.gateway.placement import Placement
@@ -97,11 +98,12 @@ class GatewayService:
                 admin_router(controllers, self._watch, traces),
             ]
         )
-        edge = Edge(app, max_body_bytes=settings.max_body_bytes, api_keys=settings.api_keys)
+        api_keys = ApiKeys(settings.api_keys)
+        edge = Edge(app, max_body_bytes=settings.max_body_bytes, api_keys=api_keys)
         self._http = HttpServer(edge, settings.address)
         self._grpc = rpc.Server([SERVICE_NAME])
         inference_pb2_grpc.add_InferenceServicer_to_server(
-            Inference(self._runner, self._watch), self._grpc.grpc_server
+            Inference(self._runner, self._watch, api_keys), self._grpc.grpc_server
         )
         grpc_port = self._grpc.bind(settings.grpc_address)
         await self._grpc.start()

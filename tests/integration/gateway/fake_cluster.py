@@ -150,6 +150,10 @@ class FakeCluster:
         for server in self._servers:
             await server.stop()
 
+    async def stop_controller(self) -> None:
+        """Take the controller away."""
+        await self._servers[0].stop()
+
     async def _serve(self, add: Callable[[Any, Any], None], servicer: Any) -> str:
         server = rpc.Server([])
         add(servicer, server.grpc_server)

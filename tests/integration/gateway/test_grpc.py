@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker import rpc
-from stoker.errors import CallerError, ModelNotFound
+from stoker.errors import CallerError, ModelNotFound, Unauthenticated
 from stoker.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 from tests.integration.gateway.fake_cluster import FakeCluster
 from tests.integration.gateway.gateway_process import GatewayProcess
@@ -54,6 +57,21 @@ async def test_errors_keep_their_class(cluster: FakeCluster, gateway: GatewayPro
     hot = inference_pb2.TextSampling(temperature=9)
     with pytest.raises(CallerError, match="temperature"):
         await ask(gateway, inference_pb2.ChatRequest(model="tiny", messages=[HI], sampling=hot))
+
+
+async def test_keys_are_asked_for_here_too(cluster: FakeCluster, tmp_path: Path) -> None:
+    request = inference_pb2.ListDeployedModelsRequest()
+    keys = json.dumps(["secret"])
+    async with (
+        GatewayProcess(cluster.controller_address, tmp_path, api_keys=keys) as process,
+        rpc.connect(process.grpc_address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        with pytest.raises(Unauthenticated), rpc.translated("gateway"):
+            await stub.ListDeployedModels(request)
+        allowed = await stub.ListDeployedModels(request, metadata=(("authorization", "Bearer secret"),))
+
+    assert allowed is not None
 
 
 async def test_models_are_listed_and_health_is_served(cluster: FakeCluster, gateway: GatewayProcess) -> None:
