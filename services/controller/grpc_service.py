@@ -105,7 +105,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
             version=__version__,
             leader=self._leadership.leader_address,
             leading=self._leadership.leading.is_set(),
-            state_backend=self._settings.state.partition(":")[0],
+            state_backend="embedded" if self._settings.state.startswith("embedded:") else "etcd",
         )
         if status.leading:
             cluster = self._leadership.term().cluster

@@ -186,10 +186,11 @@ class _Planner:
             return None
         if not node.connected:
             return None  # the last report is old; the next one, or forgetting the node, decides
-        if reservation.reported or reservation.stopping_since_seconds is not None:
+        if reservation.reported:
             return "its node no longer runs it"
         if reservation.adopted:
             return "its node does not run it"
+        # The last report may be older than the order, so its silence says nothing yet, not even after a stop.
         over = self._is_over(reservation.seen_seconds + self.policy.order_grace_seconds)
         return "its node never reported it" if over else None
 

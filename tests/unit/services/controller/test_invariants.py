@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.controller.fold import (
@@ -168,7 +168,8 @@ def reordered(view: View) -> View:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
+@example([("ask", 1, 0), ("delete", 1, 0), ("ask", 0, 0)])  # stopped before it was ever reported
 @given(STEPS)
 def test_no_device_ever_has_two_owners_and_decisions_settle(steps: list[tuple[str, int, int]]) -> None:
     """`World` itself fails when decisions don't settle."""
@@ -179,7 +180,7 @@ def test_no_device_ever_has_two_owners_and_decisions_settle(steps: list[tuple[st
         check(world)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(STEPS)
 def test_decisions_do_not_depend_on_the_order_of_dicts(steps: list[tuple[str, int, int]]) -> None:
     world = a_world()
@@ -196,7 +197,7 @@ def test_decisions_do_not_depend_on_the_order_of_dicts(steps: list[tuple[str, in
         assert ours == place(reordered(view), name, later_seconds, world.policy)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(STEPS)
 def test_every_waiting_request_is_served_once_nothing_else_happens(steps: list[tuple[str, int, int]]) -> None:
     """No starvation: with agents that do as told, whoever waits gets a replica."""
