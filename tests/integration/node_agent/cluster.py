@@ -39,6 +39,7 @@ class Listener(ControllerServicer):
     async def ReportNode(  # noqa: N802
         self, request_iterator: AsyncIterator[NodeReport], context: Any
     ) -> AsyncIterator[controller_pb2.ReportAck]:
+        """Keep each report."""
         async for report in request_iterator:
             async with self._news:
                 self.latest = report
@@ -111,13 +112,16 @@ class OneNode:
         self.store_stub = CheckpointStoreStub(await self._stack.enter_async_context(connect(store_address)))
         return self
 
-    async def __aexit__(self, *problem: Any) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     async def start_replica(self, replica_id: str, model: Path, *, device: int = 0, **order: Any) -> None:
         """Order a replica of the checkpoint in a folder."""
-        info = await self.store_stub.Describe(checkpoint_store_pb2.DescribeRequest(uri=str(model)))
-        await self.order(replica_id, info, device=device, **order)
+        await self.order(replica_id, await self.describe(model), device=device, **order)
+
+    async def describe(self, model: Path) -> model_pb2.CheckpointInfo:
+        """Return what the store says of a checkpoint."""
+        return await self.store_stub.Describe(checkpoint_store_pb2.DescribeRequest(uri=str(model)))
 
     async def order(
         self, replica_id: str, info: model_pb2.CheckpointInfo, *, device: int = 0, **order: Any
@@ -126,9 +130,7 @@ class OneNode:
         spec = model_pb2.ModelSpec(name="tiny", checkpoint_uri=info.uri, engine="transformers", dtype="auto")
         fields: dict[str, Any] = {"placement_seconds": 0.001, "fence": 1} | order
         await self.stub.StartReplica(
-            StartReplicaRequest(
-                replica_id=replica_id, spec=spec, checkpoint=info, devices=[device], **fields
-            )
+            StartReplicaRequest(replica_id=replica_id, spec=spec, checkpoint=info, devices=[device], **fields)
         )
 
     async def stop_replica(self, replica_id: str, **order: Any) -> None:

@@ -49,9 +49,11 @@ class ServiceProcess:
 
     @property
     def pid(self) -> int:
+        """Return the process's id."""
         return self._process.pid
 
     def send(self, signum: signal.Signals) -> None:
+        """Send a signal."""
         self._process.send_signal(signum)
 
     async def ended(self) -> int:

@@ -1,0 +1,43 @@
+"""One node for all tests of this folder that do not need their own, and the tiny model it serves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from stoker.v1.node_agent_pb2 import REPLICA_STATE_READY
+from tests.integration.node_agent.cluster import OneNode
+from tests.integration.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny Llama."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_node(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[OneNode]:
+    """Run a store and a node agent."""
+    async with OneNode(tmp_path_factory.mktemp("n")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def serving(shared_node: OneNode, tiny_model: Path) -> OneNode:
+    """Return the node, with the replica `rep-shared` ready on device 0."""
+    await shared_node.start_replica("rep-shared", tiny_model)
+    await shared_node.listener.replica("rep-shared", REPLICA_STATE_READY)
+    return shared_node
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(shared_node: OneNode) -> AsyncIterator[OneNode]:
+    """Return the node with device 1 free, and leave it so."""
+    yield shared_node
+    for replica in list(shared_node.listener.latest.replicas):
+        if replica.replica_id != "rep-shared":
+            await shared_node.stop_replica(replica.replica_id)

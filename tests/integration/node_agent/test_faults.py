@@ -1,0 +1,118 @@
+"""Workers and agents that are killed, stopped or come in any order: real processes, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stoker.errors import WorkerDied
+from stoker.rpc import translated
+from stoker.v1.node_agent_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY, REPLICA_STATE_STARTING
+from tests.integration.node_agent.cluster import OneNode, request
+from tests.integration.node_agent.processes import ServiceProcess
+
+PROMPT = [5, 6, 7]
+
+
+def workers_of(agent_pid: int) -> list[psutil.Process]:
+    """Return the agent's child processes."""
+    return psutil.Process(agent_pid).children(recursive=True)
+
+
+def until_ended(processes: list[psutil.Process]) -> None:
+    """Wait until each has ended; one that does not fails the test."""
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+
+
+async def test_a_worker_killed_while_loading_fails_its_replica_and_is_replaced(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async with OneNode(tmp_path) as node:
+        await node.listener.until(lambda report: report.warm_workers == 1)
+        info = await node.describe(tiny_model)
+        node.store.send(signal.SIGSTOP)  # the load waits for ever
+        await node.order("rep-loading", info)
+        loading = await node.listener.until(
+            lambda report: any(replica.worker_pid for replica in report.replicas)
+        )
+        assert loading.replicas[0].state == REPLICA_STATE_STARTING
+        os.kill(loading.replicas[0].worker_pid, signal.SIGKILL)
+        failed = await node.listener.replica("rep-loading", REPLICA_STATE_FAILED)
+        node.store.send(signal.SIGCONT)
+
+        assert failed.error_code == "worker_died"
+        assert "killed by SIGKILL" in failed.error_message
+        await node.listener.until(lambda report: report.warm_workers == 1)
+        await node.stop_replica("rep-loading")
+        await node.order("rep-again", info)
+        await node.listener.replica("rep-again", REPLICA_STATE_READY)
+
+
+async def test_a_worker_killed_while_generating_ends_its_streams_with_an_error_and_is_replaced(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async with OneNode(tmp_path) as node:
+        await node.start_replica("rep-1", tiny_model)
+        replica = await node.listener.replica("rep-1", REPLICA_STATE_READY)
+        call = node.stub.Generate(request("rep-1", PROMPT, max_tokens=500, ignore_eos=True))
+        with pytest.raises(WorkerDied, match="killed by SIGKILL"), translated("node agent"):
+            [os.kill(replica.worker_pid, signal.SIGKILL) async for event in call if event.position == 3]
+        failed = await node.listener.replica("rep-1", REPLICA_STATE_FAILED)
+
+        assert failed.error_code == "worker_died"
+        await node.listener.until(lambda report: report.warm_workers == 1)
+
+
+async def test_sigterm_lets_sessions_end_and_leaves_no_process_and_no_socket(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async with OneNode(tmp_path, drain_seconds=30) as node:
+        await node.start_replica("rep-1", tiny_model)
+        await node.listener.replica("rep-1", REPLICA_STATE_READY)
+        processes = workers_of(node.agent.pid)
+        tokens = 0
+        async for event in node.stub.Generate(request("rep-1", PROMPT, max_tokens=50, ignore_eos=True)):
+            if event.position == 0:
+                node.agent.send(signal.SIGTERM)
+            tokens += len(event.tokens)
+
+        assert tokens == 50
+        assert await node.agent.ended() == 0
+        until_ended(processes)
+        assert list(node.run_dir.glob("worker-*")) == []
+
+
+async def test_workers_die_with_an_agent_that_is_killed_and_the_next_agent_removes_their_sockets(
+    tmp_path: Path,
+) -> None:
+    async with OneNode(tmp_path) as node:
+        await node.listener.until(lambda report: report.warm_workers == 1)
+        processes = workers_of(node.agent.pid)
+        assert len(processes) == 1
+        node.agent.send(signal.SIGKILL)
+        await node.agent.ended()
+        await asyncio.to_thread(until_ended, processes)
+        stale = list(node.run_dir.glob("worker-*"))
+        settings = {"address": "127.0.0.1:0", "run_dir": node.run_dir, "log_dir": tmp_path / "logs"}
+        async with ServiceProcess("node_agent", **settings, controllers=[], prestarted_workers=0):
+            assert not any(path.exists() for path in stale)
+
+
+async def test_an_agent_serves_before_there_is_a_store_or_a_controller(tmp_path: Path) -> None:
+    settings = {
+        "address": "127.0.0.1:0",
+        "run_dir": tmp_path / "run",
+        "log_dir": tmp_path / "logs",
+        "store": f"unix:{tmp_path}/nobody.sock",
+        "controllers": [f"unix:{tmp_path}/nobody.sock"],
+        "prestarted_workers": 0,
+    }
+    async with ServiceProcess("node_agent", **settings) as agent:
+        await agent.wait_for_log("agent.listening")
+        await agent.wait_for_log("controller.lost")

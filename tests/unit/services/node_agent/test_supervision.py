@@ -1,0 +1,506 @@
+"""Supervision: orders, workers' lives, the pool and its back-off, as a pure state machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.node_agent.host_state import (
+    DrainOrdered,
+    Effect,
+    EndWorker,
+    Event,
+    FailSessions,
+    FenceSeen,
+    HostState,
+    LoadModel,
+    LoadRefused,
+    LoadSucceeded,
+    Policy,
+    ReplicaPhase,
+    SessionsEnded,
+    SpawnWorker,
+    StartOrdered,
+    StopOrdered,
+    Tick,
+    WakeAt,
+    WorkerExited,
+    WorkerPhase,
+    WorkerWarm,
+)
+from services.node_agent.supervision import backoff_seconds, handle
+from stoker.errors import CapacityError, Fenced, InvalidRequest, ReplicaBusy, ReplicaGone, StokerError
+from stoker.ids import ReplicaId, WorkerId
+from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.worker_pb2 import LoadModelResponse
+
+
+class Desk:
+    """Feeds events to the state machine and keeps what came of them."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.policy = Policy(**({"devices": (0, 1), "worker_prefix": "w"} | policy))
+        self.state = HostState()
+        self.now = 100.0
+        self.effects: tuple[Effect, ...] = ()
+
+    def take(self, event: Event, *, after: float = 0.0) -> tuple[Effect, ...]:
+        """Take an event, some seconds after the last one."""
+        self.now += after
+        self.state, self.effects = handle(self.policy, self.state, event, self.now)
+        check_invariants(self.state)
+        return self.effects
+
+    def start(self, replica: str = "rep-1", *devices: int, fence: int = 1) -> tuple[Effect, ...]:
+        """Order a replica."""
+        order = StartReplicaRequest(replica_id=replica, devices=devices or (0,), fence=fence)
+        return self.take(StartOrdered(order=order))
+
+    def stop(self, replica: str = "rep-1", **order: Any) -> tuple[Effect, ...]:
+        """Order a replica gone."""
+        fields = {"only_if_idle": False, "grace_seconds": 0.0, "fence": 1, "session_count": 0} | order
+        return self.take(StopOrdered(replica_id=ReplicaId(replica), **fields))
+
+    def warm(self, worker: str) -> tuple[Effect, ...]:
+        """A worker is warm."""
+        return self.take(WorkerWarm(worker_id=WorkerId(worker)))
+
+    def exit(self, worker: str, **when: Any) -> tuple[Effect, ...]:
+        """A worker was killed."""
+        return self.take(WorkerExited(worker_id=WorkerId(worker), reason="killed by SIGKILL"), **when)
+
+    def loaded(self, worker: str) -> tuple[Effect, ...]:
+        """A worker has loaded."""
+        response = LoadModelResponse(max_batch=8)
+        return self.take(LoadSucceeded(worker_id=WorkerId(worker), response=response))
+
+    def ready(self, replica: str = "rep-1", device: int = 0) -> str:
+        """Bring a replica up with a warm worker; returns the worker."""
+        self.start(replica, device)
+        worker = self.state.replicas[ReplicaId(replica)].worker_id
+        while worker is None:
+            self.warm(self.spawning()[0])
+            worker = self.state.replicas[ReplicaId(replica)].worker_id
+        self.loaded(worker)
+        return worker
+
+    def spawning(self) -> list[str]:
+        """Return the workers that are starting."""
+        return [w.worker_id for w in self.state.workers.values() if w.phase is WorkerPhase.SPAWNING]
+
+    def phase(self, replica: str = "rep-1") -> ReplicaPhase | None:
+        """Return a replica's phase; None when there is none."""
+        hosted = self.state.replicas.get(ReplicaId(replica))
+        return hosted.phase if hosted is not None else None
+
+
+def pooled(**policy: Any) -> Desk:
+    """Return a desk whose pool has one warm worker, w-1."""
+    desk = Desk(**policy)
+    desk.take(Tick())
+    desk.warm("w-1")
+    return desk
+
+
+def check_invariants(state: HostState) -> None:
+    held = [index for worker in state.workers.values() for index in worker.devices]
+    assert len(held) == len(set(held)), "a slot is held twice"
+    for worker in state.workers.values():
+        if worker.phase in (WorkerPhase.LOADING, WorkerPhase.SERVING):
+            assert worker.replica_id in state.replicas
+    for replica_id, hosted in state.replicas.items():
+        assert hosted.replica_id == replica_id
+        if hosted.phase is ReplicaPhase.READY:
+            assert hosted.worker_id is not None
+            assert state.workers[hosted.worker_id].phase is WorkerPhase.SERVING
+            assert hosted.loaded is not None
+        if hosted.phase is ReplicaPhase.FAILED:
+            assert hosted.error_code
+
+
+def spawned(effects: tuple[Effect, ...]) -> list[str]:
+    return [effect.worker_id for effect in effects if isinstance(effect, SpawnWorker)]
+
+
+def ended(effects: tuple[Effect, ...]) -> list[str]:
+    return [effect.worker_id for effect in effects if isinstance(effect, EndWorker)]
+
+
+# --- the pool ---
+
+
+def test_the_pool_is_filled_at_the_start() -> None:
+    assert spawned(Desk(prestarted_workers=2).take(Tick())) == ["w-1", "w-2"]
+
+
+def test_the_pool_is_never_larger_than_the_host_has_slots() -> None:
+    assert spawned(Desk(prestarted_workers=9).take(Tick())) == ["w-1", "w-2"]
+
+
+def test_the_pool_is_refilled_only_after_the_load_that_took_its_worker() -> None:
+    desk = pooled()
+
+    assert spawned(desk.start()) == []
+    assert spawned(desk.loaded("w-1")) == ["w-2"]
+
+
+def test_a_pool_of_none_starts_a_worker_only_for_an_order() -> None:
+    desk = Desk(prestarted_workers=0)
+
+    assert spawned(desk.take(Tick())) == []
+    assert spawned(desk.start()) == ["w-1"]
+
+
+def test_a_worker_that_does_not_become_warm_in_time_is_ended() -> None:
+    desk = Desk(spawn_timeout_seconds=60.0)
+    desk.take(Tick())
+
+    assert WakeAt(at_seconds=160.0) in desk.effects
+    assert ended(desk.take(Tick(), after=60.0)) == ["w-1"]
+
+
+def test_workers_that_keep_ending_in_the_pool_are_replaced_ever_more_slowly() -> None:
+    desk = Desk(first_backoff_seconds=1.0, longest_backoff_seconds=4.0)
+    desk.take(Tick())
+    pauses = []
+    for number in range(1, 6):
+        effects = desk.exit(f"w-{number}")
+        assert spawned(effects) == []
+        wake = next(effect.at_seconds for effect in effects if isinstance(effect, WakeAt))
+        pauses.append(wake - desk.now)
+        assert spawned(desk.take(Tick(), after=pauses[-1])) == [f"w-{number + 1}"]
+
+    assert pauses == [1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_a_pool_worker_that_was_stable_starts_the_back_off_anew() -> None:
+    desk = Desk(first_backoff_seconds=1.0, stable_seconds=30.0)
+    desk.take(Tick())
+    desk.exit("w-1")
+    desk.take(Tick(), after=1.0)
+    desk.warm("w-2")
+    desk.exit("w-2", after=30.0)
+
+    assert desk.state.spawn_not_before_seconds == desk.now + 1.0
+
+
+def test_a_load_that_succeeds_ends_the_back_off() -> None:
+    desk = Desk(first_backoff_seconds=1.0)
+    desk.take(Tick())
+    desk.exit("w-1")
+    desk.take(Tick(), after=1.0)
+    desk.ready()
+
+    assert desk.state.pool_failures == 0
+
+
+@given(st.integers(0, 10_000))
+def test_the_back_off_never_shrinks_and_is_bounded(failures: int) -> None:
+    policy = Policy(devices=(0,), worker_prefix="w")
+
+    assert backoff_seconds(policy, failures) <= backoff_seconds(policy, failures + 1) <= 30.0
+
+
+# --- orders to start ---
+
+
+def test_an_order_goes_to_the_warm_worker_at_once() -> None:
+    desk = pooled()
+    effects = desk.start()
+
+    assert [effect.worker_id for effect in effects if isinstance(effect, LoadModel)] == ["w-1"]
+    assert desk.phase() is ReplicaPhase.STARTING
+
+
+def test_a_replica_is_ready_when_its_worker_says_so() -> None:
+    desk = pooled()
+    desk.start()
+    desk.loaded("w-1")
+
+    assert desk.phase() is ReplicaPhase.READY
+
+
+def test_the_same_order_twice_starts_one_replica() -> None:
+    desk = pooled()
+    desk.start()
+
+    assert not any(isinstance(effect, LoadModel | SpawnWorker) for effect in desk.start())
+    assert len(desk.state.replicas) == 1
+
+
+def test_an_order_waits_for_a_worker_when_none_is_warm() -> None:
+    desk = Desk()
+    desk.take(Tick())
+    desk.start()
+    effects = desk.warm("w-1")
+
+    assert any(isinstance(effect, LoadModel) for effect in effects)
+
+
+def test_an_order_for_a_slot_that_is_being_freed_waits_until_its_worker_has_ended() -> None:
+    desk = pooled()
+    worker = desk.ready("rep-1", 0)
+    desk.warm("w-2")
+    desk.stop("rep-1")
+
+    assert not any(isinstance(effect, LoadModel) for effect in desk.start("rep-2", 0))
+    assert any(isinstance(effect, LoadModel) for effect in desk.exit(worker))
+
+
+def test_an_order_for_a_slot_in_use_is_refused() -> None:
+    desk = pooled()
+    desk.ready("rep-1", 0)
+
+    with pytest.raises(CapacityError, match="device 0 is held by replica rep-1"):
+        desk.start("rep-2", 0)
+
+
+@pytest.mark.parametrize("devices", [(7,), (0, 7)])
+def test_an_order_for_a_slot_the_host_does_not_have_is_refused(devices: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="device 7"):
+        pooled().start("rep-1", *devices)
+
+
+def test_an_order_without_a_slot_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="names no device"):
+        pooled().take(StartOrdered(order=StartReplicaRequest(replica_id="rep-1", fence=1)))
+
+
+def test_a_late_duplicate_of_a_stopped_replicas_order_is_refused() -> None:
+    desk = pooled()
+    worker = desk.ready()
+    desk.stop()
+    desk.exit(worker)
+
+    with pytest.raises(ReplicaGone, match="was stopped here"):
+        desk.start()
+
+
+def test_ids_of_stopped_replicas_are_forgotten_beyond_a_bound() -> None:
+    desk = pooled(remembered_replicas=2)
+    for number in range(5):
+        desk.stop(f"rep-{number}")
+
+    assert desk.state.retired == ("rep-3", "rep-4")
+
+
+def test_waiting_orders_fail_when_no_worker_starts() -> None:
+    desk = Desk(spawn_attempts=2)
+    desk.take(Tick())
+    desk.start()
+    desk.exit("w-1")
+    assert desk.phase() is ReplicaPhase.STARTING
+    desk.take(Tick(), after=60.0)
+    desk.exit("w-2")
+
+    assert desk.phase() is ReplicaPhase.FAILED
+    assert "killed by SIGKILL" in desk.state.replicas[ReplicaId("rep-1")].error_message
+
+
+# --- fences ---
+
+
+def test_an_order_with_a_lower_fence_than_the_highest_seen_is_refused() -> None:
+    desk = pooled()
+    desk.start("rep-1", 0, fence=5)
+
+    with pytest.raises(Fenced):
+        desk.start("rep-2", 1, fence=4)
+    with pytest.raises(Fenced):
+        desk.stop("rep-1", fence=4)
+
+
+def test_an_answer_to_a_report_raises_the_fence_too() -> None:
+    desk = pooled()
+    desk.take(FenceSeen(fence=9))
+    desk.take(FenceSeen(fence=3))
+
+    with pytest.raises(Fenced):
+        desk.start(fence=8)
+
+
+def test_a_refused_order_changes_nothing() -> None:
+    desk = pooled()
+    desk.take(FenceSeen(fence=9))
+    before = desk.state
+
+    with pytest.raises(Fenced):
+        desk.start(fence=8)
+    assert desk.state == before
+
+
+# --- failures ---
+
+
+def test_a_worker_killed_while_loading_fails_its_replica_and_is_replaced() -> None:
+    desk = pooled()
+    desk.start()
+    effects = desk.exit("w-1")
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+
+    assert (hosted.phase, hosted.error_code) == (ReplicaPhase.FAILED, "worker_died")
+    assert spawned(effects) == ["w-2"]
+
+
+def test_a_worker_killed_while_serving_fails_its_replica_and_its_sessions() -> None:
+    desk = pooled()
+    worker = desk.ready()
+    effects = desk.exit(worker)
+
+    assert desk.phase() is ReplicaPhase.FAILED
+    assert [e.error_code for e in effects if isinstance(e, FailSessions)] == ["worker_died"]
+
+
+def test_a_refused_load_fails_the_replica_with_its_reason_and_ends_the_worker() -> None:
+    desk = pooled()
+    desk.start()
+    refused = LoadRefused(worker_id=WorkerId("w-1"), error_code="does_not_fit", error_message="too large")
+
+    assert ended(desk.take(refused)) == ["w-1"]
+    assert desk.state.replicas[ReplicaId("rep-1")].error_code == "does_not_fit"
+    assert spawned(desk.effects) == ["w-2"]
+
+
+def test_a_failed_replica_stays_until_it_is_stopped() -> None:
+    desk = pooled()
+    desk.start()
+    desk.exit("w-1")
+    desk.take(Tick(), after=1000.0)
+    assert desk.phase() is ReplicaPhase.FAILED
+
+    desk.stop()
+    assert desk.phase() is None
+
+
+def test_the_slot_of_a_failed_replica_is_free_once_its_worker_has_ended() -> None:
+    desk = pooled()
+    desk.start("rep-1", 0)
+    desk.exit("w-1")
+    desk.start("rep-2", 0)
+
+    assert desk.phase("rep-2") is ReplicaPhase.STARTING
+
+
+# --- orders to stop ---
+
+
+def test_an_idle_replica_is_ended_at_once() -> None:
+    desk = pooled()
+    worker = desk.ready()
+
+    assert ended(desk.stop(only_if_idle=True)) == [worker]
+    assert desk.phase() is ReplicaPhase.STOPPING
+    desk.exit(worker)
+    assert desk.phase() is None
+
+
+def test_a_busy_replica_is_not_stopped_when_only_an_idle_one_may_be() -> None:
+    desk = pooled()
+    desk.ready()
+
+    with pytest.raises(ReplicaBusy, match="2 sessions"):
+        desk.stop(only_if_idle=True, session_count=2)
+    assert desk.phase() is ReplicaPhase.READY
+
+
+def test_a_busy_replica_ends_with_its_last_session() -> None:
+    desk = pooled()
+    worker = desk.ready()
+
+    assert ended(desk.stop(session_count=1, grace_seconds=10.0)) == []
+    assert ended(desk.take(SessionsEnded(replica_id=ReplicaId("rep-1")))) == [worker]
+
+
+def test_a_busy_replica_ends_with_its_grace() -> None:
+    desk = pooled()
+    worker = desk.ready()
+    effects = desk.stop(session_count=1, grace_seconds=10.0)
+
+    assert WakeAt(at_seconds=110.0) in effects
+    assert ended(desk.take(Tick(), after=10.0)) == [worker]
+    effects = desk.exit(worker)
+    assert [e.error_code for e in effects if isinstance(e, FailSessions)] == ["replica_gone"]
+
+
+def test_a_second_stop_shortens_the_grace_but_never_extends_it() -> None:
+    desk = pooled()
+    desk.ready()
+    desk.stop(session_count=1, grace_seconds=10.0)
+    desk.stop(session_count=1, grace_seconds=5.0)
+    desk.stop(session_count=1, grace_seconds=50.0)
+
+    assert desk.state.replicas[ReplicaId("rep-1")].stop_at_seconds == 105.0
+
+
+def test_a_loading_replica_can_be_stopped() -> None:
+    desk = pooled()
+    desk.start()
+
+    assert ended(desk.stop()) == ["w-1"]
+    desk.loaded("w-1")
+    assert desk.phase() is ReplicaPhase.STOPPING
+
+
+def test_a_waiting_order_can_be_taken_back() -> None:
+    desk = Desk(prestarted_workers=0)
+    desk.start()
+    desk.stop()
+
+    assert desk.phase() is None
+
+
+def test_stopping_what_is_not_there_is_no_error() -> None:
+    assert ended(pooled().stop("rep-unknown")) == []
+
+
+# --- the end ---
+
+
+def test_a_draining_host_ends_its_pool_refuses_orders_and_keeps_its_replicas() -> None:
+    desk = pooled()
+    desk.ready()
+    desk.warm("w-2")
+
+    assert ended(desk.take(DrainOrdered())) == ["w-2"]
+    assert desk.phase() is ReplicaPhase.READY
+    with pytest.raises(CapacityError, match="about to stop"):
+        desk.start("rep-2", 1)
+    assert spawned(desk.exit("w-2")) == []
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("start"), st.integers(1, 4), st.integers(0, 2)),
+    st.tuples(st.just("stop"), st.integers(1, 4), st.integers(0, 2)),
+    st.tuples(st.just("warm"), st.integers(1, 8), st.just(0)),
+    st.tuples(st.just("exit"), st.integers(1, 8), st.just(0)),
+    st.tuples(st.just("loaded"), st.integers(1, 8), st.just(0)),
+    st.tuples(st.just("ended"), st.integers(1, 4), st.just(0)),
+    st.tuples(st.just("tick"), st.just(0), st.integers(0, 200)),
+)
+
+
+@given(st.lists(EVENTS, max_size=60))
+def test_no_order_of_events_breaks_an_invariant(events: list[tuple[str, int, int]]) -> None:
+    desk = Desk()
+    for kind, number, other in events:
+        try:
+            match kind:
+                case "start":
+                    desk.start(f"rep-{number}", other)
+                case "stop":
+                    desk.stop(f"rep-{number}", session_count=other, grace_seconds=5.0)
+                case "warm":
+                    desk.warm(f"w-{number}")
+                case "exit":
+                    desk.exit(f"w-{number}")
+                case "loaded":
+                    desk.loaded(f"w-{number}")
+                case "ended":
+                    desk.take(SessionsEnded(replica_id=ReplicaId(f"rep-{number}")))
+                case "tick":
+                    desk.take(Tick(), after=float(other))
+        except StokerError:
+            continue
