@@ -44,6 +44,7 @@ from services.controller.wire import model_of, node_of
 from stoker import log
 from stoker.clock import Clock
 from stoker.errors import (
+    CapacityError,
     DeadlineExceeded,
     Fenced,
     NotLeader,
@@ -303,7 +304,7 @@ class Cluster:
             error_code=error.code,
             message=error.message,
         )
-        if _is_about_the_peer(error):
+        if _is_about_the_node(error):
             self.apply(NodeDisconnected(node_id=record.node_id))
         else:
             failed = start_failed(
@@ -331,7 +332,7 @@ class Cluster:
         except ReplicaBusy:
             self.apply(StopRefused(replica_id=stop.replica_id, busy=True))
         except StokerError as error:
-            if _is_about_the_peer(error):
+            if _is_about_the_node(error):
                 self.apply(StopRefused(replica_id=stop.replica_id), NodeDisconnected(node_id=stop.node_id))
             elif error.code != "not_found":  # what is not there is stopped
                 log.get().error(
@@ -352,9 +353,13 @@ class Cluster:
         log.get().info("reservation.released", replica_id=replica_id, reason=reason)
 
 
-def _is_about_the_peer(error: StokerError) -> bool:
-    """Tell whether a call failed because the agent is not there, not because of what it was asked."""
-    return isinstance(error, DeadlineExceeded) or error.code == PeerError.code
+def _is_about_the_node(error: StokerError) -> bool:
+    """Tell whether a call failed because of the node, not because of what it was asked.
+
+    It is not there, it is about to stop, or its slots are taken by what it has not reported yet: nothing is
+    placed there until its next report.
+    """
+    return isinstance(error, DeadlineExceeded) or error.code in {PeerError.code, CapacityError.code}
 
 
 def _reservation(record: ReservationRecord, now_seconds: float, *, adopted: bool) -> Reservation:
