@@ -99,7 +99,9 @@ class GatewayService:
             ]
         )
         api_keys = ApiKeys(settings.api_keys)
-        edge = Edge(app, max_body_bytes=settings.max_body_bytes, api_keys=api_keys)
+        edge = Edge(
+            app, max_body_bytes=settings.max_body_bytes, api_keys=api_keys, max_requests=settings.max_requests
+        )
         self._http = HttpServer(edge, settings.address)
         self._grpc = rpc.Server([SERVICE_NAME])
         inference_pb2_grpc.add_InferenceServicer_to_server(

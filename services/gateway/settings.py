@@ -43,6 +43,9 @@ class GatewaySettings(ServiceSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MIB
     """Largest request body; larger ones get 413."""
 
+    max_requests: Annotated[int, Field(ge=1)] = 4096
+    """HTTP requests open at a time, over all models; more get 503."""
+
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Longest life of a request, from arrival to last token."""
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.api_keys import ApiKeys
 from services.gateway.rest.errors import error_response
 from stoker import log
-from stoker.errors import BodyTooLarge, Unauthenticated
+from stoker.errors import BodyTooLarge, CapacityError, StokerError
 from stoker.ids import new_id
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -35,12 +35,15 @@ class Edge:
         app: What answers.
         max_body_bytes: Longest body.
         api_keys: Keys accepted; probes and scrapers need none.
+        max_requests: Requests open at a time; probes and scrapers always find room.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, max_requests: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._api_keys = api_keys
+        self._max_requests = max_requests
+        self._open_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -58,16 +61,20 @@ class Edge:
             await send(message)
 
         with log.bind(request_id=request_id):
+            self._open_requests += 1
             try:
                 await self._admit(scope, headers, receive, send_named)
             except Exception as error:  # noqa: BLE001 - the boundary of an HTTP request
                 log.get().error("http.crashed", path=scope["path"], exc_info=error)
+            finally:
+                self._open_requests -= 1
 
     async def _admit(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN_PATHS:
             try:
                 self._api_keys.check(headers.get("authorization", ""))
-            except Unauthenticated as refusal:
+                self._check_room()
+            except StokerError as refusal:
                 await error_response(refusal)(scope, receive, send)
                 return
         length = headers.get("content-length", "0")
@@ -77,6 +84,13 @@ class Edge:
             await error_response(self._too_large())(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)
+
+    def _check_room(self) -> None:
+        if self._open_requests > self._max_requests:
+            raise CapacityError(
+                f"this gateway holds {self._max_requests} requests, as many as it may; try another or later",
+                retry_after_seconds=1.0,
+            )
 
     def _bounded(self, receive: Receive) -> Receive:
         seen_bytes = 0

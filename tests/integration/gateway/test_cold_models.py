@@ -103,6 +103,25 @@ async def test_no_room_answers_503_with_retry_after(cluster: FakeCluster, client
     assert caught.value.response.headers["retry-after"] == "8"
 
 
+async def test_a_client_that_leaves_a_cold_request_only_stops_waiting(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    """The controller sees the call end; nobody tells anyone to stop the start."""
+    cluster.controller.push(cluster.route("cold-7", ready=False))
+    async with (
+        httpx.AsyncClient(timeout=30) as http,
+        http.stream("POST", f"{gateway.url}/v1/chat/completions", json=body("cold-7")) as response,
+    ):
+        async for line in response.aiter_lines():
+            if "state=starting" in line:
+                break
+
+    async with asyncio.timeout(10):
+        await cluster.controller.acquires_left.wait()
+    await gateway.wait_for_log("request.finished", finish="cancelled", model="cold-7")
+    assert cluster.agent.orders == []
+
+
 async def test_a_client_that_leaves_cancels_its_generation(
     cluster: FakeCluster, gateway: GatewayProcess
 ) -> None:
