@@ -1,0 +1,202 @@
+"""The relay of a worker's sessions, over a worker that is played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.node_agent import relay as relay_module
+from services.node_agent.relay import RelayedSession, SessionRelay
+from stoker.errors import CapacityError, Fenced, QueueFull, StokerError, WorkerDied
+from stoker.v1.session_pb2 import FINISH_REASON_LENGTH, GenerateEvent, GenerateRequest, Token
+from stoker.v1.worker_pb2 import RunCommand, SessionError, SessionEvent, StepEvent
+
+
+class PlayedWorker:
+    """Stands for the stub of a worker: keeps the commands, says what the test tells it to."""
+
+    def __init__(self) -> None:
+        self.commands: asyncio.Queue[RunCommand] = asyncio.Queue()
+        self.steps: asyncio.Queue[StepEvent | None] = asyncio.Queue()
+
+    async def Run(self, commands: AsyncIterator[RunCommand]) -> AsyncIterator[StepEvent]:  # noqa: N802
+        """Play the rpc."""
+
+        async def listen() -> None:
+            async for command in commands:
+                self.commands.put_nowait(command)
+
+        listening = asyncio.create_task(listen())
+        try:
+            while (step := await self.steps.get()) is not None:
+                yield step
+        finally:
+            listening.cancel()
+
+    def say(self, session_id: str, *, position: int = 0, epoch: int = 1, finish: bool = False) -> None:
+        """Generate a token."""
+        event = GenerateEvent(epoch=epoch, position=position, tokens=[Token(id=position)])
+        if finish:
+            event.finish_reason = FINISH_REASON_LENGTH
+        self.steps.put_nowait(StepEvent(sessions=[SessionEvent(session_id=session_id, event=event)]))
+
+
+class Scene:
+    """A relay, its worker and a clock."""
+
+    def __init__(self, max_sessions: int = 8) -> None:
+        self.now = 50.0
+        self.changes = 0
+        self.worker = PlayedWorker()
+        self.relay = SessionRelay(
+            self.worker,  # type: ignore[arg-type]
+            peer="worker w-1",
+            max_sessions=max_sessions,
+            on_change=self._count,
+            now_seconds=lambda: self.now,
+        )
+
+    def _count(self) -> None:
+        self.changes += 1
+
+    def open(self, session_id: str = "ses-1", epoch: int = 1) -> RelayedSession:
+        """Open a session."""
+        return self.relay.open(GenerateRequest(session_id=session_id, epoch=epoch, replica_id="rep-1"))
+
+
+@asynccontextmanager
+async def scene(max_sessions: int = 8) -> AsyncIterator[Scene]:
+    """Run a relay for the length of a test."""
+    made = Scene(max_sessions)
+    running = asyncio.create_task(made.relay.run())
+    try:
+        yield made
+    finally:
+        made.worker.steps.put_nowait(None)
+        await running
+
+
+async def test_each_session_gets_its_own_events_as_they_were_sent() -> None:
+    async with scene() as played:
+        first, second = played.open("ses-1"), played.open("ses-2")
+        played.worker.say("ses-2", position=7)
+        played.worker.say("ses-1", position=3)
+
+        assert (await first.next()).position == 3
+        assert (await second.next()).position == 7
+
+
+async def test_a_session_waits_until_its_first_event_and_then_runs() -> None:
+    async with scene() as played:
+        session = played.open()
+        assert (played.relay.session_count, played.relay.running_count) == (1, 0)
+        played.worker.say("ses-1")
+        await session.next()
+
+        assert (played.relay.session_count, played.relay.running_count) == (1, 1)
+
+
+async def test_a_finished_session_is_not_cancelled_in_the_worker() -> None:
+    async with scene() as played:
+        session = played.open()
+        played.worker.say("ses-1", finish=True)
+        await session.next()
+        played.relay.close(session)
+        played.open("ses-2")
+        kinds = [(await played.worker.commands.get()).WhichOneof("command") for _ in range(2)]
+
+        assert kinds == ["submit", "submit"]
+
+
+async def test_a_session_whose_caller_left_is_cancelled_in_the_worker() -> None:
+    async with scene() as played:
+        played.relay.close(played.open())
+        submit, cancel = await played.worker.commands.get(), await played.worker.commands.get()
+
+        assert submit.submit.session_id == cancel.cancel.session_id == "ses-1"
+        assert played.relay.session_count == 0
+
+
+async def test_the_replica_is_idle_since_its_last_session_ended() -> None:
+    async with scene() as played:
+        session = played.open()
+        played.now = 60.0
+        assert played.relay.idle_seconds() == 0.0
+        played.relay.close(session)
+        played.now = 64.0
+
+        assert played.relay.idle_seconds() == 4.0
+
+
+async def test_an_error_of_the_worker_is_raised_after_the_events_before_it() -> None:
+    async with scene() as played:
+        session = played.open()
+        played.worker.say("ses-1")
+        error = SessionError(code="worker_died", message="out of memory")
+        played.worker.steps.put_nowait(StepEvent(sessions=[SessionEvent(session_id="ses-1", error=error)]))
+
+        assert (await session.next()).position == 0
+        with pytest.raises(WorkerDied, match="out of memory"):
+            await session.next()
+
+
+async def test_when_the_worker_dies_every_session_ends_and_none_is_opened() -> None:
+    async with scene() as played:
+        session = played.open()
+        played.relay.fail_all(WorkerDied("killed"))
+
+        with pytest.raises(WorkerDied):
+            await session.next()
+        with pytest.raises(WorkerDied):
+            played.open("ses-2")
+
+
+async def test_more_sessions_than_the_maximum_are_refused() -> None:
+    async with scene(max_sessions=1) as played:
+        played.open("ses-1")
+
+        with pytest.raises(QueueFull):
+            played.open("ses-2")
+
+
+async def test_a_later_epoch_takes_a_session_over_and_an_earlier_one_does_not() -> None:
+    async with scene() as played:
+        old = played.open(epoch=2)
+        with pytest.raises(Fenced):
+            played.open(epoch=1)
+        new = played.open(epoch=3)
+        played.worker.say("ses-1", epoch=2, position=1)
+        played.worker.say("ses-1", epoch=3, position=5)
+
+        with pytest.raises(Fenced):
+            await old.next()
+        assert (await new.next()).position == 5
+
+
+async def test_a_client_that_reads_too_slowly_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "MAX_BUFFERED_EVENTS", 2)
+    async with scene() as played:
+        session = played.open()
+        for position in range(3):
+            played.worker.say("ses-1", position=position)
+        read: list[int] = []
+        with pytest.raises(CapacityError, match="lags"):
+            await read_all(session, read)
+
+        assert read == [0, 1]
+
+
+async def read_all(session: RelayedSession, into: list[int]) -> None:
+    """Read until the session ends, once it has."""
+    while played_error(session) is None:  # noqa: ASYNC110 - the relay has no event for the test to await
+        await asyncio.sleep(0)
+    while True:
+        into.append((await session.next()).position)
+
+
+def played_error(session: RelayedSession) -> StokerError | None:
+    """Return how the session ended, if it has."""
+    return session._error

@@ -1,0 +1,181 @@
+"""The worker's one stream of sessions, with an engine that is played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.worker.engine import Finished, FinishReason, Submit, TokenOut
+from services.worker.run_stream import RunStream
+from stoker.errors import AlreadyExists, QueueFull, WorkerDied
+from stoker.ids import SessionId
+from stoker.v1.session_pb2 import GenerateRequest, Sampling
+from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
+
+
+class PlayedEngine:
+    """Keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.submitted: list[SessionId] = []
+        self.cancelled: list[SessionId] = []
+        self.is_full = False
+
+    def submit(self, request: Submit) -> None:
+        """Take a session."""
+        if self.is_full:
+            raise QueueFull("no room")
+        self.submitted.append(request.session_id)
+
+    def cancel(self, session_id: SessionId) -> None:
+        """End a session."""
+        self.cancelled.append(session_id)
+
+
+class Scene:
+    """A stream, its engine and its reader."""
+
+    def __init__(self) -> None:
+        self.engine = PlayedEngine()
+        self.stream = RunStream(asyncio.get_running_loop())
+        self._events = self.stream.events()
+
+    def submit(self, session_id: str = "ses-1", *, epoch: int = 1, max_tokens: int = 4) -> None:
+        """Send a session."""
+        request = GenerateRequest(
+            session_id=session_id,
+            epoch=epoch,
+            prompt_token_ids=[1],
+            sampling=Sampling(max_tokens=max_tokens),
+        )
+        self.stream.take(RunCommand(submit=request), self.engine)  # type: ignore[arg-type]
+
+    def cancel(self, session_id: str = "ses-1") -> None:
+        """Cancel a session."""
+        command = RunCommand(cancel=CancelSession(session_id=session_id))
+        self.stream.take(command, self.engine)  # type: ignore[arg-type]
+
+    def step(self, position: int, *, session: int = -1) -> None:
+        """Generate a token in the last session submitted, as the engine's thread would say it."""
+        engine_id = self.engine.submitted[session]
+        self.stream.on_outputs([TokenOut(session_id=engine_id, position=position, token_id=position)])
+
+    async def read(self) -> list[SessionEvent]:
+        """Return the next message's events."""
+        return list((await anext(self._events)).sessions)
+
+
+async def test_steps_that_nobody_read_yet_travel_together_in_order() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.step(0)
+    scene.step(1)
+    await asyncio.sleep(0)
+
+    assert [item.event.position for item in await scene.read()] == [0, 1]
+
+
+async def test_a_refused_session_ends_with_its_error_and_can_be_sent_again() -> None:
+    scene = Scene()
+    scene.engine.is_full = True
+    scene.submit()
+    (item,) = await scene.read()
+    assert (item.session_id, item.error.code) == ("ses-1", "queue_full")
+
+    scene.engine.is_full = False
+    scene.submit()
+    assert len(scene.engine.submitted) == 1
+
+
+async def test_a_request_out_of_range_never_reaches_the_engine() -> None:
+    scene = Scene()
+    scene.submit(max_tokens=0)
+    (item,) = await scene.read()
+
+    assert item.error.code == "invalid_request"
+    assert scene.engine.submitted == []
+
+
+async def test_a_cancelled_session_says_nothing_more() -> None:
+    scene = Scene()
+    scene.submit("ses-1")
+    scene.cancel("ses-1")
+    scene.step(0)
+    scene.submit("ses-2")
+    scene.step(7)
+    await asyncio.sleep(0)
+
+    assert scene.engine.cancelled == scene.engine.submitted[:1]
+    assert [(item.session_id, item.event.position) for item in await scene.read()] == [("ses-2", 7)]
+
+
+async def test_a_session_sent_again_after_its_cancel_is_another_one_for_the_engine() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.cancel()
+    scene.submit()
+    scene.step(0, session=0)
+    scene.step(9, session=1)
+    await asyncio.sleep(0)
+
+    assert len(set(scene.engine.submitted)) == 2
+    assert [item.event.position for item in await scene.read()] == [9]
+
+
+async def test_a_session_that_runs_is_not_started_twice() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.submit()
+    (item,) = await scene.read()
+
+    assert item.error.code == "already_exists"
+
+
+async def test_a_finished_session_can_be_sent_again() -> None:
+    scene = Scene()
+    scene.submit()
+    done = Finished(
+        session_id=scene.engine.submitted[0],
+        reason=FinishReason.STOP,
+        prompt_token_count=1,
+        generated_token_count=1,
+    )
+    scene.stream.on_outputs([done])
+    await asyncio.sleep(0)
+    await scene.read()
+    scene.submit()
+
+    assert len(scene.engine.submitted) == 2
+
+
+async def test_when_the_engine_fails_every_session_ends_with_the_error() -> None:
+    scene = Scene()
+    scene.submit("ses-1")
+    scene.submit("ses-2")
+    scene.stream.fail(WorkerDied("the engine failed"))
+
+    items = await scene.read()
+    assert [(item.session_id, item.error.code) for item in items] == [
+        ("ses-1", "worker_died"),
+        ("ses-2", "worker_died"),
+    ]
+
+
+async def test_when_the_reader_goes_its_sessions_are_cancelled() -> None:
+    scene = Scene()
+    scene.submit("ses-1")
+    scene.submit("ses-2")
+    scene.stream.cancel_all(scene.engine)  # type: ignore[arg-type]
+
+    assert scene.engine.cancelled == scene.engine.submitted
+
+
+async def test_there_is_one_reader_at_a_time() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.step(0)
+    await scene.read()
+
+    with pytest.raises(AlreadyExists):
+        await anext(scene.stream.events())
