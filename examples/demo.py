@@ -29,7 +29,7 @@ from stoker.cli.local_cluster import ClusterOptions, running_cluster
 from stoker.client import AsyncClient
 from stoker.client.connection import LocalCluster
 from stoker.errors import StokerError
-from stoker.units import format_bytes, format_rate, format_seconds
+from stoker.units import GIB, format_bytes, format_rate, format_seconds
 from stoker.v1 import model_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,7 @@ FIRST, SECOND = "smollm2", "smollm2-twin"
 KEEP_ALIVE_SECONDS = 5.0
 QUESTION = "Why is the sky blue? Answer in two sentences."
 ANSWER_TOKENS = 64
+POOL_BYTES = 2 * GIB
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -55,11 +56,11 @@ class Answer:
     """What the gateway knows of the request: GET /api/v1/requests/{id}."""
 
 
-async def demo(source: str | None) -> None:
+async def demo(source: str | None, data_dir: Path) -> None:
     """Run the whole demo; raises StokerError when something can't be done."""
     model_dir = await asyncio.to_thread(get_model, source)
     console.print("starting gateway, controller, node agent and store ...")
-    options = ClusterOptions(data_dir=DATA_DIR, rest_port=0, grpc_port=0)
+    options = ClusterOptions(data_dir=data_dir, rest_port=0, grpc_port=0, pool_bytes=POOL_BYTES)
     async with running_cluster(options) as cluster:
         console.print(f"serving on {cluster.rest_url}/v1\n")
         async with AsyncClient(gateway=cluster.gateway, controller=cluster.controller) as admin:
@@ -81,7 +82,7 @@ async def demo(source: str | None) -> None:
                 twin = await _ask(client, cluster, SECOND, "from cold, its bytes in host memory")
             _show({"cold, from disk": cold, "cold, from memory": twin, "warm": warm})
             await _show_scale_to_zero(admin)
-    shutil.rmtree(DATA_DIR, ignore_errors=True)
+    shutil.rmtree(data_dir, ignore_errors=True)
     console.print("everything is stopped.")
 
 
@@ -183,19 +184,19 @@ def _stages(answer: Answer) -> dict[str, str]:
     }
 
 
-async def _until_interrupted(source: str | None) -> int:
+async def _until_interrupted(source: str | None, data_dir: Path) -> int:
     work = asyncio.current_task()
     assert work is not None  # noqa: S101 - for the type checker
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(caught, work.cancel)
     try:
-        await demo(source)
+        await demo(source, data_dir)
     except asyncio.CancelledError:
         console.print("\ninterrupted: everything is stopped.")
         return 130
     except StokerError as error:
         console.print(f"error: {error.message}", markup=False)
-        console.print(f"logs: {DATA_DIR / 'logs'}")
+        console.print(f"logs: {data_dir / 'logs'}")
         return 1
     return 0
 
@@ -206,7 +207,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", default=None, help="model: local folder or file, or hub id")
-    return asyncio.run(_until_interrupted(parser.parse_args().source))
+    parser.add_argument("--data", type=Path, default=DATA_DIR, help="folder for state and logs; removed")
+    arguments = parser.parse_args()
+    return asyncio.run(_until_interrupted(arguments.source, arguments.data.resolve()))
 
 
 if __name__ == "__main__":

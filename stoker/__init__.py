@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
+
+# grpc's core writes connection chatter to stderr; it reads this when it is first imported
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 try:
     __version__ = metadata.version("stoker")

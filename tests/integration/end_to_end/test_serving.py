@@ -1,0 +1,177 @@
+"""The whole path on real processes: cold, warm, together, and back to nothing."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from stoker.v1 import model_pb2
+from tests.integration.end_to_end.stoker_up import StokerUp, stoker
+
+QUESTION = [{"role": "user", "content": "the quick brown fox"}]
+
+
+def _deploy(up: StokerUp, name: str, folder: Path, **spec: float) -> None:
+    with up.client() as client:
+        client.deploy(model_pb2.ModelSpec(name=name, checkpoint_uri=str(folder), **spec))
+
+
+def _until_no_replica(up: StokerUp, model: str) -> None:
+    """Return when the routes of the gateway say that the model is cold again."""
+    with up.client() as client:
+        for _ in range(300):
+            if not any(m.ready_replicas for m in client.models() if m.spec.name == model):
+                return
+            up.process.poll()
+    raise AssertionError(f"{model} still has replicas")
+
+
+def test_a_cold_model_answers_and_the_request_tells_where_its_time_went(
+    up: StokerUp, tiny_model: Path
+) -> None:
+    _deploy(up, "cold", tiny_model)
+
+    with up.openai() as client:
+        raw = client.chat.completions.with_raw_response.create(
+            model="cold", messages=QUESTION, max_tokens=8, temperature=0
+        )
+        answer = raw.parse()
+
+    assert answer.usage.completion_tokens in range(1, 9)
+    trace = httpx.get(f"{up.cluster.rest_url}/api/v1/requests/{raw.headers['x-request-id']}").json()
+    assert trace["start"]["total_seconds"] > 0
+    assert sum(int(part["bytes"]) for part in trace["start"]["transfers"]) > 0
+    assert trace["first_token_seconds"] >= trace["start"]["total_seconds"]
+
+
+def test_ten_requests_for_one_cold_model_cause_one_load(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "ten", tiny_model, concurrency=16)
+
+    def ask(_: int) -> str:
+        with up.openai() as client:
+            answer = client.chat.completions.create(
+                model="ten", messages=QUESTION, max_tokens=6, temperature=0, seed=1
+            )
+            return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(10) as threads:
+        texts = set(threads.map(ask, range(10)))
+
+    assert len(texts) == 1
+    placed = [line for line in up.log_events("controller", "replica.placed") if line["model"] == "ten"]
+    assert len(placed) == 1
+
+
+def test_streamed_and_whole_answers_are_the_same_text(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "same", tiny_model)
+    options = {"model": "same", "messages": QUESTION, "max_tokens": 24, "temperature": 0.9, "seed": 7}
+
+    with up.openai() as client:
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        chunks = list(client.chat.completions.create(**options, stream=True))
+
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == whole
+
+
+def test_a_client_that_leaves_does_not_abort_the_load(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "left", tiny_model)
+    body = {"model": "left", "messages": QUESTION, "stream": True, "max_tokens": 4}
+
+    with httpx.stream("POST", f"{up.cluster.rest_url}/v1/chat/completions", json=body, timeout=60) as answer:
+        assert answer.status_code == 200  # headers come before the model is there
+
+    with up.openai() as client:
+        client.chat.completions.create(model="left", messages=QUESTION, max_tokens=2)
+    placed = [line for line in up.log_events("controller", "replica.placed") if line["model"] == "left"]
+    assert len(placed) == 1
+
+
+def test_an_unused_model_goes_back_to_zero_and_comes_again(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "zero", tiny_model, keep_alive_seconds=0.2)
+
+    with up.openai() as client:
+        first = client.chat.completions.create(model="zero", messages=QUESTION, max_tokens=4, temperature=0)
+        _until_no_replica(up, "zero")
+        again = client.chat.completions.create(model="zero", messages=QUESTION, max_tokens=4, temperature=0)
+
+    assert again.choices[0].message.content == first.choices[0].message.content
+
+
+def test_an_unknown_model_is_a_404_that_suggests_a_near_name(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "nearby", tiny_model)
+
+    with up.openai() as client, pytest.raises(openai.NotFoundError, match="nearby") as caught:
+        client.chat.completions.create(model="nearbi", messages=QUESTION)
+
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_prompt_beyond_the_context_is_a_400(up: StokerUp, tiny_model: Path) -> None:
+    _deploy(up, "short", tiny_model)
+
+    with up.openai() as client, pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="short", prompt="fox " * 2000, max_tokens=4)
+
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 4096), "model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: _architecture(folder, "NobodyForCausalLM"), "NobodyForCausalLM"),
+    ],
+    ids=["missing shard", "truncated shard", "hostile header", "no config", "unsupported architecture"],
+)
+def test_a_bad_checkpoint_is_refused_when_it_is_deployed(
+    up: StokerUp, tiny_model: Path, tmp_path: Path, damage: object, message: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    damage(folder)  # type: ignore[operator]
+
+    answer = stoker("deploy", "bad", str(folder), "--controller", up.cluster.controller)
+
+    assert answer.returncode == 1
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _architecture(folder: Path, name: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+
+
+def test_the_command_line_shows_what_runs(up: StokerUp, tiny_model: Path) -> None:
+    home = up.data_dir
+    deployed = stoker("deploy", "cli", str(tiny_model), "--wait", data_dir=home)
+    asked = stoker("run", "cli", "the lazy dog", "--max-tokens", "4", "-o", "json", data_dir=home)
+    replicas = json.loads(stoker("ps", "cli", "-o", "json", data_dir=home).stdout)
+    models = json.loads(stoker("ls", "-o", "json", data_dir=home).stdout)
+    status = json.loads(stoker("status", "-o", "json", data_dir=home).stdout)
+    logged = stoker("logs", "cli", data_dir=home)
+    removed = stoker("rm", "cli", data_dir=home)
+
+    assert deployed.returncode == 0, deployed.stderr
+    assert json.loads(asked.stdout)["completion_tokens"] in range(1, 5)
+    assert [replica["state"] for replica in replicas] == ["REPLICA_STATE_READY"]
+    assert "cli" in {model["spec"]["name"] for model in models}
+    assert status["cluster"]["leading"] is True
+    assert "service.started" in logged.stdout
+    assert removed.returncode == 0, removed.stderr
+    assert stoker("run", "cli", "x", data_dir=home).returncode == 1
