@@ -1,7 +1,7 @@
 """A model's text side, built from its small files: tokenizer, chat template, end tokens, sampling defaults.
 
-Immutable and thread-safe once built. Building parses megabytes of JSON, and encoding a long prompt takes
-long: both belong into a thread.
+Immutable and thread-safe once built. Building parses megabytes of JSON (0.2 s for 49k tokens, the interpreter's
+lock held by the library), and encoding a long prompt takes long: both belong into a thread.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class ModelText:
         config = _json(files, "tokenizer_config.json")
         generation = _json(files, "generation_config.json")
         self._tokenizer = _tokenizer(files)
-        decoder = _json(files, "tokenizer.json").get("decoder") or {}
-        self._byte_level = _is_byte_level(decoder)
+        self._byte_level = _is_byte_level(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_bytes = TokenBytes(
@@ -100,14 +99,14 @@ class ModelText:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the text's tokens.
+        """Return the text's tokens; the interpreter's lock is free meanwhile (`encode` would hold it).
 
         Args:
             text: What to encode; names of special tokens in it become those tokens.
             add_special_tokens: Put the model's opening tokens first. False for rendered conversations: their
                 template wrote them.
         """
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of all these tokens at once, special ones left out."""
@@ -158,7 +157,10 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return value
 
 
-def _is_byte_level(decoder: Mapping[str, Any]) -> bool:
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
     parts = decoder.get("decoders", [decoder])
     return bool(parts) and all(part.get("type") == "ByteLevel" for part in parts)
 
