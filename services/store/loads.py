@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.store import metrics
 from services.store.admission import Admitted, Pool, Refused, Waits, admit
 from services.store.arena import Arena
 from services.store.bandwidth import RunningRates, moved_by_tier
@@ -26,11 +25,11 @@ from services.store.catalog import CatalogEntry
 from services.store.chunk_pool import ChunkPool
 from services.store.counters import ReadyCounters
 from services.store.eviction import Occupant, Uses
+from services.store.read_plan import chunks_needed, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Outcome, Readers, Urgency
-from services.store.reading import DISK, SourceFile
-from services.store.resident import Phase, Resident, ResidentFile
-from stoker import log
-from stoker.checkpoint.layout import chunk_count
+from services.store.reading import DISK
+from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
+from services.store.resident import Phase, Resident
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
 from stoker.units import GB
@@ -39,6 +38,7 @@ _ASSUMED_BYTES_PER_SECOND = 1.0 * GB
 """Of a disk that was never read from; only the order of evictions depends on it."""
 
 _READER_GRACE_SECONDS = 2.0
+_STOPPING = "the checkpoint store is being stopped"
 
 
 class Loads:
@@ -60,6 +60,7 @@ class Loads:
         self._waiting: list[Resident] = []
         self._pinned: set[Path] = set()
         self._watchers: set[asyncio.Event] = set()
+        self._closed = False
 
     # --- asking for checkpoints ---
 
@@ -168,16 +169,18 @@ class Loads:
             self._watchers.discard(event)
 
     async def close(self) -> None:
-        """Fail what is under way and end the reader threads."""
+        """Fail what is under way, refuse what is asked from now on, and end the reader threads."""
+        self._closed = True
         for resident in self.residents():
             if resident.phase in {Phase.WAITING, Phase.LOADING}:
-                stopping = PeerError("the checkpoint store is being stopped", retry_after_seconds=1.0)
-                self._drop(resident, "stopping", stopping)
+                self._drop(resident, "stopping", PeerError(_STOPPING, retry_after_seconds=1.0))
         await asyncio.to_thread(self._readers.close, grace_seconds=_READER_GRACE_SECONDS)
 
     # --- one resident's way ---
 
     def _resident(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+        if self._closed:
+            raise PeerError(_STOPPING, retry_after_seconds=1.0)
         identity = (entry.index.path, entry.index.revision)
         resident = self._by_identity.get(identity)
         if resident is None:
@@ -200,11 +203,10 @@ class Loads:
 
     def _new(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
         now_seconds = self._clock.now_seconds()
-        chunk_bytes = self.arena.chunk_bytes
         resident = Resident(
             key=next(self._keys),
             entry=entry,
-            need_chunks=sum(chunk_count(file.size_bytes, chunk_bytes) for file in entry.index.files),
+            need_chunks=chunks_needed(entry, self.arena.chunk_bytes),
             urgency=urgency,
             began_seconds=now_seconds,
             uses=Uses(count=0.0, at_seconds=now_seconds),
@@ -229,7 +231,7 @@ class Loads:
     def _place(self, resident: Resident) -> None:
         """Start a load, or let it wait for chunks, or fail it."""
         decision = admit(
-            self._pool(without=resident),
+            self._pool(resident),
             uri=str(resident.entry.index.path),
             need_chunks=resident.need_chunks,
             now_seconds=self._clock.now_seconds(),
@@ -265,54 +267,30 @@ class Loads:
                 return
 
     def _start(self, resident: Resident) -> None:
-        files = resident.entry.index.files
         try:
-            slots = self.counters.take(len(files))
+            slots = self.counters.take(len(resident.entry.index.files))
         except CapacityError as error:
             self._fail(resident, error)
             return
-        taken = iter(self.chunks.take(resident.need_chunks))
-        chunk_bytes = self.arena.chunk_bytes
-        resident.files = tuple(
-            ResidentFile(
-                size_bytes=file.size_bytes,
-                chunk_bytes=chunk_bytes,
-                chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
-                slot=slot,
-                source=SourceFile(file.path, resident.entry.signatures[file.name]),
-            )
-            for file, slot in zip(files, slots, strict=True)
+        resident.files = lay_out(
+            resident.entry,
+            chunks=self.chunks.take(resident.need_chunks),
+            slots=slots,
+            chunk_bytes=self.arena.chunk_bytes,
         )
         resident.phase = Phase.LOADING
-        reads = self._reads(resident)
+        reads = plan_reads(
+            resident.files,
+            load=resident.key,
+            ranks=resident.entry.index.layout == "converted",
+            memory=self.arena.chunk,
+        )
         resident.reads_left = len(reads)
         resident.mapped.set_result(None)
         self._readers.add(resident.key, reads, resident.urgency)
         self._changed()
         if not reads:
             self._complete(resident)
-
-    def _reads(self, resident: Resident) -> list[ChunkRead]:
-        """Return the reads in order: shards one after the other, as they are used; ranks side by side."""
-        by_file = [
-            [
-                ChunkRead(
-                    load=resident.key,
-                    file=number,
-                    index=index,
-                    source=file.source,
-                    chunk=self.arena.chunk(chunk),
-                    length=file.length(index),
-                )
-                for index, chunk in enumerate(file.chunks)
-            ]
-            for number, file in enumerate(resident.files)
-            if file.source is not None
-        ]
-        if resident.entry.index.layout == "converted":
-            rounds = itertools.zip_longest(*by_file)
-            return [read for each in rounds for read in each if read is not None]
-        return [read for reads in by_file for read in reads]
 
     def _read_done(self, read: ChunkRead, outcome: Outcome) -> None:
         """Called from a reader thread."""
@@ -350,62 +328,22 @@ class Loads:
         resident.parts = []
         resident.done.set_result(None)
         resident.tell()
-        self._record(resident, read_seconds=last - first)
+        record_loaded(resident, read_seconds=last - first)
+        record_rates({tier: self.rates.bytes_per_second(tier) or 0.0 for tier in self.rates.tiers()})
         self._changed()
-
-    def _record(self, resident: Resident, *, read_seconds: float) -> None:
-        metrics.LOAD_SECONDS.observe(resident.seconds)
-        tiers: dict[str, float] = {}
-        for moved in resident.moved:
-            metrics.READ_BYTES.labels(tier=moved.tier).inc(moved.byte_count)
-            metrics.READ_SECONDS.labels(tier=moved.tier).inc(moved.seconds)
-            tiers |= {
-                f"{moved.tier}_bytes": moved.byte_count,
-                f"{moved.tier}_seconds": round(moved.seconds, 4),
-            }
-        byte_count = sum(file.size_bytes for file in resident.files)
-        log.get().info(
-            "checkpoint.loaded",
-            uri=str(resident.entry.index.path),
-            revision=resident.entry.index.revision,
-            bytes=byte_count,
-            seconds=round(resident.seconds, 4),
-            queue_seconds=round(max(0.0, resident.seconds - read_seconds), 4),
-            read_seconds=round(read_seconds, 4),
-            bytes_per_second=round(byte_count / resident.seconds) if resident.seconds > 0 else 0,
-            urgency=resident.urgency.name.lower(),
-            leases=resident.leases,
-            **tiers,
-        )
 
     # --- and its end ---
 
     def _drop(self, resident: Resident, reason: str, error: StokerError) -> None:
         """Let a resident go; `error` is for those who wait for it, if it is still on its way."""
-        metrics.EVICTIONS.labels(reason=reason).inc()
-        log.get().info(
-            "checkpoint.evicted",
-            uri=str(resident.entry.index.path),
-            revision=resident.entry.index.revision,
-            bytes=len(resident.chunk_numbers) * self.arena.chunk_bytes,
-            phase=resident.phase.value,
-            reason=reason,
-        )
+        pool_bytes = len(resident.chunk_numbers) * self.arena.chunk_bytes
+        record_dropped(resident, reason=reason, pool_bytes=pool_bytes)
         self._leave(resident, error)
 
     def _fail(self, resident: Resident, error: StokerError) -> None:
         if resident.phase is Phase.GONE:
             return
-        metrics.LOAD_FAILURES.labels(code=error.code).inc()
-        log.get().warning(
-            "checkpoint.load_failed",
-            uri=str(resident.entry.index.path),
-            revision=resident.entry.index.revision,
-            seconds=round(self._clock.now_seconds() - resident.began_seconds, 4),
-            ready_bytes=resident.ready_bytes,
-            error_code=error.code,
-            message=error.message,
-        )
+        record_failed(resident, error, seconds=self._clock.now_seconds() - resident.began_seconds)
         self._leave(resident, error)
 
     def _leave(self, resident: Resident, error: StokerError) -> None:
@@ -445,7 +383,7 @@ class Loads:
         pinned = resident.entry.index.path in self._pinned and not resident.superseded
         return bool(resident.leases or resident.demand_waiters or pinned)
 
-    def _pool(self, *, without: Resident) -> Pool:
+    def _pool(self, asking: Resident) -> Pool:
         draining = sum(
             len(each.chunk_numbers)
             for each in self._residents.values()
@@ -456,10 +394,16 @@ class Loads:
             free_chunks=self.chunks.free_count,
             draining_chunks=draining,
             chunk_bytes=self.arena.chunk_bytes,
-            occupants=[self._occupant(each) for each in self._residents.values() if each is not without],
+            occupants=[
+                self._occupant(each, room_for=asking)
+                for each in self._residents.values()
+                if each is not asking
+            ],
         )
 
-    def _occupant(self, resident: Resident) -> Occupant:
+    def _occupant(self, resident: Resident, *, room_for: Resident) -> Occupant:
+        """Return a resident as eviction sees it; only a demand may end a load that is under way."""
+        under_way = resident.phase in {Phase.WAITING, Phase.LOADING}
         rate = self.rates.bytes_per_second(DISK) or _ASSUMED_BYTES_PER_SECOND
         chunks = resident.chunk_numbers
         return Occupant(
@@ -467,17 +411,19 @@ class Loads:
             chunks=len(chunks),
             reload_seconds=len(chunks) * self.arena.chunk_bytes / rate,
             uses=resident.uses,
-            held=resident.phase is Phase.GONE or self._is_held(resident),
+            held=resident.phase is Phase.GONE
+            or self._is_held(resident)
+            or (under_way and room_for.urgency is Urgency.PREFETCH),
             superseded=resident.superseded,
         )
 
     def _changed(self) -> None:
-        free = self.chunks.free_count * self.arena.chunk_bytes
-        leased = self.leased_bytes()
-        metrics.POOL_BYTES.labels(state="free").set(free)
-        metrics.POOL_BYTES.labels(state="leased").set(leased)
-        metrics.POOL_BYTES.labels(state="cached").set(max(0, self.arena.total_bytes - free - leased))
-        metrics.LEASES.set(sum(each.leases for each in self._residents.values()))
+        record_pool(
+            total_bytes=self.arena.total_bytes,
+            free_bytes=self.chunks.free_count * self.arena.chunk_bytes,
+            leased_bytes=self.leased_bytes(),
+            leases=sum(each.leases for each in self._residents.values()),
+        )
         for event in self._watchers:
             event.set()
 

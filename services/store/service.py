@@ -20,7 +20,8 @@ from stoker.clock import SystemClock
 from stoker.v1 import checkpoint_store_pb2_grpc
 
 _MIN_COUNTERS = 4096
-_GRPC_GRACE_SECONDS = 1.0
+_GRPC_GRACE_SECONDS = 0.2
+"""For answers on their way; status streams never end by themselves."""
 
 
 class StoreService:
@@ -97,10 +98,10 @@ class StoreService:
 
     async def close(self) -> None:
         """See `Service`."""
-        if self._server is not None:
-            await self._server.stop(_GRPC_GRACE_SECONDS if self._attach_task else 0.0)
         if self._loads is not None:
             await self._loads.close()
+        if self._server is not None:
+            await self._server.stop(_GRPC_GRACE_SECONDS if self._attach_task else 0.0)
         if self._attach_task is not None:
             self._attach_task.cancel()
             await asyncio.wait([self._attach_task])

@@ -231,7 +231,7 @@ def test_a_full_pool_makes_room_but_not_from_those_in_use(daemon, tmp_path):
 
 
 def test_a_file_cut_while_it_is_read_is_a_failed_load_for_all_who_wait_and_not_for_the_daemon(tmp_path):
-    """Hundreds of small reads by one thread, stopped by a signal near the start: the cut falls between two."""
+    """Hundreds of small reads by one thread, stopped by a signal near the start: the cut falls between."""
     folder = write_checkpoint(tmp_path / "m", sizes=[50_000_000])
     other = write_checkpoint(tmp_path / "other", sizes=[100_000])
     with running(tmp_path / "run", chunk_bytes=16 * KIB, read_threads=1, pool_bytes=64 * MIB) as daemon:
@@ -240,7 +240,7 @@ def test_a_file_cut_while_it_is_read_is_a_failed_load_for_all_who_wait_and_not_f
         os.truncate(folder / "model.safetensors", 10_000)
         daemon.process.send_signal(signal.SIGCONT)
         for attachment in waiting:
-            with pytest.raises(LoadFailed, match="changed|cut"):
+            with pytest.raises(LoadFailed, match=r"changed|cut"):
                 attachment.wait_all(timeout_seconds=SECONDS)
 
         freed = wait_for_status(daemon, lambda now: now.pool.free_bytes == now.pool.total_bytes)

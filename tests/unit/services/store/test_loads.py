@@ -216,6 +216,26 @@ async def test_a_prefetch_gives_way_to_a_demand(tmp_path):
         assert prefetched.phase is Phase.GONE
 
 
+async def test_a_prefetch_does_not_end_another_one(tmp_path):
+    a, b = (write_checkpoint(tmp_path / name, size=100_000) for name in "ab")
+    async with store(chunks=4) as made:
+        opened = [await made.catalog.open(str(folder)) for folder in (a, b)]
+        first = made.loads._resident(opened[0], Urgency.PREFETCH)
+
+        with pytest.raises(CapacityError):
+            made.loads._resident(opened[1], Urgency.PREFETCH)
+        await first.done
+
+
+async def test_a_stopped_pool_takes_no_more_requests(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=100)
+    async with store() as made:
+        await made.loads.close()
+
+        with pytest.raises(PeerError, match="being stopped"):
+            await made.load(folder)
+
+
 async def test_stopping_fails_what_is_under_way(tmp_path):
     folder = write_checkpoint(tmp_path / "a", size=100_000)
     async with store() as made:

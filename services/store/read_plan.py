@@ -1,0 +1,66 @@
+"""From a checkpoint and the chunks it was given to the reads that fill them, in order. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from services.store.catalog import CatalogEntry
+from services.store.read_queue import ChunkRead
+from services.store.reading import SourceFile
+from services.store.resident import ResidentFile
+from stoker.checkpoint.layout import chunk_count
+
+
+def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
+    """Return how many chunks a checkpoint takes; each file starts a new one."""
+    return sum(chunk_count(file.size_bytes, chunk_bytes) for file in entry.index.files)
+
+
+def lay_out(
+    entry: CatalogEntry, *, chunks: Sequence[int], slots: Sequence[int], chunk_bytes: int
+) -> tuple[ResidentFile, ...]:
+    """Deal chunks and counter slots out to a checkpoint's files, in their order."""
+    taken = iter(chunks)
+    return tuple(
+        ResidentFile(
+            size_bytes=file.size_bytes,
+            chunk_bytes=chunk_bytes,
+            chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
+            slot=slot,
+            source=SourceFile(file.path, entry.signatures[file.name]),
+        )
+        for file, slot in zip(entry.index.files, slots, strict=True)
+    )
+
+
+def plan_reads(
+    files: Sequence[ResidentFile], *, load: int, ranks: bool, memory: Callable[[int], memoryview]
+) -> list[ChunkRead]:
+    """Return a load's reads in order.
+
+    Args:
+        files: Laid out.
+        load: Its key.
+        ranks: Files are ranks that are used side by side, so their chunks take turns; otherwise they are
+            shards that are used one after the other.
+        memory: Gives the memory of a chunk.
+    """
+    by_file = [
+        [
+            ChunkRead(
+                load=load,
+                file=number,
+                index=index,
+                source=file.source,
+                chunk=memory(chunk),
+                length=file.length(index),
+            )
+            for index, chunk in enumerate(file.chunks)
+        ]
+        for number, file in enumerate(files)
+        if file.source is not None
+    ]
+    if ranks:
+        return [read for turn in itertools.zip_longest(*by_file) for read in turn if read is not None]
+    return [read for reads in by_file for read in reads]

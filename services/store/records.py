@@ -1,0 +1,79 @@
+"""What is told about loads: one canonical log line each, and metrics."""
+
+from __future__ import annotations
+
+from services.store import metrics
+from services.store.resident import Resident
+from stoker import log
+from stoker.errors import StokerError
+
+
+def record_loaded(resident: Resident, *, read_seconds: float) -> None:
+    """Tell that all of a checkpoint is there.
+
+    Args:
+        resident: Just loaded.
+        read_seconds: From its first read to the end of its last.
+    """
+    metrics.LOAD_SECONDS.observe(resident.seconds)
+    tiers: dict[str, float] = {}
+    for moved in resident.moved:
+        metrics.READ_BYTES.labels(tier=moved.tier).inc(moved.byte_count)
+        metrics.READ_SECONDS.labels(tier=moved.tier).inc(moved.seconds)
+        tiers[f"{moved.tier}_bytes"] = moved.byte_count
+        tiers[f"{moved.tier}_seconds"] = round(moved.seconds, 4)
+    byte_count = sum(file.size_bytes for file in resident.files)
+    log.get().info(
+        "checkpoint.loaded",
+        uri=str(resident.entry.index.path),
+        revision=resident.entry.index.revision,
+        bytes=byte_count,
+        seconds=round(resident.seconds, 4),
+        queue_seconds=round(max(0.0, resident.seconds - read_seconds), 4),
+        read_seconds=round(read_seconds, 4),
+        bytes_per_second=round(byte_count / resident.seconds) if resident.seconds > 0 else 0,
+        urgency=resident.urgency.name.lower(),
+        leases=resident.leases,
+        **tiers,
+    )
+
+
+def record_dropped(resident: Resident, *, reason: str, pool_bytes: int) -> None:
+    """Tell that a checkpoint gives up its room of `pool_bytes`."""
+    metrics.EVICTIONS.labels(reason=reason).inc()
+    log.get().info(
+        "checkpoint.evicted",
+        uri=str(resident.entry.index.path),
+        revision=resident.entry.index.revision,
+        bytes=pool_bytes,
+        phase=resident.phase.value,
+        reason=reason,
+    )
+
+
+def record_failed(resident: Resident, error: StokerError, *, seconds: float) -> None:
+    """Tell that a load failed after so many seconds."""
+    metrics.LOAD_FAILURES.labels(code=error.code).inc()
+    log.get().warning(
+        "checkpoint.load_failed",
+        uri=str(resident.entry.index.path),
+        revision=resident.entry.index.revision,
+        seconds=round(seconds, 4),
+        ready_bytes=resident.ready_bytes,
+        error_code=error.code,
+        message=error.message,
+    )
+
+
+def record_pool(*, total_bytes: int, free_bytes: int, leased_bytes: int, leases: int) -> None:
+    """Set the pool's gauges."""
+    metrics.POOL_BYTES.labels(state="free").set(free_bytes)
+    metrics.POOL_BYTES.labels(state="leased").set(leased_bytes)
+    metrics.POOL_BYTES.labels(state="cached").set(max(0, total_bytes - free_bytes - leased_bytes))
+    metrics.LEASES.set(leases)
+
+
+def record_rates(rates: dict[str, float]) -> None:
+    """Set the learnt rate of each tier, bytes per second."""
+    for tier, bytes_per_second in rates.items():
+        metrics.BANDWIDTH.labels(tier=tier).set(bytes_per_second)
