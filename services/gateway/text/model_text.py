@@ -1,7 +1,7 @@
 """A model's text side, built from its small files: tokenizer, chat template, end tokens, sampling defaults.
 
-Immutable and thread-safe once built. Building parses megabytes of JSON (0.2 s for 49k tokens, the interpreter's
-lock held by the library), and encoding a long prompt takes long: both belong into a thread.
+Immutable and thread-safe once built. Building parses megabytes of JSON (0.2 s for 49k tokens, in which the
+library holds the interpreter's lock), and encoding a long prompt takes long: both belong into a thread.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class ModelText:
         self._template = _template(files, config, special)
         self.stop_token_ids = self._stop_tokens(generation, _json(files, "config.json"), special)
         self.defaults = _defaults(generation)
-        self.vocabulary_tokens = (
-            max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )
+        self.vocabulary_tokens = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
 
     def render_chat(
         self,
