@@ -30,7 +30,7 @@ class Service(Protocol):
     """A process's parts, as its `__main__` builds them."""
 
     async def start(self) -> None:
-        """Open sockets and begin serving; raises StokerError when it can't."""
+        """Open sockets and begin serving; raises StokerError when it can't. Cancelled by a signal."""
         ...
 
     async def stop_serving(self) -> None:
@@ -57,12 +57,15 @@ def run(name: str, settings: ServiceSettings, build: Callable[[asyncio.Event], S
     """
     if settings.parent_pid:
         die_with_parent(settings.parent_pid, signal.SIGTERM)
-    log.configure(name, level=settings.log_level)
     try:
+        log.configure(name, level=settings.log_level)
         serve_metrics(settings.metrics_port)
         failed = uvloop.run(_lifecycle(name, settings, build))
     except StokerError as error:
         log.get().error("service.failed", error_code=error.code, message=error.message)
+        failed = True
+    except Exception as error:  # noqa: BLE001 - the task boundary of the process
+        log.get().error("service.crashed", exc_info=error)
         failed = True
     sys.stderr.flush()
     os._exit(EXIT_FAILED if failed else 0)  # non-daemon threads of libraries must not hold the exit up
@@ -76,7 +79,9 @@ async def _lifecycle(name: str, settings: ServiceSettings, build: Callable[[asyn
     began_seconds = time.monotonic()
     service = build(ended_within)
     try:
-        await service.start()
+        if not await _started(service, stop):
+            log.get().info("service.start_cancelled", name=name)
+            return False
         log.get().info("service.started", seconds=round(time.monotonic() - began_seconds, 3), pid=os.getpid())
         await _first(stop, ended_within)
         await service.stop_serving()
@@ -85,6 +90,27 @@ async def _lifecycle(name: str, settings: ServiceSettings, build: Callable[[asyn
         await service.close()
         log.get().info("service.stopped", name=name)
     return ended_within.is_set()
+
+
+async def _started(service: Service, stop: asyncio.Event) -> bool:
+    """Start the service in this task; return False when a signal came before it was done."""
+
+    async def cut_short() -> None:
+        await stop.wait()
+        scope.reschedule(asyncio.get_running_loop().time())
+
+    scope = asyncio.timeout(None)
+    cutting = asyncio.ensure_future(cut_short())
+    try:
+        async with scope:
+            await service.start()
+    except TimeoutError:
+        if scope.expired():
+            return False
+        raise
+    finally:
+        cutting.cancel()
+    return True
 
 
 async def _first(*events: asyncio.Event) -> None:
