@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
 from services.worker.row_linear import make_rows_uniform
+from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ModelRunner:
         self.device = parameter.device
         self.vocab_size = int(config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         self.max_context_tokens = _max_context_tokens(config)
+        self._layer_count = int(config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
         default = CUDA_GROUP_ROWS if self.device.type == "cuda" else CPU_GROUP_ROWS.get(parameter.dtype, 4)
         self._group_rows = group_rows or default
         widths = _row_widths(model)
@@ -99,6 +101,11 @@ class ModelRunner:
         positions = range(start, start + len(tokens))
         wanted = [len(tokens) - 1] if needs_logits else []
         logits = self._run(PrefillPlan(kv, start), tokens, positions, wanted)
+        if kv.layer_count != self._layer_count:
+            raise CheckpointInvalid(
+                f"{type(self._model).__name__} has {self._layer_count} layers, but {kv.layer_count} use "
+                "attention with keys and values of their own: this engine can't serve it"
+            )
         return logits[0] if needs_logits else None
 
     def close(self) -> None:

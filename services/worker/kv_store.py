@@ -26,10 +26,6 @@ class KvBudget:
         self.max_tokens = max_tokens
         self.used_tokens = 0
 
-    def has_room(self, tokens: int) -> bool:
-        """Say whether a new session of `tokens` tokens fits now."""
-        return self.used_tokens + align_up(tokens, BLOCK_TOKENS) <= self.max_tokens
-
 
 class SessionKv:
     """The keys and values of one session, layer by layer, allocated as layers first write.
@@ -50,9 +46,11 @@ class SessionKv:
 
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; return False, changing nothing, if the budget has none."""
-        capacity = align_up(tokens, BLOCK_TOKENS)
-        if capacity <= self._capacity:
+        if tokens <= self._capacity:
             return True
+        if tokens > self._budget.max_tokens:
+            return False
+        capacity = min(align_up(tokens, BLOCK_TOKENS), self._budget.max_tokens)
         if self._budget.used_tokens + capacity - self._capacity > self._budget.max_tokens:
             return False
         self._budget.used_tokens += capacity - self._capacity

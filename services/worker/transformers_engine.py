@@ -32,6 +32,7 @@ from services.worker.engine import (
     Finished,
     FinishReason,
     ResumeMode,
+    Sampling,
     Snapshot,
     Submit,
     TokenOut,
@@ -88,6 +89,20 @@ class TransformersEngine:
     def limits(self) -> EngineLimits:
         """See `Engine`."""
         return self._limits
+
+    def first_pass(self) -> None:
+        """Run one token through the model, before any session: touches all weights, proves the layers' fit.
+
+        Raises:
+            CheckpointInvalid: Some layers don't keep keys and values the way this engine serves.
+            LogitsNotFinite: The weights give NaN or infinity.
+        """
+        probe = SessionKv(KvBudget(1))
+        probe.reserve(1)
+        with torch.inference_mode():
+            logits = self._runner.prefill(probe, 0, [0], needs_logits=True)
+        if logits is not None:
+            TokenChooser(Sampling(), [0], [], self._runner.vocab_size).choose(logits, 0)
 
     def submit(self, request: Submit) -> None:
         """See `Engine`."""
