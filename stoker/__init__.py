@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
 
 # grpc's core writes connection chatter to stderr; it reads this when it is first imported
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-try:
-    __version__ = metadata.version("stoker")
-except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
 
-__all__ = ["__version__"]
+def __getattr__(name: str) -> str:
+    """Look `__version__` up when it is asked for: it takes longer than everything else here."""
+    if name == "__version__":
+        from importlib import metadata  # noqa: PLC0415 - see above
+
+        try:
+            return metadata.version("stoker")
+        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            return "0+unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

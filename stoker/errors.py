@@ -51,7 +51,7 @@ class StokerError(Exception):
 class CallerError(StokerError):
     """The request is at fault; sending it again changes nothing."""
 
-    code = "invalid_request"
+    code = "refused"
     grpc_status = grpc.StatusCode.INVALID_ARGUMENT
     http_status = 400
     openai_type = "invalid_request_error"
@@ -59,6 +59,8 @@ class CallerError(StokerError):
 
 class InvalidRequest(CallerError):
     """A field is missing, of the wrong type, or out of range."""
+
+    code = "invalid_request"
 
 
 class ContextLengthExceeded(CallerError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, cast
 
 import grpc
@@ -138,8 +138,9 @@ def _streaming(behaviour: Callable[..., Any], method: str) -> Callable[..., Asyn
             if inspect.isawaitable(answers):
                 await answers  # a handler that writes to the context itself
                 return
-            async for answer in answers:
-                yield answer
+            async with aclosing(answers):  # a caller that leaves ends the handler at once
+                async for answer in answers:
+                    yield answer
         except Exception as error:  # noqa: BLE001 - the task boundary of every call
             await _abort(context, error, method)
 
