@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -132,11 +133,12 @@ class StreamAnswer(_Answer):
         self._keepalive_seconds = keepalive_seconds
         self._opened = [False] * trace.choices
         self._news = Waiting(state="waiting")
-        self._written_seconds = clock.now_seconds()
+        self._written_seconds = self._news_seconds = clock.now_seconds()
 
     async def waiting(self, news: Waiting) -> None:
         """See `Sink`."""
         self._news = news
+        self._news_seconds = self._clock.now_seconds()
         await self._write(comment(self._trace.model, news))
 
     async def delta(self, choice: int, delta: Delta) -> None:
@@ -171,9 +173,14 @@ class StreamAnswer(_Answer):
         while not self._ended:
             silent_seconds = self._clock.now_seconds() - self._written_seconds
             if silent_seconds >= self._keepalive_seconds:
-                await self._write(comment(self._trace.model, self._news))
+                await self._write(comment(self._trace.model, self._news_now()))
                 silent_seconds = 0.0
             await self._clock.sleep(self._keepalive_seconds - silent_seconds)
+
+    def _news_now(self) -> Waiting:
+        """Return the latest news, grown older since it came."""
+        age_seconds = self._clock.now_seconds() - self._news_seconds
+        return replace(self._news, elapsed_seconds=self._news.elapsed_seconds + age_seconds)
 
 
 def comment(model: str, news: Waiting) -> str:

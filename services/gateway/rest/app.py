@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -47,6 +48,11 @@ def build_app(routers: Sequence[APIRouter]) -> FastAPI:
     async def show_openapi() -> Response:
         """Describe the API."""
         return JSONResponse(document)
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_docs() -> Response:
+        """Show the API to a browser; the page's scripts come from the internet."""
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
 
     return app
 

@@ -126,6 +126,7 @@ async def test_openapi_describes_the_requests(http: httpx.AsyncClient) -> None:
     assert "messages" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert "prompt" in document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert "post" in document["paths"][CHAT]
+    assert (await http.get("/docs")).status_code == 200
 
 
 async def test_models_are_deployed_through_the_controller(

@@ -151,6 +151,27 @@ async def test_a_silent_stream_gets_a_comment_each_period() -> None:
     assert client.body.count(": stoker model=m state=waiting") == 3
 
 
+async def test_old_news_grows_older_in_comments() -> None:
+    clock, may_end = ManualClock(), asyncio.Event()
+
+    async def work(sink: Sink) -> None:
+        await sink.waiting(Waiting(state="starting", replica_id="r", elapsed_seconds=2))
+        await may_end.wait()
+
+    client = Connection()
+    answer = asyncio.ensure_future(stream(work, clock)({}, client.receive, client.send))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    clock.advance(1.5)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    may_end.set()
+    await answer
+
+    assert "elapsed=2.0s" in client.body
+    assert "elapsed=3.5s" in client.body
+
+
 def test_a_comment_is_one_line_whatever_the_reason_says() -> None:
     line = comment("m", Waiting(state="queued", reason="no room\ndata: fake\r\n"))
 
