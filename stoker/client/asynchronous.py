@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+import grpc
 
 from stoker.client.connection import find_controller, find_gateway
 from stoker.rpc import connect, translated
@@ -19,6 +22,7 @@ from stoker.v1 import (
 )
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
+C = TypeVar("C", bound=grpc.aio.Call)
 
 
 class AsyncClient:
@@ -61,7 +65,7 @@ class AsyncClient:
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         **sampling: Any,
-    ) -> AsyncIterator[inference_pb2.TextEvent]:
+    ) -> AsyncGenerator[inference_pb2.TextEvent, None]:
         """Yield the assistant's answer as it is generated.
 
         Args:
@@ -75,19 +79,25 @@ class AsyncClient:
             messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in messages],
             sampling=inference_pb2.TextSampling(**sampling),
         )
-        with translated(f"gateway {self.gateway}"):
-            async for event in self._inference.Chat(request, timeout=timeout_seconds):
+        with (
+            translated(f"gateway {self.gateway}"),
+            cancelled_after(self._inference.Chat(request, timeout=timeout_seconds)) as events,
+        ):
+            async for event in events:
                 yield event
 
     async def complete(
         self, model: str, prompt: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, **sampling: Any
-    ) -> AsyncIterator[inference_pb2.TextEvent]:
+    ) -> AsyncGenerator[inference_pb2.TextEvent, None]:
         """Yield the continuation of `prompt` as it is generated; arguments as in `chat`."""
         request = inference_pb2.CompleteRequest(
             model=model, prompt=prompt, sampling=inference_pb2.TextSampling(**sampling)
         )
-        with translated(f"gateway {self.gateway}"):
-            async for event in self._inference.Complete(request, timeout=timeout_seconds):
+        with (
+            translated(f"gateway {self.gateway}"),
+            cancelled_after(self._inference.Complete(request, timeout=timeout_seconds)) as events,
+        ):
+            async for event in events:
                 yield event
 
     # --- administration ---
@@ -127,20 +137,33 @@ class AsyncClient:
 
     async def acquire(
         self, model: str, *, timeout_seconds: float
-    ) -> AsyncIterator[controller_pb2.AcquireEvent]:
+    ) -> AsyncGenerator[controller_pb2.AcquireEvent, None]:
         """Start a replica of a cold model, as a request would; yields progress, ends when it is ready."""
         request = controller_pb2.AcquireRequest(model=model, timeout_seconds=timeout_seconds)
-        with translated(f"controller {self.controller}"):
-            async for event in self._admin.Acquire(request, timeout=timeout_seconds + 5):
+        with (
+            translated(f"controller {self.controller}"),
+            cancelled_after(self._admin.Acquire(request, timeout=timeout_seconds + 5)) as events,
+        ):
+            async for event in events:
                 yield event
 
     async def logs(
         self, agent_address: str, replica_id: str, *, tail_lines: int, follow: bool
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Yield the lines a replica's worker printed, from its node agent."""
         request = node_agent_pb2.ReadLogsRequest(replica_id=replica_id, tail_lines=tail_lines, follow=follow)
         async with connect(agent_address) as channel:
             with translated(f"node agent {agent_address}"):
                 stub = node_agent_pb2_grpc.NodeAgentStub(channel)
-                async for line in stub.ReadLogs(request, timeout=None if follow else 30):
-                    yield line.text
+                with cancelled_after(stub.ReadLogs(request, timeout=None if follow else 30)) as lines:
+                    async for line in lines:
+                        yield line.text
+
+
+@contextmanager
+def cancelled_after(call: C) -> Iterator[C]:
+    """Cancel a streaming call when the block is left: gRPC goes on with one nobody reads any more."""
+    try:
+        yield call
+    finally:
+        call.cancel()

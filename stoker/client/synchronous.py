@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stoker.client.asynchronous import DEFAULT_TIMEOUT_SECONDS, AsyncClient
+from stoker.errors import StokerError
 from stoker.v1 import controller_pb2, inference_pb2, model_pb2
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ class Client:
     def __init__(self, *, gateway: str | None = None, controller: str | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         self._client = self._run(self._open(gateway, controller))
+        self._answers: set[AsyncGenerator[Any, None]] = set()
 
     @staticmethod
     async def _open(gateway: str | None, controller: str | None) -> AsyncClient:
@@ -36,7 +38,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections and the loop."""
+        """End the answers still open, close the connections and the loop."""
+        for answer in list(self._answers):
+            self._run(answer.aclose())
         self._run(self._client.close())
         self._loop.close()
 
@@ -76,17 +80,20 @@ class Client:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(work)
 
-    def _iterate(self, events: AsyncIterator[T]) -> Iterator[T]:
+    def _iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:
         async def following() -> T:
             return await anext(events)
 
+        self._answers.add(events)
         try:
             while True:
+                if self._loop.is_closed():
+                    raise StokerError("the client was closed before the answer was over: open another one")
                 try:
                     yield self._run(following())
                 except StopAsyncIteration:
                     return
         finally:
-            close = getattr(events, "aclose", None)
-            if close is not None:
-                self._run(close())
+            self._answers.discard(events)
+            if not self._loop.is_closed():
+                self._run(events.aclose())
