@@ -1,0 +1,174 @@
+"""Compare ways to run a transformers model for many requests: `generate`, its continuous batching, our loop.
+
+    python benchmarks/engine_spike.py --model FOLDER [--threads 2] [--dtype float32] [--new-tokens 32]
+
+Same prompts, greedy, the same run, rounds interleaved; medians. Exits 1 when our loop's tokens differ from
+`generate`'s (float32), when its results depend on the batch, or when its throughput at batch 8 is below
+`generate`'s. Process CPU seconds stand beside wall seconds, because they say more on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+from services.worker.engine import EngineLimits, Sampling, Submit, TokenOut
+from services.worker.model_loading import assign_weights, build_skeleton
+from services.worker.transformers_engine import TransformersEngine
+from stoker.ids import SessionId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+PROMPT_TOKENS = 32
+Tokens = list[list[int]]
+
+
+def main() -> int:
+    """Run the comparison; return the exit status."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    reference = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    config = {**reference.config.to_dict(), "architectures": [type(reference).__name__]}
+    ours = assign_weights(build_skeleton(config), dict(reference.state_dict()))
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.threads} threads"
+    )
+    print(f"{options.model}, {options.dtype}, {PROMPT_TOKENS} prompt and {options.new_tokens} new tokens\n")
+    failed = False
+    for batch in (1, 8):
+        prompts = _prompts(batch, reference.config.vocab_size)
+        ways: dict[str, Callable[[], Tokens]] = {
+            "generate": lambda p=prompts: _generate(reference, p, options.new_tokens),
+            "continuous batching": lambda p=prompts: _continuous(reference, p, options.new_tokens),
+            "our loop": lambda p=prompts: _ours(ours, p, options.new_tokens),
+        }
+        rates, tokens = _measure(ways, batch * options.new_tokens, options.rounds)
+        print(f"batch {batch:<20} wall tok/s  ratio   cpu tok/s  ratio   tokens = generate's")
+        for way, (wall, cpu) in rates.items():
+            base_wall, base_cpu = rates["generate"]
+            same = tokens[way] == tokens["generate"]
+            print(
+                f"  {way:<24} {wall:9.1f} {wall / base_wall:6.2f} {cpu:11.1f} {cpu / base_cpu:6.2f}   {same}"
+            )
+        failed |= dtype is torch.float32 and tokens["our loop"] != tokens["generate"]
+        failed |= (
+            batch == 8 and max(a / b for a, b in zip(rates["our loop"], rates["generate"], strict=True)) < 1
+        )
+    failed |= not _is_batch_independent(ours, _prompts(8, reference.config.vocab_size))
+    print("\nFAILED" if failed else "\nall targets met")
+    return int(failed)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def _prompts(count: int, vocab: int) -> Tokens:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, vocab, (count, PROMPT_TOKENS), generator=generator).tolist()
+
+
+def _measure(
+    ways: dict[str, Callable[[], Tokens]], token_count: int, rounds: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, Tokens]]:
+    """Return tokens per second (wall, cpu) and the tokens, by way; the first round only warms up."""
+    walls: dict[str, list[float]] = {way: [] for way in ways}
+    cpus: dict[str, list[float]] = {way: [] for way in ways}
+    tokens: dict[str, Tokens] = {}
+    for round_index in range(rounds + 1):
+        for way, work in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens[way] = work()
+            if round_index:
+                walls[way].append(token_count / (time.perf_counter() - wall))
+                cpus[way].append(token_count / (time.process_time() - cpu))
+    return {way: (statistics.median(walls[way]), statistics.median(cpus[way])) for way in ways}, tokens
+
+
+def _generate(model: Any, prompts: Tokens, new_tokens: int) -> Tokens:
+    ids = torch.tensor(prompts)
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return out[:, PROMPT_TOKENS:].tolist()
+
+
+def _continuous(model: Any, prompts: Tokens, new_tokens: int) -> Tokens:
+    implementation = model.config._attn_implementation  # noqa: SLF001 - its only name; generate_batch changes it
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = model.generate_batch(
+        prompts,
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512),
+        progress_bar=False,
+    )
+    model.set_attn_implementation(implementation)
+    ordered = sorted(results.values(), key=lambda result: prompts.index(list(result.prompt_ids)))
+    return [list(result.generated_tokens) for result in ordered]
+
+
+def _ours(model: nn.Module, prompts: Tokens, new_tokens: int) -> Tokens:
+    engine = TransformersEngine(model, EngineLimits())
+    for i, prompt in enumerate(prompts):
+        sampling = Sampling(max_tokens=new_tokens)
+        engine.submit(Submit(session_id=SessionId(str(i)), prompt_token_ids=prompt, sampling=sampling))
+    out = _run(engine)
+    return [[token.token_id for token in out[str(i)]] for i in range(len(prompts))]
+
+
+def _run(engine: TransformersEngine) -> dict[str, list[TokenOut]]:
+    out: dict[str, list[TokenOut]] = {}
+    while engine.has_work():
+        for message in engine.step():
+            if isinstance(message, TokenOut):
+                out.setdefault(message.session_id, []).append(message)
+    return out
+
+
+def _is_batch_independent(model: nn.Module, prompts: Tokens) -> bool:
+    """Say whether tokens and log probabilities of each request are bitwise those it gets alone."""
+
+    def numbers(members: list[int]) -> dict[str, list[tuple[int, float | None]]]:
+        engine = TransformersEngine(model, EngineLimits())
+        for i in members:
+            sampling = Sampling(max_tokens=8, top_logprobs=0, temperature=0.8 * (i % 2), seed=i)
+            engine.submit(
+                Submit(
+                    session_id=SessionId(str(i)), prompt_token_ids=prompts[i][: 4 * i + 1], sampling=sampling
+                )
+            )
+        return {key: [(t.token_id, t.logprob) for t in outs] for key, outs in _run(engine).items()}
+
+    together = numbers(list(range(len(prompts))))
+    alone = {key: outs for i in range(len(prompts)) for key, outs in numbers([i]).items()}
+    print(f"our loop, bitwise independent of the batch: {together == alone}")
+    return together == alone
+
+
+if __name__ == "__main__":
+    sys.exit(main())
