@@ -196,8 +196,9 @@ class Host:
 
     def _run(self, effect: Effect) -> None:
         match effect:
-            case SpawnWorker(worker_id=worker_id):
-                self._background.spawn(self._live(worker_id), f"worker {worker_id}")
+            case SpawnWorker(worker_id=worker_id, is_awaited=is_awaited):
+                niceness = 0 if is_awaited else self._settings.pool_niceness
+                self._background.spawn(self._live(worker_id, niceness), f"worker {worker_id}")
             case LoadModel(worker_id=worker_id, order=order):
                 self._logs.assign(ReplicaId(order.replica_id), worker_id)
                 self._background.spawn(self._links[worker_id].load(order), f"load {order.replica_id}")
@@ -211,9 +212,9 @@ class Host:
                 wait_seconds = max(0.0, at_seconds - time.monotonic()) + 0.001
                 self._timer = asyncio.get_running_loop().call_later(wait_seconds, self.apply, Tick())
 
-    async def _live(self, worker_id: WorkerId) -> None:
+    async def _live(self, worker_id: WorkerId, niceness: int) -> None:
         try:
-            link = await self._spawn(worker_id)
+            link = await self._spawn(worker_id, niceness)
         except OSError as error:
             reason = f"could not be started: {error.strerror or error}"
             self.apply(WorkerExited(worker_id=worker_id, reason=reason))
@@ -228,12 +229,13 @@ class Host:
             link.process.kill()
             del self._links[worker_id]
 
-    async def _spawn(self, worker_id: WorkerId) -> WorkerLink:
+    async def _spawn(self, worker_id: WorkerId, niceness: int) -> WorkerLink:
         settings = self._settings
         process = await WorkerProcess.spawn(
             worker_id,
             WorkerOptions(
                 threads=settings.worker_threads,
+                warm_up_niceness=niceness,
                 log_level=settings.log_level,
                 environment=settings.worker_env,
             ),

@@ -29,7 +29,7 @@ class Policy:
     longest_backoff_seconds: float = 30.0
     stable_seconds: float = 30.0
     """A pool worker that was warm for this long and then ends starts the back-off anew."""
-    spawn_timeout_seconds: float = 120.0
+    spawn_timeout_seconds: float = 300.0
     """A worker that isn't warm by then is ended."""
     spawn_attempts: int = 3
     """Workers in a row that fail to start before waiting orders are failed."""
@@ -221,6 +221,8 @@ class SpawnWorker:
     """Start a worker process; answer with WorkerWarm or WorkerExited."""
 
     worker_id: WorkerId
+    is_awaited: bool = False
+    """An order waits for it; otherwise it is for the pool, and gives way to what runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,7 +83,7 @@ class Reporter:
             try:
                 await self._report_to(address, host, store)
             except NotLeader as error:
-                hint = "" if hint else str(error.details.get(LEADER_DETAIL, ""))
+                hint = "" if hint else str(error.details.get(LEADER_DETAIL) or "")
                 message = error.message
             except StokerError as error:
                 hint, message = "", error.message

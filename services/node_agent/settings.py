@@ -59,6 +59,9 @@ class NodeAgentSettings(ServiceSettings):
     worker_threads: int = Field(default=0, ge=0, le=1024)
     """Threads of one worker's arithmetic; 0 = as many as there are processors."""
 
+    pool_niceness: int = Field(default=10, ge=0, le=19)
+    """How much a worker that no order waits for gives way while it imports: nice(1), 0 = not at all."""
+
     worker_env: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of workers; a JSON object."""
 
@@ -68,7 +71,7 @@ class NodeAgentSettings(ServiceSettings):
     load_timeout_seconds: float = Field(default=600.0, gt=0)
     """A load that takes longer has failed."""
 
-    spawn_timeout_seconds: float = Field(default=120.0, gt=0)
+    spawn_timeout_seconds: float = Field(default=300.0, gt=0)
     """A worker that takes longer to become warm is ended and replaced."""
 
     max_sessions: int = Field(default=1024, ge=1)

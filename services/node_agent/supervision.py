@@ -5,7 +5,8 @@ Rules:
 2. A worker loads one model in its life; a worker that failed or lost its replica is ended and replaced.
 3. Orders are idempotent by replica id; an order with a lower fence than the highest seen is refused.
 4. A failed replica stays, and is reported, until it is ordered to stop.
-5. The pool is refilled only while nothing loads: importing an engine takes the processor from a cold start.
+5. The pool is refilled only while nothing loads, and at low priority: importing an engine takes the processor
+   from cold starts and running sessions.
 6. Workers that keep ending in the pool are replaced more and more slowly.
 """
 
@@ -282,7 +283,8 @@ class _Turn:
             self._workers[worker_id] = Worker(
                 worker_id=worker_id, phase=WorkerPhase.SPAWNING, since_seconds=self._now
             )
-            self._effects.append(SpawnWorker(worker_id=worker_id))
+            is_awaited = len(self._waiting()) >= self._at_hand()
+            self._effects.append(SpawnWorker(worker_id=worker_id, is_awaited=is_awaited))
 
     def ask_for_wake_up(self) -> None:
         deadlines = [
@@ -304,10 +306,12 @@ class _Turn:
 
     def _missing_workers(self) -> int:
         """Return how many workers to start: for waiting orders always, for the pool while nothing loads."""
-        phases = [worker.phase for worker in self._workers.values()]
-        at_hand = sum(phase in POOL for phase in phases)
-        idle_pool = 0 if self._state.draining or WorkerPhase.LOADING in phases else self._pool_target()
-        return max(0, len(self._waiting()) + idle_pool - at_hand)
+        is_loading = any(worker.phase is WorkerPhase.LOADING for worker in self._workers.values())
+        idle_pool = 0 if self._state.draining or is_loading else self._pool_target()
+        return max(0, len(self._waiting()) + idle_pool - self._at_hand())
+
+    def _at_hand(self) -> int:
+        return sum(worker.phase in POOL for worker in self._workers.values())
 
     def _pool_target(self) -> int:
         return min(self._policy.prestarted_workers, len(self._policy.devices))

@@ -30,6 +30,8 @@ class WorkerOptions:
 
     threads: int
     """Of one worker's arithmetic; 0 = as many as there are processors."""
+    warm_up_niceness: int
+    """Of the thread that imports; what serves later is not affected."""
     log_level: str
     """Lowest level a worker logs."""
     environment: Mapping[str, str]
@@ -73,6 +75,7 @@ class WorkerProcess:
             *("--worker-id", worker_id),
             *("--parent-pid", str(os.getpid())),
             *("--threads", str(threads)),
+            *("--warm-up-niceness", str(options.warm_up_niceness)),
             *("--log-level", options.log_level),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -28,6 +28,9 @@ class WorkerSettings(ServiceSettings):
     threads: int = Field(default=0, ge=0, le=1024)
     """Threads of arithmetic on the processor; 0 = as torch chooses."""
 
+    warm_up_niceness: int = Field(default=0, ge=0, le=19)
+    """How much the imports give way to other processes, as nice(1)."""
+
     drain_seconds: float = 0.0
     """The node agent drains sessions; its worker ends at once."""
 
@@ -51,5 +54,6 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--worker-id", required=True, help="id given by the node agent")
     parser.add_argument("--parent-pid", type=int, default=0, help="die with this process; 0 = don't")
     parser.add_argument("--threads", type=int, default=0, help="threads of arithmetic; 0 = torch's choice")
+    parser.add_argument("--warm-up-niceness", type=int, default=0, help="of the imports; as nice(1)")
     parser.add_argument("--log-level", default="INFO", help="lowest level logged")
     return vars(parser.parse_args(arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,9 @@ class WorkerShell(WorkerServicer):
         """Listen at once; `DescribeWorker` answers when the imports are done."""
         self._server.bind(f"unix:{self._settings.socket}")
         await self._server.start()
-        self._warm = self._loop.run_in_executor(self._thread, self._warm_up)
+        warming = ThreadPoolExecutor(1, "stoker-warm-up")  # of its own: niceness belongs to a thread
+        self._warm = self._loop.run_in_executor(warming, self._warm_up)
+        warming.shutdown(wait=False)
         self._warm.add_done_callback(self._end_if_cold)
 
     async def stop_serving(self) -> None:
@@ -132,6 +135,8 @@ class WorkerShell(WorkerServicer):
 
     def _warm_up(self) -> list[str]:
         """Import what a load needs; returns the architectures. Runs in a thread."""
+        if self._settings.warm_up_niceness:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._settings.warm_up_niceness)
         import torch  # noqa: PLC0415 - seconds of imports, while the loop answers already
 
         if self._settings.threads:

@@ -102,6 +102,7 @@ class OneNode:
             "controllers": [f"127.0.0.1:{controller_port}"],
             "use_gpus": False,
             "worker_threads": 1,
+            "pool_niceness": 0,
             "drain_seconds": 5,
         }
         self.agent = await self._stack.enter_async_context(

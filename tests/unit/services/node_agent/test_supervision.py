@@ -154,6 +154,17 @@ def test_a_pool_of_none_starts_a_worker_only_for_an_order() -> None:
     assert spawned(desk.start()) == ["w-1"]
 
 
+def test_a_worker_for_the_pool_gives_way_and_one_that_an_order_waits_for_does_not() -> None:
+    desk = Desk(prestarted_workers=1)
+    pool = [effect for effect in desk.take(Tick()) if isinstance(effect, SpawnWorker)]
+    desk.warm("w-1")
+    desk.start("rep-1", 0)
+    awaited = [effect for effect in desk.start("rep-2", 1) if isinstance(effect, SpawnWorker)]
+
+    assert [effect.is_awaited for effect in pool] == [False]
+    assert [effect.is_awaited for effect in awaited] == [True]
+
+
 def test_a_worker_that_does_not_become_warm_in_time_is_ended() -> None:
     desk = Desk(spawn_timeout_seconds=60.0)
     desk.take(Tick())
