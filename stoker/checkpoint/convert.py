@@ -21,7 +21,8 @@ from stoker.checkpoint.index import CheckpointIndex, open_checkpoint, read_manif
 from stoker.checkpoint.layout import CHUNK_BYTES, CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from stoker.checkpoint.model_facts import read_facts
 from stoker.checkpoint.plan import FilePlan, PlannedTensor, plan_file
-from stoker.checkpoint.sources import SourceFiles, TensorSource, find_source, open_source
+from stoker.checkpoint.sources import SourceFiles, find_source, open_source
+from stoker.checkpoint.tensor_source import TensorSource
 from stoker.checkpoint.ties import tied_groups
 from stoker.errors import AlreadyExists, CheckpointInvalid, InvalidRequest
 from stoker.units import MIB

@@ -22,8 +22,8 @@ from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.pickle_source import shared_groups
 from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.small_files import read_small_files
-from stoker.checkpoint.sources import TensorSource
 from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
+from stoker.checkpoint.tensor_source import TensorSource
 from stoker.errors import CheckpointInvalid
 
 if TYPE_CHECKING:

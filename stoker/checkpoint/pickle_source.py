@@ -16,8 +16,8 @@ import torch
 from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.safetensors_header import check_name
 from stoker.checkpoint.small_files import read_small_files
-from stoker.checkpoint.sources import TensorSource
 from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
+from stoker.checkpoint.tensor_source import TensorSource
 from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
 

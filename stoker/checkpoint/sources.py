@@ -1,4 +1,4 @@
-"""Where a conversion reads from: one protocol, three formats, told apart by the files in the folder.
+"""Where a conversion reads from: three formats, told apart by the files in the folder.
 
 A source lists its tensors and hands out their bytes in slices, so that memory does not depend on the model.
 How far each format keeps that promise is said in its class.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from stoker.checkpoint import digests
 from stoker.checkpoint.folder import open_regular, read_exactly, resolve_file, resolve_folder
@@ -20,17 +19,15 @@ from stoker.checkpoint.layout import MANIFEST_NAME, SHARD_INDEX_NAME, WEIGHTS_NA
 from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.shards import find_shards
 from stoker.checkpoint.small_files import find_small_files, read_small_files
+from stoker.checkpoint.tensor_source import SLICE_BYTES, TensorSource
 from stoker.errors import CheckpointInvalid, InvalidRequest, NotFound
-from stoker.units import GIB, MIB
+from stoker.units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
     from stoker.checkpoint.index import CheckpointIndex
-
-SLICE_BYTES = 4 * MIB
-"""What is in memory of one tensor at a time; a multiple of every element's size."""
 
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -39,27 +36,6 @@ MAX_OPEN_FILES = 32
 
 MAX_FINGERPRINTED_BYTES = GIB
 """Up to this size a source is recognised by its content; a larger one by names, sizes and times."""
-
-
-class TensorSource(AbstractContextManager["TensorSource"], Protocol):
-    """A checkpoint to be converted; a context manager that frees what it holds."""
-
-    tensors: dict[str, PlannedTensor]
-    """Every stored tensor, by name."""
-
-    tied_groups: tuple[tuple[str, ...], ...]
-    """Names already known to share a stored tensor; only the first of a group is in `tensors`."""
-
-    shared_groups: tuple[tuple[str, ...], ...]
-    """Names in `tensors` that lie on the same memory in the source."""
-
-    def read(self, name: str) -> Iterator[memoryview]:
-        """Yield the tensor's bytes in order, at most `SLICE_BYTES` each, valid until the next one."""
-        ...
-
-    def small_files(self) -> dict[str, bytes]:
-        """Return configuration, tokenizer and chat template, by name."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stoker.checkpoint.dtypes import DTYPE_BITS, TORCH_NAMES
-from stoker.checkpoint.sources import SLICE_BYTES
+from stoker.checkpoint.tensor_source import SLICE_BYTES
 from stoker.errors import CheckpointInvalid
 
 if TYPE_CHECKING:
