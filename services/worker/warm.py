@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from services.worker.engine import EngineLimits, Sampling, Submit
-from services.worker.model_loading import assign_weights, build_skeleton
+from services.worker.model_loading import assign_weights, build_skeleton, import_popular_architectures
 from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
 
@@ -34,6 +34,7 @@ OUTPUT_TOKENS = 4
 
 def warm_up() -> None:
     """Load a toy model and generate with it, greedy and sampled. About a second; changes nothing else."""
+    import_popular_architectures()
     skeleton = build_skeleton(TOY)
     weights = {
         name: torch.zeros(parameter.shape, dtype=torch.float32)
