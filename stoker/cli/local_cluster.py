@@ -90,6 +90,7 @@ def _commands(options: ClusterOptions, cluster: LocalCluster, run_dir: Path) -> 
         prefix = f"STOKER_{name.upper()}_"
         return ServiceCommand(
             name=name,
+            module=f"services.{name}",
             environment={prefix + key: value for key, value in (drain | settings).items()},
             health_address=health_address,
             log_path=logs / f"{name}.log",

@@ -34,7 +34,9 @@ class ServiceCommand:
     """How to start one service."""
 
     name: str
-    """Module below `services`, also the log's name."""
+    """For people and for the settings' prefix, e.g. `node_agent`."""
+    module: str
+    """What `python -m` runs, e.g. `services.node_agent`."""
     environment: Mapping[str, str]
     """STOKER_* settings."""
     health_address: str
@@ -62,7 +64,6 @@ class Supervisor:
     def __init__(self, *, drain_seconds: float) -> None:
         self._drain_seconds = drain_seconds
         self._children: list[_Child] = []
-        self._stopping = False
 
     async def start(self, command: ServiceCommand) -> None:
         """Start a service and return when it answers health checks.
@@ -70,18 +71,20 @@ class Supervisor:
         Raises:
             ConfigError: It ended or did not become healthy; the message carries the end of its log.
         """
+        log_begins = command.log_path.stat().st_size if command.log_path.exists() else 0
         process = await self._spawn(command)
         child = _Child(command=command, process=process, began_seconds=time.monotonic())
         self._children.append(child)
-        await self._until_healthy(child)
+        await self._until_healthy(child, log_begins)
         child.watch = asyncio.create_task(self._keep_running(child), name=f"watch-{command.name}")
 
     async def stop(self) -> None:
         """Stop all services, the last one started first; returns when every process has been reaped."""
-        self._stopping = True
-        for child in self._children:
-            if child.watch is not None:
-                child.watch.cancel()
+        watches = [child.watch for child in self._children if child.watch is not None]
+        for watch in watches:
+            watch.cancel()
+        if watches:
+            await asyncio.wait(watches)  # one may be in the middle of a restart
         for child in reversed(self._children):
             await self._end(child)
         self._children.clear()
@@ -98,7 +101,7 @@ class Supervisor:
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                f"services.{command.name}",
+                command.module,
                 env=inherited | dict(command.environment) | {f"{prefix}PARENT_PID": str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -106,7 +109,7 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
             )
 
-    async def _until_healthy(self, child: _Child) -> None:
+    async def _until_healthy(self, child: _Child, log_begins: int) -> None:
         command = child.command
         ended = asyncio.create_task(child.process.wait())
         healthy = asyncio.create_task(_serving(command.health_address))
@@ -120,9 +123,8 @@ class Supervisor:
         if healthy in done:
             return
         why = f"ended with status {child.process.returncode}" if ended in done else "did not become healthy"
-        raise ConfigError(
-            f"{command.name} {why}; its log ({command.log_path}) ends with:\n{_tail(command.log_path)}"
-        )
+        tail = _tail(command.log_path, log_begins)
+        raise ConfigError(f"{command.name} {why}; its log ({command.log_path}) ends with:\n{tail}")
 
     async def _keep_running(self, child: _Child) -> None:
         """Restart the child each time it ends, sooner when it had lived long."""
@@ -160,6 +162,8 @@ async def _serving(address: str) -> None:
                 await asyncio.sleep(0.05)  # it went away between connecting and answering
 
 
-def _tail(path: Path, lines: int = 8) -> str:
-    with path.open(errors="replace") as log:
-        return "".join(deque(log, maxlen=lines)).rstrip()
+def _tail(path: Path, begins: int, lines: int = 8) -> str:
+    """Return the last lines of a log, of those after byte `begins`: earlier ones are of earlier runs."""
+    with path.open("rb") as log:
+        log.seek(begins)
+        return b"".join(deque(log, maxlen=lines)).decode(errors="replace").rstrip()
