@@ -159,11 +159,12 @@ def probe_memory_lock() -> Finding:
 def probe_open_files() -> Finding:
     """Look at the descriptor limit: each stream takes two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft >= 4096  # noqa: PLR2004 - two thousand streams
+    enough = soft == resource.RLIM_INFINITY or soft >= 4096  # noqa: PLR2004 - two thousand streams
+    limits = ["unlimited" if limit == resource.RLIM_INFINITY else str(limit) for limit in (soft, hard)]
     return Finding(
         subject="open files",
         level=Level.good if enough else Level.advice,
-        found=f"{soft} (hard limit {hard})",
+        found=f"{limits[0]} (hard limit {limits[1]})",
         advice="" if enough else "ulimit -n 65536",
     )
 
@@ -184,7 +185,9 @@ def probe_gpus() -> Finding:
             advice="check the driver: dmesg | grep -i nvrm",
         )
     gpus = [line.split(", ") for line in answer.stdout.strip().splitlines()]
-    listed = ", ".join(f"{name} {format_bytes(float(mib) * MIB)}" for name, mib in gpus)
+    listed = ", ".join(
+        f"{name} {format_bytes(int(mib) * MIB) if mib.isdecimal() else mib}" for name, mib in gpus
+    )
     return Finding(subject="GPUs", level=Level.good, found=listed or "none")
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 WIDE_COLUMNS = 240
 """Where no terminal says how wide it is, nothing is cut off."""
@@ -42,20 +43,18 @@ def as_json(message: Message) -> dict[str, Any]:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """Print rows in aligned columns; `empty` is said instead of a table without rows."""
+    """Print rows in aligned columns, nothing cut; `empty` is said instead of a table without rows."""
     listed = list(rows)
     if not listed:
-        errors.print(empty, style="dim", highlight=False)
+        errors.print(empty, style="dim", highlight=False, markup=False)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in listed:
-        table.add_row(*row)
-    console.print(table)
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *listed, strict=True)]
+    for number, row in enumerate([columns, *listed]):
+        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
+        console.print(Text("  ".join(cells).rstrip(), style="" if number else "bold"), highlight=False)
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not the result: on stderr, and only where one is watching."""
+    """Tell a person, in rich's markup, what is not the result: on stderr, and only where one is watching."""
     if errors.is_terminal:
         errors.print(text, highlight=False)
