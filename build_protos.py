@@ -1,7 +1,7 @@
 """Build hook: generates `stoker/v1` from `protos/` at install, so that stubs are never in git.
 
-Run by hatchling for wheels and editable installs, in a build environment of its own: the generator must be older
-than the protobuf runtime we run on (see pyproject.toml), so the two can't share one.
+Run by hatchling for wheels and editable installs, in a build environment of its own: the generator must be
+older than the protobuf runtime we run on (see pyproject.toml), so the two can't share one.
 """
 
 from __future__ import annotations

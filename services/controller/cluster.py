@@ -42,6 +42,7 @@ from services.controller.touched import touched
 from services.controller.view import Reservation, View
 from services.controller.wire import model_of, node_of
 from stoker import log
+from stoker.background import Background, background
 from stoker.clock import Clock
 from stoker.errors import (
     CapacityError,
@@ -54,7 +55,6 @@ from stoker.errors import (
     StokerError,
 )
 from stoker.ids import ModelName, NodeId, ReplicaId, new_id
-from stoker.state.background import Background, background
 from stoker.v1 import node_agent_pb2
 
 

@@ -14,10 +14,10 @@ from services.controller.records import LEADER_KEY
 from services.controller.registry import Registry
 from services.controller.settings import ControllerSettings
 from stoker import log
+from stoker.background import background
 from stoker.clock import Clock
 from stoker.errors import Fenced, NotLeader, PeerError
 from stoker.state import Delete, FencedState, StateStore, campaign, observe
-from stoker.state.background import background
 
 RETRY_SECONDS = 0.5
 """Between a lost term and the next campaign: the state may need a moment."""

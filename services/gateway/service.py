@@ -25,9 +25,9 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.small_files import ModelTexts
 from services.gateway.trace import Traces
 from stoker import log, rpc
+from stoker.background import Background, background
 from stoker.clock import SystemClock
 from stoker.ids import new_id
-from stoker.state.background import Background, background
 from stoker.v1 import inference_pb2_grpc
 
 TEXT_THREADS = 2

@@ -15,8 +15,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stoker.background import background
 from stoker.errors import Fenced
-from stoker.state.background import background
 from stoker.state.errors import StateUnavailable
 from stoker.state.protocol import (
     DEFAULT_TIMEOUT_SECONDS,

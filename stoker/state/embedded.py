@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from stoker.background import Background, background
 from stoker.clock import Clock, SystemClock
 from stoker.errors import DiskFull
-from stoker.state.background import Background, background
 from stoker.state.errors import LeaseLost, StateUnavailable
 from stoker.state.file_lock import owned
 from stoker.state.leases import Lease

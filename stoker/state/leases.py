@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from stoker.state.background import background
+from stoker.background import background
 from stoker.state.errors import LeaseLost, StateUnavailable
 from stoker.state.protocol import DEFAULT_TIMEOUT_SECONDS, LeaseId
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from stoker.state.background import background
+from stoker.background import background
 
 
 async def test_tasks_end_with_the_block() -> None:
