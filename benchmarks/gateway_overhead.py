@@ -4,7 +4,8 @@
 
 Each round measures both, in turn, on the same model: the time to the first token of one request alone, and
 the tokens per second of 8 concurrent requests. The engine alone (`engine_alone.py`) runs in a process of its
-own, loaded from the same folder, with the same batch; the cluster idles meanwhile. The client is a bare socket.
+own, loaded from the same folder, with the same batch; the cluster idles meanwhile. The client is a bare
+socket.
 
 Targets: at most 5 ms added to the first token in the median; at least 95 % of the engine's tokens per second.
 """

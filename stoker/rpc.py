@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -229,6 +229,18 @@ def translated(peer: str) -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, peer) from error
+
+
+C = TypeVar("C", bound=grpc.aio.Call)
+
+
+@contextmanager
+def cancelled_after(call: C) -> Iterator[C]:
+    """Cancel a streaming call when the block is left: gRPC goes on with one nobody reads any more."""
+    try:
+        yield call
+    finally:
+        call.cancel()  # does nothing to a call that has ended
 
 
 class _DefaultDeadline(grpc.aio.UnaryUnaryClientInterceptor):

@@ -12,15 +12,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import uvloop
 
 from stoker import log
-from stoker.errors import StokerError
+from stoker.errors import ConfigError, StokerError
 from stoker.metrics import serve_metrics
 from stoker.process import die_with_parent
-from stoker.settings import ServiceSettings
+from stoker.settings import ServiceSettings, load_settings
+
+S = TypeVar("S", bound=ServiceSettings)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -44,6 +46,20 @@ class Service(Protocol):
     async def close(self) -> None:
         """Give everything back. Called once, also after a failed start."""
         ...
+
+
+def main(name: str, settings_class: type[S], build: Callable[[S, asyncio.Event], Service]) -> NoReturn:
+    """Read a service's settings and `run` it: the whole of a service's entry point.
+
+    Exits with `EXIT_CONFIG` when a setting is wrong; the reason stands on stderr, in one line.
+    """
+    try:
+        settings = load_settings(settings_class)
+    except ConfigError as error:
+        log.configure(name)
+        log.get().error("service.failed", error_code=error.code, message=error.message)
+        sys.exit(EXIT_CONFIG)
+    run(name, settings, lambda ended_within: build(settings, ended_within))
 
 
 def run(name: str, settings: ServiceSettings, build: Callable[[asyncio.Event], Service]) -> NoReturn:

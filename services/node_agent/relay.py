@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
-from stoker.rpc import translated
+from stoker.rpc import cancelled_after, translated
 from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
 from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
 
@@ -162,8 +162,8 @@ class SessionRelay:
             PeerError: The worker cannot be reached any more.
         """
         self._idle_since_seconds = self._now_seconds()
-        with translated(self._peer):
-            async for step in self._stub.Run(self._submitted()):
+        with translated(self._peer), cancelled_after(self._stub.Run(self._submitted())) as steps:
+            async for step in steps:
                 for item in step.sessions:
                     session = self._sessions.get(item.session_id)
                     if session is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from stoker import log
 from stoker.errors import StokerError
-from stoker.rpc import connect, translated
+from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.checkpoint_store_pb2 import GetStatusRequest, StoreStatus
 from stoker.v1.checkpoint_store_pb2_grpc import CheckpointStoreStub
 
@@ -37,8 +37,11 @@ class StoreWatch:
             while True:
                 message = "it ended the stream"
                 try:
-                    with translated(f"store {self._address}"):
-                        async for status in stub.WatchStatus(GetStatusRequest()):
+                    with (
+                        translated(f"store {self._address}"),
+                        cancelled_after(stub.WatchStatus(GetStatusRequest())) as statuses,
+                    ):
+                        async for status in statuses:
                             is_first = self.status is None
                             self.status = status
                             retry_seconds = FIRST_RETRY_SECONDS

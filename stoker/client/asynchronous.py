@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
-
-import grpc
+from typing import Any, Self
 
 from stoker.client.connection import find_controller, find_gateway
-from stoker.rpc import connect, translated
+from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1 import (
     controller_pb2,
     controller_pb2_grpc,
@@ -22,7 +19,6 @@ from stoker.v1 import (
 )
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
-C = TypeVar("C", bound=grpc.aio.Call)
 
 
 class AsyncClient:
@@ -158,12 +154,3 @@ class AsyncClient:
                 with cancelled_after(stub.ReadLogs(request, timeout=None if follow else 30)) as lines:
                     async for line in lines:
                         yield line.text
-
-
-@contextmanager
-def cancelled_after(call: C) -> Iterator[C]:
-    """Cancel a streaming call when the block is left: gRPC goes on with one nobody reads any more."""
-    try:
-        yield call
-    finally:
-        call.cancel()
