@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help demo up down test check format gpu-check env model test-tools clean
 
@@ -82,7 +82,7 @@ format: env
 	@$(BIN)/ruff check --fix .
 
 gpu-check: env
-	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/gpu -m gpu
 
 clean:
 	rm -rf $(VENV) .cache .data stoker/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis

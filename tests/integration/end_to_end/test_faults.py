@@ -45,20 +45,19 @@ def _worker_pids(up: StokerUp) -> list[int]:
 
 @pytest.mark.parametrize("service", ["controller", "gateway", "store"])
 def test_a_killed_service_comes_back_and_the_running_replica_stays(
-    tmp_path: Path, tiny_model: Path, service: str
+    up: StokerUp, tiny_model: Path, service: str
 ) -> None:
-    with stoker_up(tmp_path / "data") as up:
-        _deploy(up, tiny_model)
-        before = _ask(up)
-        (worker,) = _worker_pids(up)
-        victim = up.service(service)
+    _deploy(up, tiny_model)
+    before = _ask(up)
+    (worker,) = _worker_pids(up)
+    victim = up.service(service)
 
-        victim.kill()
-        victim.wait(10)
-        _until_answers(up, service)
+    victim.kill()
+    victim.wait(10)
+    _until_answers(up, service)
 
-        assert _ask(up) == before
-        assert _worker_pids(up) == [worker]
+    assert _ask(up) == before
+    assert _worker_pids(up) == [worker]
 
 
 def _until_answers(up: StokerUp, service: str) -> None:
@@ -75,25 +74,24 @@ def _until_answers(up: StokerUp, service: str) -> None:
 
 
 def test_a_worker_killed_while_it_generates_ends_the_stream_with_an_error_object(
-    tmp_path: Path, tiny_model: Path
+    up: StokerUp, tiny_model: Path
 ) -> None:
-    with stoker_up(tmp_path / "data") as up:
-        _deploy(up, tiny_model)
-        before = _ask(up)
-        with up.openai() as client:
-            stream = client.chat.completions.create(
-                model="m", messages=QUESTION, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
-            )
-            chunks = iter(stream)
-            next(chunks)
-            for pid in _worker_pids(up):
-                os.kill(pid, signal.SIGKILL)
+    _deploy(up, tiny_model)
+    before = _ask(up)
+    with up.openai() as client:
+        stream = client.chat.completions.create(
+            model="m", messages=QUESTION, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        for pid in _worker_pids(up):
+            os.kill(pid, signal.SIGKILL)
 
-            with pytest.raises(openai.APIError, match=r"(?i)worker"):
-                for _ in chunks:
-                    pass
+        with pytest.raises(openai.APIError, match=r"(?i)worker"):
+            for _ in chunks:
+                pass
 
-        assert _ask(up) == before
+    assert _ask(up) == before
 
 
 def test_sigterm_leaves_no_process_port_or_socket(tmp_path: Path, tiny_model: Path) -> None:

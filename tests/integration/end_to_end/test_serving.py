@@ -6,11 +6,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
 
-from stoker.v1 import model_pb2
+from stoker.v1 import controller_pb2, controller_pb2_grpc, model_pb2
 from tests.integration.end_to_end.stoker_up import StokerUp, stoker
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
@@ -22,13 +23,13 @@ def _deploy(up: StokerUp, name: str, folder: Path, **spec: float) -> None:
 
 
 def _until_no_replica(up: StokerUp, model: str) -> None:
-    """Return when the routes of the gateway say that the model is cold again."""
-    with up.client() as client:
-        for _ in range(300):
-            if not any(m.ready_replicas for m in client.models() if m.spec.name == model):
-                return
-            up.process.poll()
-    raise AssertionError(f"{model} still has replicas")
+    """Return when the controller tells gateways that the model is served nowhere."""
+    with grpc.insecure_channel(up.cluster.controller) as channel:
+        stub = controller_pb2_grpc.ControllerStub(channel)
+        for update in stub.WatchRoutes(controller_pb2.WatchRoutesRequest(gateway_id="test"), timeout=60):
+            for route in update.routes:
+                if route.model.spec.name == model and not route.replicas:
+                    return
 
 
 def test_a_cold_model_answers_and_the_request_tells_where_its_time_went(
