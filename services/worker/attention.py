@@ -1,8 +1,8 @@
 """The attention function we give to transformers' models: it keeps KV per session, outside the model.
 
 Theory of operation. Models run without a transformers cache on one packed row of tokens, [1, T]. Each
-attention layer calls `attend`, which finds in the active `ForwardPlan` what the T rows are: one chunk of one
-session's prompt (`PrefillPlan`), or single tokens of several sessions (`DecodePlan`). It stores the new keys
+attention layer calls `attend`, which finds in the active `ForwardPlan` what the T rows are: chunks of some
+sessions' prompts (`PrefillPlan`), or single tokens of several sessions (`DecodePlan`). It stores the new keys
 and values and attends session by session, so the arithmetic of a row never sees its neighbours.
 
 Shapes: B batch (always 1), H query heads, K kv heads, G query heads of a kv head, T rows of this pass,
@@ -38,8 +38,9 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "block_indices")
 class ForwardPlan(Protocol):
     """What the rows of one forward pass are."""
 
-    group_rows: int
-    """How many rows each matrix product gets; 0: all at once."""
+    def group_of(self, rows: int) -> int:
+        """Return how many rows each matrix product gets that has `rows` in all; 0: all at once."""
+        ...
 
     def attend(
         self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
@@ -103,27 +104,47 @@ class Attention:
 
 
 class PrefillPlan:
-    """T consecutive tokens of one session, from token `start` on."""
+    """Consecutive tokens of some sessions, one session after the other; the rest of the T rows is padding.
 
-    __slots__ = ("group_rows", "kv", "start")
+    Args:
+        segments: For each session its KV, the index of its first token here, and how many there are.
+        rows: T.
+        group_rows: Rows per matrix product of T rows; 0: all at once.
+        head_rows: Rows per matrix product of the rows whose logits are wanted.
+    """
 
-    def __init__(self, kv: SessionKv, start: int) -> None:
-        self.kv = kv
-        self.start = start
-        self.group_rows = 0
+    __slots__ = ("_group_rows", "_head_rows", "_rows", "segments")
+
+    def __init__(
+        self, segments: Sequence[tuple[SessionKv, int, int]], rows: int, group_rows: int, head_rows: int
+    ) -> None:
+        self.segments = segments
+        self._rows = rows
+        self._group_rows = group_rows
+        self._head_rows = head_rows
+
+    def group_of(self, rows: int) -> int:
+        """See `ForwardPlan`."""
+        return self._group_rows if rows == self._rows else self._head_rows
 
     def attend(
         self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         """See `ForwardPlan`."""
-        width = v_BKTD.shape[-1]
-        k_KSD, v_KSD = self.kv.write(layer, self.start, _stack(k_BKTD, v_BKTD))
-        v_KSD = v_KSD[..., :width]
-        rows, tokens = q_BHTD.shape[2], k_KSD.shape[1]
-        is_plain = self.start == 0 and (how.window is None or tokens <= how.window)
-        mask_TS = None if is_plain else _causal_mask(self.start, rows, tokens, how.window, q_BHTD.device)
-        out_HTD = how.over(q_BHTD[0], k_KSD, v_KSD, mask_TS, is_causal=is_plain)
-        return out_HTD.transpose(0, 1)[None]
+        heads, width = q_BHTD.shape[1], v_BKTD.shape[-1]
+        kv_2KTD = _stack(k_BKTD, v_BKTD)
+        out_THD = q_BHTD.new_zeros((q_BHTD.shape[2], heads, width))
+        row = 0
+        for kv, start, count in self.segments:
+            k_KSD, v_KSD = kv.write(layer, start, kv_2KTD[:, :, row : row + count])
+            tokens = k_KSD.shape[1]
+            is_plain = start == 0 and (how.window is None or tokens <= how.window)
+            mask_TS = None if is_plain else _causal_mask(start, count, tokens, how.window, q_BHTD.device)
+            q_HTD = q_BHTD[0, :, row : row + count].contiguous()
+            out_HTD = how.over(q_HTD, k_KSD, v_KSD[..., :width], mask_TS, is_causal=is_plain)
+            out_THD[row : row + count] = out_HTD.transpose(0, 1)
+            row += count
+        return out_THD[None]
 
 
 class DecodePlan:
@@ -132,14 +153,18 @@ class DecodePlan:
     Args:
         rows: For each row its session's KV and the token's index in the session. Rows of one session are
             consecutive and ascending.
-        group_rows: See `ForwardPlan`.
+        group_rows: Rows per matrix product.
     """
 
-    __slots__ = ("group_rows", "rows")
+    __slots__ = ("_group_rows", "rows")
 
     def __init__(self, rows: Sequence[tuple[SessionKv, int]], group_rows: int) -> None:
         self.rows = rows
-        self.group_rows = group_rows
+        self._group_rows = group_rows
+
+    def group_of(self, rows: int) -> int:  # noqa: ARG002 - all products of a decode pass are alike
+        """See `ForwardPlan`."""
+        return self._group_rows
 
     def attend(
         self, layer: int, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, how: Attention

@@ -7,11 +7,16 @@ Every decode pass of a model has the same arithmetic per row, whatever the batch
   because a piece's last elements go through scalar code, which rounds differently from vector code;
 - for the same reason padding rows stand at the end where a row isn't a multiple of the vector width.
 
-On CUDA a pass always has exactly `group_rows` rows, because reductions there are laid out by the shape.
+Prefill passes pack chunks of several sessions into groups of 64 rows where the same holds for them:
+rows of whole vectors, cut between threads at whole vectors. Elsewhere each chunk has a pass of its own.
+
+On CUDA a decode pass always has exactly `group_rows` rows, because reductions there are laid out by the shape.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -39,9 +44,25 @@ VECTOR_ELEMENTS = 64
 """Elements that torch's CPU loops take at once at most: two AVX-512 registers of bfloat16."""
 UNBOUNDED_CONTEXT = 1 << 30
 
+PREFILL_GROUP_ROWS = 64
+"""Rows per matrix product in prefill; with 2 threads MKL takes no longer for 64 than for 16."""
+EVEN_THREADS = frozenset({1, 2, 4, 8, 16, 32, 64})
+"""Thread counts for which torch's CPU loops cut whole groups of aligned rows at vector boundaries."""
+
 CUDA_GROUP_ROWS = 16
 CPU_GROUP_ROWS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 """Measured on AVX-512 without bf16 units (benchmarks/engine_spike.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one session, to be prefilled."""
+
+    kv: SessionKv
+    start: int
+    """Index of the first one in the session."""
+    tokens: Sequence[int]
+    needs_logits: bool
 
 
 class ModelRunner:
@@ -62,11 +83,16 @@ class ModelRunner:
         widths = _row_widths(model)
         is_aligned = all(width % VECTOR_ELEMENTS == 0 for width in widths)
         self._tail_rows = 0 if is_aligned else -(-VECTOR_ELEMENTS // min(widths))
+        self._prefill_rows = PREFILL_GROUP_ROWS
+        self.packs_prefill = (
+            is_aligned and self.device.type == "cpu" and torch.get_num_threads() in EVEN_THREADS
+        )
         if not make_rows_uniform(model):
-            self._rows_per_pass = 1
-            self._group_rows = 1
-            self._tail_rows = 0
+            self.packs_prefill = False
+            self._prefill_rows = self._tail_rows = 0
+            self._rows_per_pass = self._group_rows = 1
         elif self.device.type == "cuda":
+            self._tail_rows = self._prefill_rows = 0
             self._rows_per_pass = self._group_rows
         else:
             fitting = GRAIN_ELEMENTS // max(widths) - self._tail_rows
@@ -91,22 +117,33 @@ class ModelRunner:
         plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
         tokens = [token for _, _, token in rows] + padding
         positions = [index for _, index, _ in rows] + padding
-        wanted = [*logits_of, *[0] * (-len(logits_of) % self._group_rows)] if logits_of else []
-        return self._run(plan, tokens, positions, wanted)[: len(logits_of)]
+        return self._run(plan, tokens, positions, logits_of)
 
-    def prefill(
-        self, kv: SessionKv, start: int, tokens: Sequence[int], *, needs_logits: bool
-    ) -> Floats | None:
-        """Feed consecutive tokens of one session; return the last one's logits if they are wanted."""
-        positions = range(start, start + len(tokens))
-        wanted = [len(tokens) - 1] if needs_logits else []
-        logits = self._run(PrefillPlan(kv, start), tokens, positions, wanted)
+    def prefill(self, chunks: Sequence[Chunk]) -> list[Floats | None]:
+        """Feed consecutive tokens of some sessions; more than one only if `packs_prefill`.
+
+        Returns:
+            For each chunk its last token's float32 logits, on the CPU, if they are wanted.
+        """
+        count = sum(len(chunk.tokens) for chunk in chunks)
+        padding = [0] * (align_up(count, self._prefill_rows) - count if self._prefill_rows else 0)
+        tokens = [token for chunk in chunks for token in chunk.tokens] + padding
+        positions = [i for c in chunks for i in range(c.start, c.start + len(c.tokens))] + padding
+        ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
+        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.needs_logits]
+        segments = [(chunk.kv, chunk.start, len(chunk.tokens)) for chunk in chunks]
+        plan = PrefillPlan(segments, len(tokens), self._prefill_rows, self._group_rows)
+        logits = iter(self._run(plan, tokens, positions, wanted))
+        for chunk in chunks:
+            self._check_layers(chunk.kv)
+        return [next(logits) if chunk.needs_logits else None for chunk in chunks]
+
+    def _check_layers(self, kv: SessionKv) -> None:
         if kv.layer_count != self._layer_count:
             raise CheckpointInvalid(
                 f"{type(self._model).__name__} has {self._layer_count} layers, but {kv.layer_count} use "
                 "attention with keys and values of their own: this engine can't serve it"
             )
-        return logits[0] if needs_logits else None
 
     def close(self) -> None:
         """Let go of the model."""
@@ -117,6 +154,8 @@ class ModelRunner:
     ) -> list[Floats]:
         input_ids = torch.tensor([tokens], device=self.device)
         position_ids = torch.tensor([positions], device=self.device)
+        # Whole groups for the head, too: the first row stands in for what is missing.
+        kept = [*wanted, *[wanted[0]] * (-len(wanted) % self._group_rows)] if wanted else []
         with planned(plan):
             if not wanted:
                 self._model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)  # type: ignore[operator]
@@ -125,10 +164,10 @@ class ModelRunner:
                 input_ids=input_ids,
                 position_ids=position_ids,
                 use_cache=False,
-                logits_to_keep=torch.tensor(list(wanted), device=self.device),
+                logits_to_keep=torch.tensor(kept, device=self.device),
             )
         rows: np.ndarray = out.logits[0].float().cpu().numpy()
-        return list(rows)
+        return list(rows[: len(wanted)])
 
 
 def _max_context_tokens(config: object) -> int:

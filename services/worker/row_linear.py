@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import active_plan
+from stoker.units import MIB
 
 
 class RowLinear(nn.Linear):
@@ -34,6 +35,11 @@ class RowConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
         """Return x @ weight + bias."""
         return _by_groups(x, self.weight, self.bias)
 
+
+FEW_ROWS = 16
+"""Up to here a product is bound by reading its weight."""
+BLOCK_BYTES = 8 * MIB
+"""Of a weight, multiplied with all groups of rows before the next part is read from memory."""
 
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear, Conv1D: RowConv1D}
 _ROW_LOCAL = (nn.Linear, Conv1D, nn.Embedding)
@@ -62,24 +68,30 @@ def make_rows_uniform(model: nn.Module) -> bool:
 def _by_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     plan = active_plan()
     rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
-    group = plan.group_rows if plan is not None else 0
-    out = rows.new_empty((count, weight.shape[1]))
-    if group in {0, count}:
-        _multiply(rows, weight, bias, out)
-    else:
-        whole = count - count % group
-        for start in range(0, whole, group):
-            _multiply(rows[start : start + group], weight, bias, out[start : start + group])
-        if whole < count:  # rare: the runner makes passes of whole groups
-            last = out.new_empty((group, weight.shape[1]))
-            _multiply(pad(rows[whole:], (0, 0, 0, group - count + whole)), weight, bias, last)
-            out[whole:] = last[: count - whole]
-    return out.view(*x.shape[:-1], weight.shape[1])
+    count, columns = rows.shape[0], weight.shape[1]
+    group = plan.group_of(count) if plan is not None else 0
+    if group == 0:
+        group = count
+    missing = -count % group
+    if missing:  # rare: passes are made of whole groups
+        rows = pad(rows, (0, 0, 0, missing))
+    out = rows.new_empty((count + missing, columns))
+    step = columns if group > FEW_ROWS else _block_columns(weight)
+    for left in range(0, columns, step):
+        block = weight[:, left : left + step]
+        block_bias = None if bias is None else bias[left : left + step]
+        for top in range(0, count, group):
+            target = out[top : top + group, left : left + step]
+            if block_bias is None:
+                torch.mm(rows[top : top + group], block, out=target)
+            else:
+                torch.addmm(block_bias, rows[top : top + group], block, out=target)
+    return out[:count].view(*x.shape[:-1], columns)
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight, out=out)
-    else:
-        torch.addmm(bias, rows, weight, out=out)
+def _block_columns(weight: torch.Tensor) -> int:
+    """Return how many columns of a weight stay in the processor's cache from one group to the next."""
+    if weight.device.type != "cpu":
+        return weight.shape[1]
+    fitting = BLOCK_BYTES // (weight.shape[0] * weight.element_size())
+    return max(64, fitting - fitting % 64)

@@ -5,9 +5,9 @@ run one decode pass for all sessions that have tokens to feed, then prefill chun
 `prefill_chunk_tokens`.
 The arithmetic of a session never depends on the others:
 
-- prefill takes one session at a time, in chunks that begin at multiples of `prefill_chunk_tokens`;
-- decode packs one row per token into [1, T]; matrix products are made of groups of equal row count
-  (`row_linear`), attention goes session by session (`attention`), everything else is per row;
+- prefill cuts a prompt into chunks that begin at multiples of `prefill_chunk_tokens`, whoever else is there;
+- tokens of several sessions are packed into the rows of one pass; matrix products are made of groups of equal
+  row count (`row_linear`), attention goes session by session (`attention`), everything else is per row;
 - sampling takes one row at a time (`sampling`).
 
 Replay and decoding are one path (`session`): a session that resumes feeds its generated tokens as rows of
@@ -37,7 +37,7 @@ from services.worker.engine import (
     Submit,
     TokenOut,
 )
-from services.worker.forward import ModelRunner
+from services.worker.forward import Chunk, ModelRunner
 from services.worker.kv_store import KvBudget, SessionKv
 from services.worker.sampling import LogitsNotFinite, TokenChooser, log_probabilities
 from services.worker.session import Session, prefill_token_count
@@ -100,7 +100,7 @@ class TransformersEngine:
         probe = SessionKv(KvBudget(1))
         probe.reserve(1)
         with torch.inference_mode():
-            logits = self._runner.prefill(probe, 0, [0], needs_logits=True)
+            logits = self._runner.prefill([Chunk(kv=probe, start=0, tokens=[0], needs_logits=True)])[0]
         if logits is not None:
             TokenChooser(Sampling(), [0], [], self._runner.vocab_size).choose(logits, 0)
 
@@ -287,22 +287,34 @@ class TransformersEngine:
 
     def _prefill(self, outputs: list[Output]) -> None:
         """Run prefill chunks, in order of arrival, until a step's worth of tokens is done."""
-        chunk, left = self._limits.prefill_chunk_tokens, self._limits.prefill_chunk_tokens
-        for session in [session for session in self._running if session.is_prefilling]:
-            while session.is_prefilling:
-                end = min(session.cached - session.cached % chunk + chunk, session.prefill_tokens)
-                size = end - session.cached
-                if size > left:
-                    return
-                left -= size
-                is_last = end == len(session.tokens)
-                logits = self._runner.prefill(
-                    session.kv, session.cached, session.tokens[session.cached : end], needs_logits=is_last
-                )
-                session.cached = end
-                self._stats.prefill_token_count += size
+        planned = self._next_chunks()
+        together = len(planned) if self._runner.packs_prefill else 1
+        for first in range(0, len(planned), together or 1):
+            part = planned[first : first + together]
+            all_logits = self._runner.prefill([chunk for _, chunk in part])
+            for (session, chunk), logits in zip(part, all_logits, strict=True):
+                session.cached = chunk.start + len(chunk.tokens)
+                self._stats.prefill_token_count += len(chunk.tokens)
                 if logits is not None:
                     self._choose(session, logits, outputs)
+
+    def _next_chunks(self) -> list[tuple[Session, Chunk]]:
+        """Return the next chunk of each session that is prefilling, as far as a step's tokens reach."""
+        size = left = self._limits.prefill_chunk_tokens
+        planned: list[tuple[Session, Chunk]] = []
+        for session in self._running:
+            if not session.is_prefilling:
+                continue
+            end = min(session.cached - session.cached % size + size, session.prefill_tokens)
+            left -= end - session.cached
+            if left < 0:
+                break
+            tokens = session.tokens[session.cached : end]
+            chunk = Chunk(
+                kv=session.kv, start=session.cached, tokens=tokens, needs_logits=end == len(session.tokens)
+            )
+            planned.append((session, chunk))
+        return planned
 
     def _choose(self, session: Session, logits: Floats, outputs: list[Output]) -> None:
         """Choose a session's next token from its row of logits; emit it, and the end if it is one."""

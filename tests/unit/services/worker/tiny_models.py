@@ -55,6 +55,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "llama_tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama_odd": lambda: LlamaConfig(**{**SHAPE, "hidden_size": 72, "intermediate_size": 100}, head_dim=12),
+    "llama_aligned": lambda: LlamaConfig(
+        **{**SHAPE, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "mistral_sliding": lambda: MistralConfig(**SHAPE, sliding_window=16),
