@@ -10,7 +10,7 @@ Every decode pass of a model has the same arithmetic per row, whatever the batch
 Prefill passes pack chunks of several sessions into groups of 64 rows where the same holds for them:
 rows of whole vectors, cut between threads at whole vectors. Elsewhere each chunk has a pass of its own.
 
-On CUDA a decode pass always has exactly `group_rows` rows, because reductions there are laid out by the shape.
+On CUDA a decode pass always has exactly `group_rows` rows, for reductions there are laid out by the shape.
 """
 
 from __future__ import annotations
