@@ -39,6 +39,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     reference = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    reference.generation_config.eos_token_id = None  # every way runs to the same number of tokens
     config = {**reference.config.to_dict(), "architectures": [type(reference).__name__]}
     ours = assign_weights(build_skeleton(config), dict(reference.state_dict()))
     print(
@@ -111,7 +112,6 @@ def _generate(model: Any, prompts: Tokens, new_tokens: int) -> Tokens:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
         )
