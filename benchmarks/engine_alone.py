@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from services.node_agent.worker_process import default_threads
 from services.worker.engine import EngineLimits, Output, Sampling, Submit, TokenOut
 from services.worker.engine_thread import EngineThread
 from services.worker.model_loading import assign_weights, build_skeleton
@@ -33,6 +34,7 @@ class EngineAlone:
     """A model, its engine, and the thread that steps it."""
 
     def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(default_threads())  # as a worker runs
         warm_up()
         config = json.loads((folder / "config.json").read_text())
         tensors: dict[str, torch.Tensor] = {}

@@ -57,7 +57,7 @@ class NodeAgentSettings(ServiceSettings):
     """Workers kept with their imports done and no model, so that a start does not wait for Python."""
 
     worker_threads: int = Field(default=0, ge=0, le=1024)
-    """Threads of one worker's arithmetic; 0 = as many as there are processors."""
+    """Threads of one worker's arithmetic; 0 = one less than there are processors, see `default_threads`."""
 
     pool_niceness: int = Field(default=10, ge=0, le=19)
     """How much a worker that no order waits for gives way while it imports: nice(1), 0 = not at all."""
