@@ -7,6 +7,11 @@ the tokens per second of 8 concurrent requests. The engine alone (`engine_alone.
 own, loaded from the same folder, with the same batch; the cluster idles meanwhile. The client is a bare
 socket.
 
+What the path adds to the first token is taken from single requests: the client's first token less the queue
+and prefill that the engine itself spent on that request. (The difference between the two columns would say the
+same but for the noise of two prefills in two processes, which is larger than what is looked for; it is printed
+too.)
+
 Targets: at most 5 ms added to the first token in the median; at least 95 % of the engine's tokens per second.
 """
 
@@ -19,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 from setting import MODEL_DIR, cluster, median, print_heading, stream_chat
 
 from stoker.client.connection import LocalCluster
@@ -49,12 +55,18 @@ async def through_gateway(running: LocalCluster, streams: int, tokens: int) -> d
     if made != streams * tokens:
         raise SystemExit(f"expected {streams * tokens} tokens, got {made}")
     first = min(result.token_times_seconds[0] for result in results) - began
-    return {"first": first, "rate": made / (ended - began)}
+    figures = {"first": first, "rate": made / (ended - began)}
+    if streams == 1:
+        async with httpx.AsyncClient(base_url=running.rest_url) as http:
+            trace = (await http.get(f"/api/v1/requests/{results[0].request_id}")).raise_for_status().json()
+        in_engine = trace["worker"]["queue_seconds"] + trace["worker"]["prefill_seconds"]
+        figures["added"] = results[0].first_token_seconds - in_engine
+    return figures
 
 
 async def measure(rounds: int, folder: Path) -> bool:
     """Run everything and print the table; return whether the target is met."""
-    firsts: dict[str, list[float]] = {"engine": [], "gateway": []}
+    firsts: dict[str, list[float]] = {"engine": [], "gateway": [], "added": []}
     rates: dict[str, list[float]] = {"engine": [], "gateway": []}
     async with cluster("overhead", pool_bytes=2**30) as (running, admin):
         spec = model_pb2.ModelSpec(
@@ -81,7 +93,9 @@ async def measure(rounds: int, folder: Path) -> bool:
             for _ in range(rounds):
                 for _ in range(FIRST_TOKEN_SAMPLES):
                     firsts["engine"].append((await alone(1, 2))["first"])
-                    firsts["gateway"].append((await through_gateway(running, 1, 2))["first"])
+                    warm = await through_gateway(running, 1, 2)
+                    firsts["gateway"].append(warm["first"])
+                    firsts["added"].append(warm["added"])
                 rates["engine"].append((await alone(STREAMS, TOKENS))["rate"])
                 rates["gateway"].append((await through_gateway(running, STREAMS, TOKENS))["rate"])
         finally:
@@ -95,13 +109,17 @@ def report(firsts: dict[str, list[float]], rates: dict[str, list[float]]) -> boo
     print(f"                     first token, ms    tokens/s at {STREAMS} streams")
     for name in ("engine", "gateway"):
         print(f"  {name:<16} {1000 * median(firsts[name]):15.1f} {median(rates[name]):20.1f}")
-    added = median([b - a for a, b in zip(firsts["engine"], firsts["gateway"], strict=True)])
+    added = median(firsts["added"])
+    apart = median([b - a for a, b in zip(firsts["engine"], firsts["gateway"], strict=True)])
     share = median([b / a for a, b in zip(rates["engine"], rates["gateway"], strict=True)])
     met = added <= TARGET_ADDED_SECONDS and share >= TARGET_SHARE
     print(
-        f"\n{'met' if met else 'MISSED'}: {1000 * added:.1f} ms added to the first token "
+        f"\nfirst tokens apart, medians of pairs: {1000 * apart:+.1f} ms; added, worst: {1000 * max(firsts['added']):.1f} ms"
+    )
+    print(
+        f"{'met' if met else 'MISSED'}: {1000 * added:.1f} ms added to the first token "
         f"(target {1000 * TARGET_ADDED_SECONDS:g} ms), {share:.1%} of the engine's tokens/s "
-        f"(target {TARGET_SHARE:.0%}); medians of pairs"
+        f"(target {TARGET_SHARE:.0%}); medians"
     )
     return met
 

@@ -57,7 +57,7 @@ class StoreSettings(ServiceSettings):
     huge_tmpfs_dir: Path | None = None
     """A folder on a tmpfs mounted `huge=always|within_size`, for the pool; unset = find one in /dev/shm."""
 
-    huge_tmpfs: HugeTmpfs = HugeTmpfs.OFF
+    huge_tmpfs: HugeTmpfs = HugeTmpfs.PRIVATE
     """`private`: make a detached tmpfs with huge pages (no mount point, gone with the process); needs
     CAP_SYS_ADMIN, goes on without it."""
 
