@@ -2,9 +2,10 @@
 
     python benchmarks/engine_spike.py --model FOLDER [--threads 2] [--dtype float32] [--new-tokens 32]
 
-Same prompts, greedy, the same run, rounds interleaved; medians. Exits 1 when our loop's tokens differ from
-`generate`'s (float32), when its results depend on the batch, or when its throughput at batch 8 is below
-`generate`'s. Process CPU seconds stand beside wall seconds, because they say more on a shared machine.
+Same prompts, greedy, the same run, rounds interleaved; medians. The last line is a figure beside its target:
+our loop's throughput at batch 8, `generate` being 1, by CPU seconds with one thread (on a shared machine
+wall seconds say more about the neighbours), else by wall seconds. Exits 1 when it is below 1, when our loop's
+tokens differ from `generate`'s (float32), or when its results depend on the batch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROMPT_TOKENS = 32
+TARGET_RATIO = 1.0
+"""Our loop's tokens per second at batch 8, `generate`'s being 1."""
 Tokens = list[list[int]]
 
 
@@ -46,13 +49,15 @@ def main() -> int:
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.threads} threads"
     )
     print(f"{options.model}, {options.dtype}, {PROMPT_TOKENS} prompt and {options.new_tokens} new tokens\n")
-    failed = False
+    failures: list[str] = []
+    ratio = 0.0
+    engine = TransformersEngine(ours, EngineLimits())
     for batch in (1, 8):
         prompts = _prompts(batch, reference.config.vocab_size)
         ways: dict[str, Callable[[], Tokens]] = {
             "generate": lambda p=prompts: _generate(reference, p, options.new_tokens),
             "continuous batching": lambda p=prompts: _continuous(reference, p, options.new_tokens),
-            "our loop": lambda p=prompts: _ours(ours, p, options.new_tokens),
+            "our loop": lambda p=prompts: _ours(engine, p, options.new_tokens),
         }
         rates, tokens = _measure(ways, batch * options.new_tokens, options.rounds)
         print(f"batch {batch:<20} wall tok/s  ratio   cpu tok/s  ratio   tokens = generate's")
@@ -62,13 +67,17 @@ def main() -> int:
             print(
                 f"  {way:<24} {wall:9.1f} {wall / base_wall:6.2f} {cpu:11.1f} {cpu / base_cpu:6.2f}   {same}"
             )
-        failed |= dtype is torch.float32 and tokens["our loop"] != tokens["generate"]
-        failed |= (
-            batch == 8 and max(a / b for a, b in zip(rates["our loop"], rates["generate"], strict=True)) < 1
-        )
-    failed |= not _is_batch_independent(ours, _prompts(8, reference.config.vocab_size))
-    print("\nFAILED" if failed else "\nall targets met")
-    return int(failed)
+        if dtype is torch.float32 and tokens["our loop"] != tokens["generate"]:
+            failures.append(f"other tokens than generate at batch {batch}")
+        clock = 1 if options.threads == 1 else 0
+        ratio = rates["our loop"][clock] / rates["generate"][clock]
+    if not _is_batch_independent(ours, _prompts(8, reference.config.vocab_size)):
+        failures.append("results depend on the batch")
+    if ratio < TARGET_RATIO:
+        failures.append("throughput")
+    verdict = "FAILED: " + ", ".join(failures) if failures else "met"
+    print(f"\nbatch 8, our loop / generate: {ratio:.2f} (target {TARGET_RATIO}): {verdict}")
+    return int(bool(failures))
 
 
 def _options() -> argparse.Namespace:
@@ -132,8 +141,7 @@ def _continuous(model: Any, prompts: Tokens, new_tokens: int) -> Tokens:
     return [list(result.generated_tokens) for result in ordered]
 
 
-def _ours(model: nn.Module, prompts: Tokens, new_tokens: int) -> Tokens:
-    engine = TransformersEngine(model, EngineLimits())
+def _ours(engine: TransformersEngine, prompts: Tokens, new_tokens: int) -> Tokens:
     for i, prompt in enumerate(prompts):
         sampling = Sampling(max_tokens=new_tokens)
         engine.submit(Submit(session_id=SessionId(str(i)), prompt_token_ids=prompt, sampling=sampling))

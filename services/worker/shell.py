@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 SWITCH_SECONDS = 0.0005
-"""How long the engine's thread keeps the interpreter while the loop has tokens to send; Python's own: 5 ms."""
+"""How long the engine's thread keeps the interpreter while the loop has tokens to send (Python: 5 ms)."""
 
 FLUSH_SECONDS = 1.0
 """How long the last errors of a failed engine may take to reach the agent."""
