@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import active_plan
-from services.worker.row_proof import Product, cut_rows
+from services.worker.row_proof import Product, can_prove, cut_rows
 from stoker.units import MIB
 
 
@@ -78,7 +78,7 @@ def _rows_uniform(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     missing = -count % group
     if missing:  # rare: passes are made of whole groups
         rows = pad(rows, (0, 0, 0, missing))
-    if count + missing == group or weight.device.type != "cpu":
+    if count + missing == group or not can_prove(weight):
         out = _by_groups(rows, weight, bias, group)
     else:
         out = _proven_products(rows, weight, bias, group, may_prove=plan is None or plan.may_prove)
