@@ -69,7 +69,7 @@ down: env
 # --- proof -------------------------------------------------------------------------------------------------
 
 test: env test-tools
-	@model=$$($(GET_MODEL)) && STOKER_TEST_MODEL="$$model" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@model=$$($(GET_MODEL)) && STOKER_TEST_MODEL="$$model" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: env
 	@$(BIN)/ruff format --check .
