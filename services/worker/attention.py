@@ -38,11 +38,6 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "block_indices")
 class ForwardPlan(Protocol):
     """What the rows of one forward pass are."""
 
-    @property
-    def may_prove(self) -> bool:
-        """Say whether this pass may take the time to prove that larger products have the same bits."""
-        ...
-
     def group_of(self, rows: int) -> int:
         """Return how many rows each matrix product gets that has `rows` in all; 0: all at once."""
         ...
@@ -86,17 +81,6 @@ class Attention:
             enable_gqa=q_HTD.shape[0] != k_KSD.shape[0],
         )[0]
 
-    def over_one_token(self, q_1KGD: torch.Tensor, kv_2KSD: torch.Tensor, width: int) -> torch.Tensor:
-        """Return [1, K, G, D]: one token's attention over its session, D being `width` for the values."""
-        k_1KSD, v_1KSD = kv_2KSD.chunk(2)
-        if v_1KSD.shape[-1] != width:
-            v_1KSD = v_1KSD[..., :width]
-        if self.softcap is not None:
-            return self._softcapped(q_1KGD[0], k_1KSD[0], v_1KSD[0], None, is_causal=False, cap=self.softcap)[
-                None
-            ]
-        return scaled_dot_product_attention(q_1KGD, k_1KSD, v_1KSD, scale=self.scale)
-
     def _softcapped(  # noqa: PLR0913 - as `over`
         self,
         q_HTD: torch.Tensor,
@@ -127,21 +111,13 @@ class PrefillPlan:
         rows: T.
         group_rows: Rows per matrix product of T rows; 0: all at once.
         head_rows: Rows per matrix product of the rows whose logits are wanted.
-        may_prove: See `ForwardPlan`.
     """
 
-    __slots__ = ("_group_rows", "_head_rows", "_rows", "may_prove", "segments")
+    __slots__ = ("_group_rows", "_head_rows", "_rows", "segments")
 
     def __init__(
-        self,
-        segments: Sequence[tuple[SessionKv, int, int]],
-        rows: int,
-        group_rows: int,
-        head_rows: int,
-        *,
-        may_prove: bool = True,
+        self, segments: Sequence[tuple[SessionKv, int, int]], rows: int, group_rows: int, head_rows: int
     ) -> None:
-        self.may_prove = may_prove
         self.segments = segments
         self._rows = rows
         self._group_rows = group_rows
@@ -181,7 +157,6 @@ class DecodePlan:
     """
 
     __slots__ = ("_group_rows", "rows")
-    may_prove = True
 
     def __init__(self, rows: Sequence[tuple[SessionKv, int]], group_rows: int) -> None:
         self.rows = rows
@@ -200,16 +175,12 @@ class DecodePlan:
         kv_heads = kv_2KTD.shape[1]
         # The query heads of one kv head become its query rows: no copies of keys, and no mask needed.
         q_TKGD = q_BHTD[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, q_BHTD.shape[-1])
-        outs_1KGD = []
-        for row, ((kv, index), q_1KGD) in enumerate(
-            zip(self.rows, q_TKGD.chunk(q_TKGD.shape[0]), strict=False)
-        ):
-            kv_2KSD = kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
+        out_TKGD = q_TKGD.new_zeros((*q_TKGD.shape[:3], width))
+        for row, (kv, index) in enumerate(self.rows):
+            k_KSD, v_KSD = kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
             if how.window is not None and index >= how.window:
-                kv_2KSD = kv_2KSD[:, :, index + 1 - how.window :]
-            outs_1KGD.append(how.over_one_token(q_1KGD, kv_2KSD, width))
-        missing = q_TKGD.shape[0] - len(outs_1KGD)
-        out_TKGD = torch.cat([*outs_1KGD, q_TKGD.new_zeros((missing, *q_TKGD.shape[1:3], width))])
+                k_KSD, v_KSD = k_KSD[:, index + 1 - how.window :], v_KSD[:, index + 1 - how.window :]
+            out_TKGD[row] = how.over(q_TKGD[row], k_KSD, v_KSD[..., :width], None, is_causal=False)
         return out_TKGD.reshape(1, -1, heads, width)
 
 

@@ -2,7 +2,7 @@
 
 Every decode pass of a model has the same arithmetic per row, whatever the batch:
 
-- its matrix products have the bits of products of `group_rows` rows (`row_linear`);
+- its matrix products take `group_rows` rows at a time (`row_linear`);
 - it has so few rows that torch runs everything else on one thread in one piece (its grain is 32768 elements),
   because a piece's last elements go through scalar code, which rounds differently from vector code;
 - for the same reason padding rows stand at the end where a row isn't a multiple of the vector width.
@@ -80,7 +80,6 @@ class ModelRunner:
         self._layer_count = int(config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
         default = CUDA_GROUP_ROWS if self.device.type == "cuda" else CPU_GROUP_ROWS.get(parameter.dtype, 4)
         self._group_rows = group_rows or default
-        self._has_decoded = False  # until then someone waits for a cold start
         widths = _row_widths(model)
         is_aligned = all(width % VECTOR_ELEMENTS == 0 for width in widths)
         self._tail_rows = 0 if is_aligned else -(-VECTOR_ELEMENTS // min(widths))
@@ -116,7 +115,6 @@ class ModelRunner:
         """
         padding = [0] * (align_up(len(rows) + self._tail_rows, self._group_rows) - len(rows))
         plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
-        self._has_decoded = True
         tokens = [token for _, _, token in rows] + padding
         positions = [index for _, index, _ in rows] + padding
         return self._run(plan, tokens, positions, logits_of)
@@ -134,9 +132,7 @@ class ModelRunner:
         ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
         wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.needs_logits]
         segments = [(chunk.kv, chunk.start, len(chunk.tokens)) for chunk in chunks]
-        plan = PrefillPlan(
-            segments, len(tokens), self._prefill_rows, self._group_rows, may_prove=self._has_decoded
-        )
+        plan = PrefillPlan(segments, len(tokens), self._prefill_rows, self._group_rows)
         logits = iter(self._run(plan, tokens, positions, wanted))
         for chunk in chunks:
             self._check_layers(chunk.kv)

@@ -1,9 +1,9 @@
 """Matrix products whose result for a row does not depend on how many rows there are.
 
 The bits of `x @ W` depend on the number of rows of `x`: libraries choose another kernel, with another order
-of summation, for 1, 2, 3 … rows. So in a decode step every product has the bits that it has when made on
-exactly `group_rows` rows at a time, padded with zeros, whatever the batch; it is made on more rows at once
-where these are proven to give the same bits (`row_proof`). docs/decisions/0002-engine.md has the numbers.
+of summation, for 1, 2, 3 … rows. So in a decode step every product is made on exactly `group_rows` rows at a
+time, padded with zeros, whatever the batch. That costs little or nothing: MKL on AVX-512 works through 3 rows
+at a time anyway (docs/decisions/0002-engine.md has the numbers).
 
 Inputs are flattened to two dimensions, in prefill too: for bfloat16 on the CPU torch takes a path that is 5
 to 20 times slower when `linear` gets three.
@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import active_plan
-from services.worker.row_proof import Product, can_prove, cut_rows
 from stoker.units import MIB
 
 
@@ -26,7 +25,7 @@ class RowLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight.T + bias."""
-        return _rows_uniform(x, self.weight.t(), self.bias)
+        return _by_groups(x, self.weight.t(), self.bias)
 
 
 class RowConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
@@ -34,15 +33,11 @@ class RowConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight + bias."""
-        return _rows_uniform(x, self.weight, self.bias)
+        return _by_groups(x, self.weight, self.bias)
 
 
 FEW_ROWS = 16
 """Up to here a product is bound by reading its weight."""
-MOST_FEW_ROWS = 15
-"""Of a decode pass, tried in one product: MKL takes another kernel from 16 on."""
-MOST_ROWS = 256
-"""Of a prefill pass, tried in one product."""
 BLOCK_BYTES = 8 * MIB
 """Of a weight, multiplied with all groups of rows before the next part is read from memory."""
 
@@ -70,49 +65,17 @@ def make_rows_uniform(model: nn.Module) -> bool:
     return uniform
 
 
-def _rows_uniform(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _by_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     plan = active_plan()
     rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
-    group = (plan.group_of(count) if plan is not None else 0) or count
+    count, columns = rows.shape[0], weight.shape[1]
+    group = plan.group_of(count) if plan is not None else 0
+    if group == 0:
+        group = count
     missing = -count % group
     if missing:  # rare: passes are made of whole groups
         rows = pad(rows, (0, 0, 0, missing))
-    if count + missing == group or not can_prove(weight):
-        out = _by_groups(rows, weight, bias, group)
-    else:
-        out = _proven_products(rows, weight, bias, group, may_prove=plan is None or plan.may_prove)
-    return out[:count].view(*x.shape[:-1], weight.shape[1])
-
-
-def _proven_products(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: int, *, may_prove: bool
-) -> torch.Tensor:
-    """Return the product with the bits that groups of rows have, in as few products as are proven to."""
-    shape = Product(group=group, weight=weight, bias=bias, whole=_whole, by_groups=_by_groups)
-    most = MOST_FEW_ROWS if group <= FEW_ROWS else MOST_ROWS
-    sizes = cut_rows(shape, rows.shape[0], most, may_prove=may_prove)
-    if len(sizes) == 1:
-        return _whole(rows, weight, bias)
-    if max(sizes) == group:
-        return _by_groups(rows, weight, bias, group)
-    return torch.cat(
-        [
-            _whole(part, weight, bias) if part.shape[0] > group else _by_groups(part, weight, bias, group)
-            for part in rows.split_with_sizes(sizes)
-        ]
-    )
-
-
-def _whole(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-
-
-def _by_groups(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: int
-) -> torch.Tensor:
-    count, columns = rows.shape[0], weight.shape[1]
-    out = rows.new_empty((count, columns))
+    out = rows.new_empty((count + missing, columns))
     step = columns if group > FEW_ROWS else _block_columns(weight)
     for left in range(0, columns, step):
         block = weight[:, left : left + step]
@@ -123,7 +86,7 @@ def _by_groups(
                 torch.mm(rows[top : top + group], block, out=target)
             else:
                 torch.addmm(block_bias, rows[top : top + group], block, out=target)
-    return out
+    return out[:count].view(*x.shape[:-1], columns)
 
 
 def _block_columns(weight: torch.Tensor) -> int:
