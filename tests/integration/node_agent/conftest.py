@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ import pytest_asyncio
 from stoker.v1.node_agent_pb2 import REPLICA_STATE_READY
 from tests.integration.node_agent.cluster import OneNode
 from tests.integration.tiny_model import make_tiny_model
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Return a folder whose path is short: those below it have to fit a unix socket's address."""
+    with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

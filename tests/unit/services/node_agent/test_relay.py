@@ -15,6 +15,22 @@ from stoker.v1.session_pb2 import FINISH_REASON_LENGTH, GenerateEvent, GenerateR
 from stoker.v1.worker_pb2 import RunCommand, SessionError, SessionEvent, StepEvent
 
 
+class PlayedCall:
+    """Stands for the streaming call of a stub: can be read, and cancelled."""
+
+    def __init__(self, steps: AsyncIterator[StepEvent]) -> None:
+        self._steps = steps
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[StepEvent]:
+        return self._steps
+
+    def cancel(self) -> bool:
+        """Note it, as a call would that has not ended."""
+        self.cancelled = True
+        return True
+
+
 class PlayedWorker:
     """Stands for the stub of a worker: keeps the commands, says what the test tells it to."""
 
@@ -22,9 +38,11 @@ class PlayedWorker:
         self.commands: asyncio.Queue[RunCommand] = asyncio.Queue()
         self.steps: asyncio.Queue[StepEvent | None] = asyncio.Queue()
 
-    async def Run(self, commands: AsyncIterator[RunCommand]) -> AsyncIterator[StepEvent]:  # noqa: N802
+    def Run(self, commands: AsyncIterator[RunCommand]) -> PlayedCall:  # noqa: N802
         """Play the rpc."""
+        return PlayedCall(self._play(commands))
 
+    async def _play(self, commands: AsyncIterator[RunCommand]) -> AsyncIterator[StepEvent]:
         async def listen() -> None:
             async for command in commands:
                 self.commands.put_nowait(command)
