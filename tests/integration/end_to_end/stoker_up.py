@@ -67,7 +67,7 @@ class StokerUp:
 @contextmanager
 def stoker_up(data_dir: Path, *arguments: str) -> Iterator[StokerUp]:
     """Run `stoker up` on free ports until the block ends."""
-    command = [*STOKER, "up", "--data", str(data_dir), "--port", "0", "--grpc-port", "0", "--pool", "0.5"]
+    command = [*STOKER, "up", "--data", str(data_dir), "--port", "0", "--grpc-port", "0", "--pool", "0.75"]
     process = subprocess.Popen(
         [*command, "-o", "json", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
