@@ -80,6 +80,14 @@ class OneNode:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()  # a start that failed half-way leaves nothing running
+            raise
+        return self
+
+    async def _open(self) -> None:
         server = Server(["stoker.v1.Controller"])
         add_ControllerServicer_to_server(self.listener, server.grpc_server)
         controller_port = server.bind("127.0.0.1:0")
@@ -111,7 +119,6 @@ class OneNode:
         address = (await self.agent.wait_for_log("agent.listening"))["address"]
         self.stub = NodeAgentStub(await self._stack.enter_async_context(connect(address)))
         self.store_stub = CheckpointStoreStub(await self._stack.enter_async_context(connect(store_address)))
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
