@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from services.store.reading import ReadPart, SourceFile
+from services.store.chunk_source import ChunkSource
+from services.store.reading import ReadPart
 from stoker.errors import LoadFailed, StokerError
 
 
@@ -32,7 +33,7 @@ class ChunkRead:
         load: Which load it belongs to.
         file: Index of the file in the checkpoint.
         index: Which chunk of the file.
-        source: The file.
+        source: Where its bytes come from.
         chunk: Where the bytes go: a chunk of the arena.
         length: Bytes wanted; less than a chunk at the end of a file.
     """
@@ -40,7 +41,7 @@ class ChunkRead:
     load: int
     file: int
     index: int
-    source: SourceFile
+    source: ChunkSource
     chunk: memoryview
     length: int
 
@@ -163,4 +164,4 @@ def _outcome(read: ChunkRead) -> Outcome:
     except StokerError as error:
         return error
     except Exception as error:  # noqa: BLE001 - the boundary of the thread: a load fails, the daemon goes on
-        return LoadFailed(f"{read.source.path}: {type(error).__name__}: {error}")
+        return LoadFailed(f"{read.source.name}: {type(error).__name__}: {error}")

@@ -155,6 +155,11 @@ class SourceFile:
         self._ways: Ways | None = None
         self._descriptors: list[int] = []
 
+    @property
+    def name(self) -> str:
+        """See `ChunkSource`."""
+        return str(self.path)
+
     def read(self, chunk: memoryview, *, offset: int, length: int) -> list[ReadPart]:
         """Fill a chunk, as `fill` does; blocks.
 

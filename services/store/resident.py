@@ -10,9 +10,10 @@ from enum import Enum
 
 from services.store.bandwidth import Moved
 from services.store.catalog import CatalogEntry
+from services.store.chunk_source import ChunkSource
 from services.store.eviction import Uses
 from services.store.read_queue import Urgency
-from services.store.reading import ReadPart, SourceFile
+from services.store.reading import ReadPart
 from stoker.errors import StokerError
 
 
@@ -46,7 +47,7 @@ class ResidentFile:
     chunk_bytes: int
     chunks: tuple[int, ...]
     slot: int
-    source: SourceFile | None
+    source: ChunkSource | None
     arrived: bytearray = field(init=False)
     prefix: int = 0
 

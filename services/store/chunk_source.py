@@ -1,0 +1,37 @@
+"""What a chunk can be filled from: a file on disk, a peer's store, an origin far away, or several in turn.
+
+Reader threads call sources, so they block and hold no state of the event loop. A source promises that the
+bytes are those of the revision that was asked for, or raises; it never returns a chunk that is half filled.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from services.store.reading import ReadPart
+
+
+class ChunkSource(Protocol):
+    """One weights file, from wherever its bytes come."""
+
+    @property
+    def name(self) -> str:
+        """For people: a path, an address, a uri."""
+
+    def read(self, chunk: memoryview, *, offset: int, length: int) -> list[ReadPart]:
+        """Fill the first `length` bytes of `chunk` from `offset` of the file; blocks.
+
+        Args:
+            chunk: Memory aligned to 4096 bytes; may be written beyond `length`, up to its end.
+            offset: A multiple of the chunk's size.
+            length: Bytes wanted; less than a chunk at the end of the file.
+
+        Returns:
+            What came from which tier, and when.
+
+        Raises:
+            LoadFailed: The bytes cannot be had from here; says why and what to do.
+        """
+
+    def close(self) -> None:
+        """Give up files and connections; no read is running. Idempotent."""
