@@ -21,9 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from services.worker.engine import EngineLimits, Sampling, Submit, TokenOut
-from services.worker.model_loading import assign_weights, build_skeleton
+from services.worker.model_loading import build_skeleton
 from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
+from stoker.models.weights import assign_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

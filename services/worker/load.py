@@ -16,12 +16,14 @@ import torch
 from services.worker.engine import Engine, EngineLimits
 from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
-from services.worker.model_loading import Skeleton, assign_weights, build_skeleton
+from services.worker.model_loading import build_skeleton
 from services.worker.settings import WorkerSettings
 from services.worker.transformers_engine import TransformersEngine
 from stoker.attach import Attachment, Loaded, attach
 from stoker.attach.tensors import tensors
 from stoker.errors import CheckpointInvalid, DoesNotFit, InvalidRequest
+from stoker.models.skeleton import Skeleton
+from stoker.models.weights import assign_weights
 from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelRequest
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from services.worker.engine import EngineLimits, Sampling, Submit
-from services.worker.model_loading import assign_weights, build_skeleton, import_popular_architectures
+from services.worker.model_loading import build_skeleton, import_popular_architectures
 from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
+from stoker.models.weights import assign_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from services.worker.engine import EngineLimits, Sampling, Submit, TokenOut
-from services.worker.model_loading import assign_weights, build_skeleton
+from services.worker.model_loading import build_skeleton
 from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
+from stoker.models.weights import assign_weights
 from tests.integration.tiny_model import make_tiny_model
 
 pytestmark = [

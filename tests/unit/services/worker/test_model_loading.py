@@ -5,13 +5,13 @@ import torch
 
 from services.worker.engine import EngineLimits
 from services.worker.model_loading import (
-    assign_weights,
     build_skeleton,
     supported_architectures,
     wait_for_layers,
 )
 from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import CheckpointInvalid
+from stoker.models.weights import assign_weights
 from tests.unit.services.worker.tiny_models import CONFIGS, config_json, ids, reference, request, run
 
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from services.worker.engine import Sampling, Submit, TokenOut
-from services.worker.model_loading import assign_weights, build_skeleton
+from services.worker.model_loading import build_skeleton
+from stoker.models.weights import assign_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
