@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from services.store.reading import ReadPart
+from stoker.checkpoint.reading import ReadPart
 from stoker.units import MIB
 
 SAMPLE_BYTES = 64 * MIB

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from services.store.reading import FileSignature
 from stoker.checkpoint.attention_facts import read_attention_facts
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.execution_order import execution_order
@@ -19,6 +18,7 @@ from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
 from stoker.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, SHARD_INDEX_NAME
 from stoker.checkpoint.manifest import TensorRecord
 from stoker.checkpoint.model_facts import MAX_CONFIG_BYTES
+from stoker.checkpoint.reading import FileSignature
 from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.units import MIB
 from stoker.v1 import model_pb2

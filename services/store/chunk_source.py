@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from services.store.reading import ReadPart
+from stoker.checkpoint.reading import ReadPart
 
 
 class ChunkSource(Protocol):

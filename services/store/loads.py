@@ -27,9 +27,9 @@ from services.store.counters import ReadyCounters
 from services.store.eviction import Occupant, Uses
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Outcome, Readers, Urgency
-from services.store.reading import DISK
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
+from stoker.checkpoint.reading import DISK
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
 from stoker.units import GB

@@ -6,8 +6,8 @@ from services.store.bandwidth import Moved
 from services.store.catalog import CatalogEntry
 from services.store.loads import Loads
 from services.store.read_queue import Urgency
-from services.store.reading import DISK
 from services.store.resident import Phase, Resident
+from stoker.checkpoint.reading import DISK
 from stoker.errors import StokerError
 from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1 import start_pb2

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from services.store.catalog import CatalogEntry
 from services.store.read_queue import ChunkRead
-from services.store.reading import SourceFile
 from services.store.resident import ResidentFile
 from stoker.checkpoint.layout import chunk_count
+from stoker.checkpoint.reading import SourceFile
 
 
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:

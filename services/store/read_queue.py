@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from services.store.chunk_source import ChunkSource
-from services.store.reading import ReadPart
+from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed, StokerError
 
 

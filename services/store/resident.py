@@ -13,7 +13,7 @@ from services.store.catalog import CatalogEntry
 from services.store.chunk_source import ChunkSource
 from services.store.eviction import Uses
 from services.store.read_queue import Urgency
-from services.store.reading import ReadPart
+from stoker.checkpoint.reading import ReadPart
 from stoker.errors import StokerError
 
 

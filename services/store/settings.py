@@ -10,11 +10,9 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from stoker.checkpoint.reading import DIRECT_ALIGNMENT_BYTES
 from stoker.settings import ServiceSettings
 from stoker.units import KIB, MIB
-
-DIRECT_ALIGNMENT_BYTES = 4096
-"""Strictest alignment that direct I/O asks for on disks in use."""
 
 
 class FaultIn(StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.store.bandwidth import SAMPLE_BYTES, Moved, RunningRates, moved_by_tier
-from services.store.reading import ReadPart
+from stoker.checkpoint.reading import ReadPart
 
 
 def part(began: float, ended: float, *, count: int = 100, tier: str = "disk") -> ReadPart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.store.read_queue import ChunkRead, ReadOrder, Urgency
-from services.store.reading import FileSignature, SourceFile
+from stoker.checkpoint.reading import FileSignature, SourceFile
 
 SOURCE = SourceFile(Path("/x"), FileSignature(inode=1, size_bytes=1, modified_ns=1))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.store.reading import DISK, PAGE_CACHE, FileSignature, SourceFile, Ways, fill
+from stoker.checkpoint.reading import DISK, PAGE_CACHE, FileSignature, SourceFile, Ways, fill
 from stoker.errors import LoadFailed
 
 BLOCK = 4096

@@ -15,10 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.store.settings import DIRECT_ALIGNMENT_BYTES
 from stoker.checkpoint.folder import open_regular
 from stoker.errors import CheckpointInvalid, LoadFailed
 from stoker.units import align_up
+
+DIRECT_ALIGNMENT_BYTES = 4096
+"""What offset, address and length of a direct read are multiples of: the strictest any disk asks for."""
 
 DISK = "disk"
 PAGE_CACHE = "page_cache"
