@@ -1,0 +1,525 @@
+"""The simulated cluster's truth: hosts, replicas, sessions and caches, changed by commands and by time.
+
+A policy looks at this world and commands it (`start`, `stop`, `preempt`, `migrate`); the world carries it out
+with the hardware's delays, serves the requests, and remembers what became of each. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from services.controller.simulation.clock import VirtualClock
+from services.controller.simulation.flows import Flows, Link, Transfer
+from services.controller.simulation.hardware import ModelSpec, NodeSpec
+from services.controller.simulation.workload import Request
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+SWITCH_SECONDS = 0.05
+"""A session's pause at the end of a move: the last round and the hand-over."""
+
+
+class Phase(Enum):
+    """Where a simulated replica stands."""
+
+    STARTING = "starting"
+    READY = "ready"
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A request's life: it waits, runs, may be moved or begun again, and ends or is given up."""
+
+    request: Request
+    waiting_since_seconds: float
+    started_seconds: float | None = None
+    first_token_seconds: float | None = None
+    ends_seconds: float = 0.0
+    replica: SimReplica | None = None
+    version: int = 0
+    cold: bool = False
+    preemptions: int = 0
+    migrations: int = 0
+    lost: bool = False
+    wait_seconds: float = 0.0
+    """All of its waiting, also after preemptions."""
+
+
+@dataclass(slots=True, eq=False)
+class SimReplica:
+    """A replica on its devices."""
+
+    replica_id: ReplicaId
+    model: ModelSpec
+    node: SimNode
+    devices: tuple[int, ...]
+    began_seconds: float
+    tier: str
+    phase: Phase = Phase.STARTING
+    sessions: dict[Session, None] = field(default_factory=dict)
+    ready_seconds: float | None = None
+    idle_since_seconds: float | None = None
+    transfer: Transfer | None = None
+    moving_to: SimReplica | None = None
+    """Its sessions go there once that one is ready."""
+    awaits_move: bool = False
+    """It is the destination of a move, kept for it."""
+    when_ready: Callable[[], None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether it is ready and serves nobody."""
+        return self.phase is Phase.READY and not self.sessions and not self.awaits_move
+
+    @property
+    def free_places(self) -> int:
+        """Return how many more sessions it takes now."""
+        if self.phase is not Phase.READY or self.moving_to is not None or self.awaits_move:
+            return 0
+        return self.model.concurrency - len(self.sessions)
+
+
+@dataclass(slots=True, eq=False)
+class SimNode:
+    """A host: its devices' owners, its caches, its links."""
+
+    node_id: NodeId
+    spec: NodeSpec
+    owners: list[SimReplica | None]
+    disk: Link
+    network: Link
+    bus: tuple[Link, ...]
+    dram: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
+    """Checkpoints in memory with their bytes, least recently used first."""
+    stored: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
+    """Checkpoints on disk, likewise."""
+    down: bool = False
+
+    @property
+    def replicas(self) -> list[SimReplica]:
+        """Return what is on its devices, each once."""
+        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
+
+    @property
+    def free_devices(self) -> tuple[int, ...]:
+        """Return the devices nobody has."""
+        return () if self.down else tuple(i for i, owner in enumerate(self.owners) if owner is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """Which tiers a policy's loader uses.
+
+    Attributes:
+        dram: Checkpoints stay in host memory after use.
+        disk: Local disks keep checkpoints.
+        preloaded: All checkpoints that fit are on every disk at the start; otherwise a disk is a cache.
+    """
+
+    dram: bool = True
+    disk: bool = True
+    preloaded: bool = True
+
+
+class Decider(Protocol):
+    """A policy."""
+
+    name: str
+    tiers: Tiers
+
+    def decide(self, world: World) -> float | None:
+        """Command the world; return when to be asked again though nothing happens, None = then only."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a run counted."""
+
+    starts: int = 0
+    stops: int = 0
+    preemptions: int = 0
+    migrations: int = 0
+    bytes_by_tier: dict[str, int] = field(default_factory=dict)
+    busy_device_seconds: float = 0.0
+    """Devices that computed for somebody."""
+    held_device_seconds: float = 0.0
+    """Devices that had an owner."""
+
+
+class World:
+    """A cluster on a virtual clock.
+
+    Args:
+        specs: Hosts.
+        models: What is served.
+        policy: Who decides.
+        timeout_seconds: A request that waits longer is lost.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[NodeSpec],
+        models: Sequence[ModelSpec],
+        policy: Decider,
+        *,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.flows = Flows(self.clock.now, self.clock.at)
+        self.models: Mapping[ModelName, ModelSpec] = {model.name: model for model in models}
+        self.nodes: dict[NodeId, SimNode] = {}
+        for index, spec in enumerate(specs):
+            node = _node(NodeId(f"node-{index:04d}"), spec)
+            self.nodes[node.node_id] = node
+            if policy.tiers.disk and policy.tiers.preloaded:
+                _fill(node, models)
+        self.policy = policy
+        self.timeout_seconds = timeout_seconds
+        self.queues: dict[ModelName, deque[Session]] = {model.name: deque() for model in models}
+        self.replicas: dict[ModelName, dict[SimReplica, None]] = {model.name: {} for model in models}
+        self.waiting: dict[ModelName, None] = {}
+        """Models with a queue, in the order in which theirs began."""
+        self.sessions: list[Session] = []
+        self.counters = Counters()
+        self.changed_nodes: dict[NodeId, None] = dict.fromkeys(self.nodes)
+        """Since the policy last looked; it empties this."""
+        self._ids = itertools.count(1)
+        self._asked = False
+
+    # --- running ---
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Serve the requests to the last one's end."""
+        arrivals = iter(requests)
+        self._next_arrival(arrivals)
+        while self.clock.step():
+            pass
+
+    def _next_arrival(self, arrivals: Iterator[Request]) -> None:
+        request = next(arrivals, None)
+        if request is not None:
+            self.clock.at(request.arrival_seconds, lambda: self._arrive(request, arrivals))
+
+    def _arrive(self, request: Request, arrivals: Iterator[Request]) -> None:
+        self._next_arrival(arrivals)
+        session = Session(request, self.now)
+        self.sessions.append(session)
+        self._enqueue(session)
+        self.clock.after(self.timeout_seconds, lambda: self._give_up(session))
+
+    @property
+    def now(self) -> float:
+        """Return the time, seconds."""
+        return self.clock.now_seconds
+
+    def ask(self) -> None:
+        """Have the policy decide when all that happens now has happened."""
+        if not self._asked:
+            self._asked = True
+            self.clock.after(0.0, self._decide)
+
+    def _decide(self) -> None:
+        self._asked = False
+        again_seconds = self.policy.decide(self)
+        if again_seconds is not None and self.is_alive:
+            self.clock.at(again_seconds, self.ask)
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether anything is left to decide about."""
+        return bool(self.waiting) or any(self.replicas.values())
+
+    # --- sessions ---
+
+    def _enqueue(self, session: Session, *, first: bool = False) -> None:
+        name = session.request.model
+        queue = self.queues[name]
+        session.waiting_since_seconds = self.now
+        if first:
+            queue.appendleft(session)
+        else:
+            queue.append(session)
+        self._serve(name)
+        if queue:
+            session.cold = session.cold or session in queue
+            self.waiting.setdefault(name)
+        self.ask()
+
+    def _serve(self, name: ModelName) -> None:
+        """Give waiting sessions to ready replicas with a place, the fullest first."""
+        queue = self.queues[name]
+        if queue:
+            open_replicas = [each for each in self.replicas[name] if each.free_places > 0]
+            while queue and open_replicas:
+                replica = min(open_replicas, key=lambda each: each.free_places)
+                self._begin(queue.popleft(), replica)
+                if replica.free_places <= 0:
+                    open_replicas.remove(replica)
+        if not queue:
+            self.waiting.pop(name, None)
+
+    def _begin(self, session: Session, replica: SimReplica) -> None:
+        model, device = replica.model, replica.node.spec.device
+        session.wait_seconds += self.now - session.waiting_since_seconds
+        if session.started_seconds is None:
+            session.started_seconds = self.now
+        prefill_seconds = model.prefill_seconds(device, session.request.input_tokens)
+        if session.first_token_seconds is None:
+            session.first_token_seconds = self.now + prefill_seconds
+        decode_seconds = model.token_seconds(device) * (session.request.output_tokens - 1)
+        session.replica = replica
+        self._occupy(replica, session)
+        self._end_at(session, self.now + prefill_seconds + decode_seconds)
+
+    def _occupy(self, replica: SimReplica, session: Session) -> None:
+        if not replica.sessions:
+            self._busy(replica, begins=True)
+            replica.idle_since_seconds = None
+        replica.sessions[session] = None
+        self._touch(replica.node)
+
+    def _leave(self, replica: SimReplica, session: Session) -> None:
+        del replica.sessions[session]
+        if not replica.sessions:
+            self._busy(replica, begins=False)
+            replica.idle_since_seconds = self.now
+        self._touch(replica.node)
+
+    def _busy(self, replica: SimReplica, *, begins: bool) -> None:
+        sign = -1 if begins else 1
+        self.counters.busy_device_seconds += sign * self.now * len(replica.devices)
+
+    def _end_at(self, session: Session, seconds: float) -> None:
+        session.version += 1
+        session.ends_seconds = seconds
+        version = session.version
+        self.clock.at(seconds, lambda: self._end(session, version))
+
+    def _end(self, session: Session, version: int) -> None:
+        replica = session.replica
+        if session.version != version or replica is None:
+            return
+        session.replica = None
+        self._leave(replica, session)
+        self._serve(replica.model.name)
+        self.ask()
+
+    def _give_up(self, session: Session) -> None:
+        """Lose a request that waited too long, if it still waits for its first start."""
+        if session.started_seconds is not None or session.lost:
+            return
+        name = session.request.model
+        session.lost = True
+        session.wait_seconds += self.now - session.waiting_since_seconds
+        self.queues[name].remove(session)
+        if not self.queues[name]:
+            self.waiting.pop(name, None)
+        self.ask()
+
+    # --- commands ---
+
+    def start(self, model: ModelSpec, node: SimNode, devices: Sequence[int]) -> SimReplica:
+        """Begin to load a model on free devices."""
+        taken = [index for index in devices if node.owners[index] is not None]
+        if taken or len(devices) < model.devices_on(node.spec.device):
+            raise AssertionError(f"{node.node_id}: devices {taken} of {devices} are taken, or too few")
+        tier = self.tier_of(model, node)
+        replica = SimReplica(
+            ReplicaId(f"{model.name}#{next(self._ids)}"), model, node, tuple(devices), self.now, tier
+        )
+        for index in devices:
+            node.owners[index] = replica
+        self.replicas[model.name][replica] = None
+        self.counters.starts += 1
+        self.counters.held_device_seconds -= self.now * len(devices)
+        moved = self.counters.bytes_by_tier
+        moved[tier] = moved.get(tier, 0) + model.weight_bytes
+        replica.transfer = self.flows.begin(
+            self.links(tier, node, devices), model.weight_bytes, lambda: self._loaded(replica)
+        )
+        self._touch(node)
+        return replica
+
+    def tier_of(self, model: ModelSpec, node: SimNode) -> str:
+        """Return the best tier that holds a model on a node: `dram`, `disk` or `remote`."""
+        if model.name in node.dram:
+            return "dram"
+        return "disk" if model.name in node.stored else "remote"
+
+    def links(self, tier: str, node: SimNode, devices: Sequence[int]) -> list[Link]:
+        """Return what a load from a tier runs over: every device gets its part over its own bus."""
+        fastest = Link("bus", sum(node.bus[index].bytes_per_second for index in devices))
+        ways = {"dram": [fastest], "disk": [node.disk, fastest], "remote": [node.network, fastest]}
+        return ways[tier]
+
+    def _loaded(self, replica: SimReplica) -> None:
+        replica.transfer = None
+        self._keep(replica)
+        overhead_seconds = replica.node.spec.worker_start_seconds + replica.node.spec.overhead_seconds
+        self.clock.after(overhead_seconds, lambda: self._ready(replica))
+
+    def _keep(self, replica: SimReplica) -> None:
+        """Leave the bytes in the tiers that they came through."""
+        node, model, tiers = replica.node, replica.model, self.policy.tiers
+        if tiers.disk and replica.tier == "remote":
+            _insert(node.stored, model, node.spec.disk_bytes)
+        if tiers.dram:
+            _insert(node.dram, model, node.spec.dram_bytes)
+        for kept in (node.dram, node.stored):
+            if model.name in kept:
+                kept.move_to_end(model.name)
+        self._touch(node)
+
+    def _ready(self, replica: SimReplica) -> None:
+        if replica.phase is not Phase.STARTING:
+            return
+        replica.phase = Phase.READY
+        replica.ready_seconds = replica.idle_since_seconds = self.now
+        self._touch(replica.node)
+        if replica.when_ready is not None:
+            replica.when_ready()
+        self._serve(replica.model.name)
+        self.ask()
+
+    def stop(self, replica: SimReplica) -> None:
+        """Free an idle replica's devices, or give up a start."""
+        if replica.sessions:
+            raise AssertionError(f"{replica.replica_id} serves somebody: preempt or migrate it")
+        self._vacate(replica)
+        self.counters.stops += 1
+
+    def preempt(self, replica: SimReplica) -> None:
+        """Take a busy replica's devices; its sessions begin again from their prompts."""
+        self.counters.preemptions += 1
+        interrupted = list(replica.sessions)
+        for session in interrupted:
+            session.version += 1
+            session.replica = None
+            session.preemptions += 1
+            self._leave(replica, session)
+        self._vacate(replica)
+        for session in reversed(interrupted):
+            self._enqueue(session, first=True)
+
+    def migrate(self, replica: SimReplica, node: SimNode, devices: Sequence[int]) -> SimReplica:
+        """Move a replica's sessions to a new one on another node; then its devices are free."""
+        target = self.start(replica.model, node, devices)
+        return self.migrate_to(replica, target)
+
+    def migrate_to(self, replica: SimReplica, target: SimReplica) -> SimReplica:
+        """Move a replica's sessions to one that is starting or idle."""
+        self.counters.migrations += 1
+        replica.moving_to = target
+        target.awaits_move = True
+        if target.phase is Phase.READY:
+            self._copy(replica, target)
+        else:
+            target.when_ready = lambda: self._copy(replica, target)
+        return target
+
+    def _copy(self, replica: SimReplica, target: SimReplica) -> None:
+        copy_seconds = max((self.copy_seconds(session) for session in replica.sessions), default=0.0)
+        self.clock.after(copy_seconds, lambda: self._switch(replica, target))
+
+    def copy_seconds(self, session: Session) -> float:
+        """Return how long a session's cache takes to be at another node while it goes on.
+
+        The quicker of shipping it and of computing it again from its tokens.
+        """
+        replica = session.replica
+        if replica is None:
+            return 0.0
+        model, spec = replica.model, replica.node.spec
+        done_seconds = self.now - (session.started_seconds or self.now)
+        tokens = session.request.input_tokens + int(done_seconds / model.token_seconds(spec.device))
+        shipped = tokens * model.kv_bytes_per_token / spec.network_bytes_per_second
+        return min(shipped, model.prefill_seconds(spec.device, tokens))
+
+    def _switch(self, replica: SimReplica, target: SimReplica) -> None:
+        target.awaits_move = False
+        if target.phase is Phase.GONE or replica.phase is Phase.GONE:
+            replica.moving_to = None
+            return
+        for session in list(replica.sessions):
+            self._leave(replica, session)
+            session.replica = target
+            session.migrations += 1
+            self._occupy(target, session)
+            self._end_at(session, session.ends_seconds + SWITCH_SECONDS)
+        self._vacate(replica)
+        self._touch(target.node)
+        self._serve(replica.model.name)
+        self.ask()
+
+    def _vacate(self, replica: SimReplica) -> None:
+        if replica.transfer is not None:
+            self.flows.cancel(replica.transfer)
+            replica.transfer = None
+        replica.phase = Phase.GONE
+        for index in replica.devices:
+            replica.node.owners[index] = None
+        del self.replicas[replica.model.name][replica]
+        self.counters.held_device_seconds += self.now * len(replica.devices)
+        self._touch(replica.node)
+        self.ask()
+
+    # --- failures ---
+
+    def fail_node(self, node: SimNode, *, for_seconds: float) -> None:
+        """Take a host away with all that runs there and its memory; its disk survives."""
+        node.down = True
+        for replica in node.replicas:
+            if replica.sessions:
+                self.preempt(replica)
+            else:
+                self._vacate(replica)
+        node.dram.clear()
+        self._touch(node)
+
+        def back() -> None:
+            node.down = False
+            self._touch(node)
+            self.ask()
+
+        self.clock.after(for_seconds, back)
+
+    def _touch(self, node: SimNode) -> None:
+        self.changed_nodes[node.node_id] = None
+
+
+def _node(node_id: NodeId, spec: NodeSpec) -> SimNode:
+    return SimNode(
+        node_id=node_id,
+        spec=spec,
+        owners=[None] * spec.device_count,
+        disk=Link(f"{node_id}/disk", spec.disk_bytes_per_second),
+        network=Link(f"{node_id}/network", spec.network_bytes_per_second),
+        bus=tuple(
+            Link(f"{node_id}/bus-{index}", spec.device.bus_bytes_per_second)
+            for index in range(spec.device_count)
+        ),
+    )
+
+
+def _fill(node: SimNode, models: Sequence[ModelSpec]) -> None:
+    """Put checkpoints on a disk, beginning at another one on each node, as far as they fit."""
+    first = sum(node.node_id.encode()) % max(1, len(models))
+    left = node.spec.disk_bytes
+    for model in (*models[first:], *models[:first]):
+        if model.weight_bytes <= left:
+            node.stored[model.name] = model.weight_bytes
+            left -= model.weight_bytes
+
+
+def _insert(kept: OrderedDict[ModelName, int], model: ModelSpec, capacity_bytes: int) -> None:
+    """Put a checkpoint into a cache, dropping the least recently used ones for it."""
+    if model.name in kept or model.weight_bytes > capacity_bytes:
+        return
+    while kept and sum(kept.values()) + model.weight_bytes > capacity_bytes:
+        kept.popitem(last=False)
+    kept[model.name] = model.weight_bytes
