@@ -24,6 +24,7 @@ from services.store.bandwidth import RunningRates, moved_by_tier
 from services.store.catalog import CatalogEntry
 from services.store.chunk_pool import ChunkPool
 from services.store.counters import ReadyCounters
+from services.store.disk_sources import DiskSources
 from services.store.eviction import Occupant, Uses
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Outcome, Readers, Urgency
@@ -44,12 +45,21 @@ _STOPPING = "the checkpoint store is being stopped"
 class Loads:
     """The residents of the pool; used from the event loop only."""
 
-    def __init__(self, arena: Arena, counters: ReadyCounters, *, read_threads: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        counters: ReadyCounters,
+        *,
+        sources: DiskSources,
+        read_threads: int,
+        clock: Clock,
+    ) -> None:
         """Start the reader threads; call inside the running loop."""
         self.arena = arena
         self.chunks = ChunkPool(arena.chunk_count)
         self.counters = counters
         self.rates = RunningRates()
+        self._sources = sources
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # reader threads have none: log lines would lose theirs
@@ -277,6 +287,7 @@ class Loads:
             chunks=self.chunks.take(resident.need_chunks),
             slots=slots,
             chunk_bytes=self.arena.chunk_bytes,
+            sources=self._sources,
         )
         resident.phase = Phase.LOADING
         reads = plan_reads(

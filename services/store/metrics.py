@@ -32,3 +32,8 @@ ATTACH_SECONDS = Histogram(
     buckets=START_STAGE_BUCKETS_SECONDS,
 )
 BANDWIDTH = Gauge("stoker_store_bandwidth_bytes_per_second", "Learnt rate of a tier.", ["tier"])
+DAMAGED_PARTS = Counter(
+    "stoker_store_damaged_parts_total",
+    "Parts of files on this host's disks whose digest was wrong, by owner of the file.",
+    ["owner"],
+)

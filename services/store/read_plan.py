@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from services.store.catalog import CatalogEntry
+from services.store.disk_sources import DiskSources
 from services.store.read_queue import ChunkRead
 from services.store.resident import ResidentFile
 from stoker.checkpoint.layout import chunk_count
-from stoker.checkpoint.reading import SourceFile
 
 
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
@@ -18,9 +18,14 @@ def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
 
 
 def lay_out(
-    entry: CatalogEntry, *, chunks: Sequence[int], slots: Sequence[int], chunk_bytes: int
+    entry: CatalogEntry,
+    *,
+    chunks: Sequence[int],
+    slots: Sequence[int],
+    chunk_bytes: int,
+    sources: DiskSources,
 ) -> tuple[ResidentFile, ...]:
-    """Deal chunks and counter slots out to a checkpoint's files, in their order."""
+    """Deal chunks, counter slots and sources out to a checkpoint's files, in their order."""
     taken = iter(chunks)
     return tuple(
         ResidentFile(
@@ -28,7 +33,8 @@ def lay_out(
             chunk_bytes=chunk_bytes,
             chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
             slot=slot,
-            source=SourceFile(file.path, entry.signatures[file.name]),
+            source=sources.open(entry, file),
+            step_bytes=sources.step_bytes(entry, file),
         )
         for file, slot in zip(entry.index.files, slots, strict=True)
     )

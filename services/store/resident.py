@@ -39,6 +39,7 @@ class ResidentFile:
         chunks: Numbers of its chunks in the arena, in the order of the file.
         slot: Of its ready counter.
         source: Where it is read from; None once it is all there.
+        step_bytes: Bytes are ready in whole steps: what one digest covers, where digests are checked.
         arrived: A flag per chunk.
         prefix: Chunks that have arrived, counted from the start without a gap.
     """
@@ -48,6 +49,7 @@ class ResidentFile:
     chunks: tuple[int, ...]
     slot: int
     source: ChunkSource | None
+    step_bytes: int = 1
     arrived: bytearray = field(init=False)
     prefix: int = 0
 
@@ -56,8 +58,13 @@ class ResidentFile:
 
     @property
     def ready_bytes(self) -> int:
-        """Bytes there, counted from the start."""
-        return min(self.prefix * self.chunk_bytes, self.size_bytes)
+        """Bytes there and checked, counted from the start.
+
+        A digest over several chunks is checked when the last of them arrives, so bytes behind the last whole
+        step may be unchecked.
+        """
+        there = min(self.prefix * self.chunk_bytes, self.size_bytes)
+        return there if there == self.size_bytes else there - there % self.step_bytes
 
     def arrive(self, index: int) -> bool:
         """Note that a chunk is there; True when the contiguous part grew."""

@@ -11,10 +11,14 @@ from services.store.arena import Arena, FaultedIn, open_arena
 from services.store.attach_server import AttachServer
 from services.store.catalog import Catalog
 from services.store.counters import ReadyCounters
+from services.store.damaged_copies import DamagedCopies
+from services.store.disk_sources import DiskSources
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.loads import Loads
 from services.store.run_folder import RunFolder
 from services.store.settings import FaultIn, StoreSettings
+from services.store.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
+from services.store.verified_parts import VerifiedParts
 from stoker import log, rpc
 from stoker.clock import SystemClock
 from stoker.v1 import checkpoint_store_pb2_grpc
@@ -48,7 +52,17 @@ class StoreService:
         self._arena = arena = open_arena(settings)
         self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots)
-        self._loads = loads = Loads(arena, counters, read_threads=settings.read_threads, clock=self._clock)
+        self._loads = loads = Loads(
+            arena,
+            counters,
+            sources=DiskSources(
+                settings.verify_disk,
+                VerifiedParts(settings.run_dir / VERIFIED_FOLDER_NAME),
+                DamagedCopies(None, forget=lambda _path, _damages: None),
+            ),
+            read_threads=settings.read_threads,
+            clock=self._clock,
+        )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])
         service = CheckpointStoreService(catalog=catalog, loads=loads, clock=self._clock)

@@ -22,6 +22,14 @@ class FaultIn(StrEnum):
     LAZY = "lazy"
 
 
+class VerifyDisk(StrEnum):
+    """When bytes that come from this host's disks are checked; what comes from outside always is."""
+
+    ALWAYS = "always"
+    FIRST = "first"
+    NEVER = "never"
+
+
 class HugeTmpfs(StrEnum):
     """Whether the daemon may make a tmpfs with huge pages for itself."""
 
@@ -61,6 +69,10 @@ class StoreSettings(ServiceSettings):
 
     read_threads: int = Field(default=4, ge=1, le=64)
     """Threads that read from disk, for all loads together."""
+
+    verify_disk: VerifyDisk = VerifyDisk.FIRST
+    """When digests of converted checkpoints on disk are checked: `always`; `first`: at the first read of each
+    part of a file, again when the file changes or `run_dir` was emptied; `never`."""
 
     allowed_roots: tuple[Path, ...] = ()
     """Folders that checkpoints may lie under; empty = anywhere this process can read."""

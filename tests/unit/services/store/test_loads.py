@@ -11,10 +11,13 @@ import pytest
 from services.store.arena import open_arena
 from services.store.catalog import Catalog
 from services.store.counters import ReadyCounters
+from services.store.damaged_copies import DamagedCopies
+from services.store.disk_sources import DiskSources
 from services.store.loads import Loads
 from services.store.read_queue import Urgency
 from services.store.resident import Phase
-from services.store.settings import StoreSettings
+from services.store.settings import StoreSettings, VerifyDisk
+from services.store.verified_parts import VerifiedParts
 from stoker.clock import ManualClock
 from stoker.errors import CapacityError, DoesNotFit, InUse, LoadFailed, PeerError
 from stoker.units import KIB
@@ -26,13 +29,21 @@ CHUNK = 64 * KIB
 class Store:
     """A catalog and a pool of a few chunks."""
 
-    def __init__(self, chunks: int, counters: int) -> None:
+    def __init__(self, chunks: int, counters: int, policy: VerifyDisk) -> None:
         self.catalog = Catalog(allowed_roots=())
         settings = StoreSettings(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK)
         self.arena = open_arena(settings)
         self.counters = ReadyCounters(counters)
         self.clock = ManualClock()
-        self.loads = Loads(self.arena, self.counters, read_threads=2, clock=self.clock)
+        self.loads = Loads(
+            self.arena,
+            self.counters,
+            sources=DiskSources(
+                policy, VerifiedParts(None), DamagedCopies(None, lambda _path, _damages: None)
+            ),
+            read_threads=2,
+            clock=self.clock,
+        )
 
     async def load(self, folder, urgency=Urgency.DEMAND):
         """Open the folder and load it."""
@@ -46,8 +57,8 @@ class Store:
 
 
 @asynccontextmanager
-async def store(chunks: int = 8, counters: int = 64):
-    made = Store(chunks, counters)
+async def store(chunks: int = 8, counters: int = 64, policy: VerifyDisk = VerifyDisk.FIRST):
+    made = Store(chunks, counters, policy)
     try:
         yield made
     finally:
