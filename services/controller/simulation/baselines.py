@@ -80,15 +80,14 @@ def make_room(world: World, node: SimNode, model: ModelSpec) -> None:
 def retire(world: World) -> float | None:
     """Stop replicas whose keep-alive is over; return when the next one's is."""
     due_seconds = []
-    for replicas in list(world.replicas.values()):
-        for replica in list(replicas):
-            if not replica.is_idle or replica.idle_since_seconds is None:
-                continue
-            until_seconds = replica.idle_since_seconds + keep_alive_seconds(replica)
-            if until_seconds <= world.now:
-                world.stop(replica)
-            else:
-                due_seconds.append(until_seconds)
+    for replica in list(world.idle):
+        if not replica.is_idle or replica.idle_since_seconds is None:
+            continue
+        until_seconds = replica.idle_since_seconds + keep_alive_seconds(replica)
+        if until_seconds <= world.now:
+            world.stop(replica)
+        else:
+            due_seconds.append(until_seconds)
     return min(due_seconds, default=None)
 
 

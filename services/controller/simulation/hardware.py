@@ -110,7 +110,7 @@ class ModelSpec:
         """Return how many devices hold the weights and a context of cache."""
         context_tokens = 2048
         need_bytes = self.weight_bytes + self.concurrency * context_tokens * self.kv_bytes_per_token
-        return math.ceil(need_bytes / (0.95 * device.memory_bytes))
+        return max(1, math.ceil(need_bytes / (0.95 * device.memory_bytes)))
 
     def prefill_seconds(self, device: DeviceSpec, tokens: int) -> float:
         """Return how long `tokens` prompt tokens take, at least one pass over the weights."""

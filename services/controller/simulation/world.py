@@ -182,6 +182,8 @@ class World:
         self.timeout_seconds = timeout_seconds
         self.queues: dict[ModelName, deque[Session]] = {model.name: deque() for model in models}
         self.replicas: dict[ModelName, dict[SimReplica, None]] = {model.name: {} for model in models}
+        self.idle: dict[SimReplica, None] = {}
+        """Ready replicas that serve nobody, the longest unused first."""
         self.waiting: dict[ModelName, None] = {}
         """Models with a queue, in the order in which theirs began."""
         self.sessions: list[Session] = []
@@ -190,6 +192,8 @@ class World:
         """Since the policy last looked; it empties this."""
         self._ids = itertools.count(1)
         self._asked = False
+        self._wakes_seconds = 0.0
+        """When the policy is asked next though nothing happens; in the past = never."""
 
     # --- running ---
 
@@ -210,7 +214,8 @@ class World:
         session = Session(request, self.now)
         self.sessions.append(session)
         self._enqueue(session)
-        self.clock.after(self.timeout_seconds, lambda: self._give_up(session))
+        if session.started_seconds is None:
+            self.clock.after(self.timeout_seconds, lambda: self._give_up(session))
 
     @property
     def now(self) -> float:
@@ -226,13 +231,16 @@ class World:
     def _decide(self) -> None:
         self._asked = False
         again_seconds = self.policy.decide(self)
-        if again_seconds is not None and self.is_alive:
+        if again_seconds is None or not self.is_alive:
+            return
+        if self._wakes_seconds <= self.now or again_seconds < self._wakes_seconds:
+            self._wakes_seconds = again_seconds
             self.clock.at(again_seconds, self.ask)
 
     @property
     def is_alive(self) -> bool:
         """Tell whether anything is left to decide about."""
-        return bool(self.waiting) or any(self.replicas.values())
+        return bool(self.waiting or self.idle)
 
     # --- sessions ---
 
@@ -280,6 +288,7 @@ class World:
         if not replica.sessions:
             self._busy(replica, begins=True)
             replica.idle_since_seconds = None
+            self.idle.pop(replica, None)
         replica.sessions[session] = None
         self._touch(replica.node)
 
@@ -288,6 +297,7 @@ class World:
         if not replica.sessions:
             self._busy(replica, begins=False)
             replica.idle_since_seconds = self.now
+            self.idle[replica] = None
         self._touch(replica.node)
 
     def _busy(self, replica: SimReplica, *, begins: bool) -> None:
@@ -380,6 +390,7 @@ class World:
             return
         replica.phase = Phase.READY
         replica.ready_seconds = replica.idle_since_seconds = self.now
+        self.idle[replica] = None
         self._touch(replica.node)
         if replica.when_ready is not None:
             replica.when_ready()
@@ -461,6 +472,7 @@ class World:
             self.flows.cancel(replica.transfer)
             replica.transfer = None
         replica.phase = Phase.GONE
+        self.idle.pop(replica, None)
         for index in replica.devices:
             replica.node.owners[index] = None
         del self.replicas[replica.model.name][replica]
