@@ -1,0 +1,171 @@
+"""A checkpoint's folder in an object store, or on a shared file system, through obstore.
+
+`s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`: credentials, endpoints and regions come
+from the environment by the names that each vendor's own tools use. obstore tries again by itself what an
+answer of 429 or 5xx says may be tried again; what it gives up is tried again by `ranges`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from services.store.origins.http_replies import changed
+from services.store.origins.origin import Broken, OriginRefused, RemoteFile
+from stoker.errors import ConfigError, NotFound, StokerError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+MAX_LISTED = 100_000
+"""Objects in a checkpoint's folder; more are not a checkpoint."""
+
+PIECE_BYTES = 4 * 1024 * 1024
+_MAX_REASON = 300
+_STATUS = re.compile(r"\b(408|425|429|5\d\d)\b")
+
+
+def cloud_store(uri: str, *, timeout_seconds: float) -> ObjectStore:
+    """Return obstore's store for the folder at `uri`; opens no connection.
+
+    Raises:
+        ConfigError: obstore is not installed, or the environment's settings for it are wrong.
+    """
+    obstore = import_obstore()
+    try:
+        return cast(
+            "ObjectStore",
+            obstore.store.from_url(
+                uri,
+                client_options={"timeout": timedelta(seconds=timeout_seconds)},
+                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=timeout_seconds)},
+            ),
+        )
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise ConfigError(f"{uri} cannot be opened: {_shortened(error)}; check the environment") from error
+
+
+def folder_store(folder: Path) -> ObjectStore:
+    """Return obstore's store for a folder that this host sees.
+
+    Raises:
+        ConfigError: obstore is not installed.
+        NotFound: There is no such folder.
+    """
+    obstore = import_obstore()
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not a folder. Give the folder that holds config.json.")
+    return cast("ObjectStore", obstore.store.LocalStore(folder))
+
+
+class ObjectStoreOrigin:
+    """See `Origin`."""
+
+    def __init__(self, uri: str, open_store: Callable[[], ObjectStore]) -> None:
+        """Args: uri: of the folder. open_store: gives the store rooted there."""
+        self._uri = uri.rstrip("/")
+        self._obstore = import_obstore()
+        self._store = open_store()
+
+    @property
+    def uri(self) -> str:
+        """See `Origin`."""
+        return self._uri
+
+    def find(self, names: Collection[str]) -> dict[str, RemoteFile]:
+        """See `Origin`; one listing answers for all names."""
+        wanted = set(names)
+        try:
+            listed = self._obstore.list_with_delimiter(self._store)["objects"]
+        except Exception as error:
+            raise self._fault(error, "") from error
+        if len(listed) > MAX_LISTED:
+            raise OriginRefused(f"{self._uri} holds more than {MAX_LISTED:,} objects: it is no checkpoint")
+        if not listed:
+            raise NotFound(f"{self._uri}: there is nothing; check the uri")
+        found = (
+            RemoteFile(
+                name=meta["path"].rpartition("/")[2],
+                size_bytes=int(meta["size"]),
+                version=meta.get("e_tag") or str(meta["last_modified"]),
+            )
+            for meta in listed
+        )
+        return {file.name: file for file in found if file.name in wanted}
+
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
+        """See `Origin`."""
+        if not len(into):
+            return
+        done = 0
+        options: dict[str, Any] = {"range": (offset, offset + len(into))}
+        if file.version.startswith('"'):
+            options["if_match"] = file.version
+        try:
+            answer = self._obstore.get(self._store, file.name, options=options)
+            self._check(answer, file, offset, len(into))
+            for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+                into[done : done + len(piece)] = piece
+                done += len(piece)
+        except StokerError:
+            raise
+        except Exception as error:
+            raise self._fault(error, file.name, done_bytes=done) from error
+        if done != len(into):
+            raise Broken(
+                f"{self._uri}/{file.name} ended after {done:,} of {len(into):,} bytes", done_bytes=done
+            )
+
+    def close(self) -> None:
+        """See `Origin`; obstore's connections end with the store."""
+
+    def _check(self, answer: Any, file: RemoteFile, offset: int, length: int) -> None:
+        url = f"{self._uri}/{file.name}"
+        tag = answer.meta.get("e_tag")
+        if answer.meta["size"] != file.size_bytes or (tag and file.version and tag != file.version):
+            raise changed(url)
+        if tuple(answer.range) != (offset, offset + length):
+            raise OriginRefused(f"{url}: asked for {length} bytes from {offset}, got {tuple(answer.range)}")
+
+    def _fault(self, error: Exception, name: str, *, done_bytes: int = 0) -> StokerError:
+        kinds = self._obstore.exceptions
+        url = f"{self._uri}/{name}" if name else self._uri
+        match error:
+            case kinds.NotFoundError() | FileNotFoundError():
+                return NotFound(f"{url}: there is no such object; check the uri")
+            case kinds.PermissionDeniedError() | kinds.UnauthenticatedError() | PermissionError():
+                return OriginRefused(
+                    f"{url}: the object store doesn't let this store read there; give the store credentials "
+                    "that may, in its environment"
+                )
+            case kinds.PreconditionError():
+                return changed(url)
+            case kinds.NotSupportedError():
+                return OriginRefused(f"{url}: {_shortened(error)}")
+        return Broken(f"{url}: {_shortened(error)}", done_bytes=done_bytes)
+
+
+def import_obstore() -> Any:
+    """Return the obstore package, with its exceptions and stores loaded.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import obstore  # noqa: PLC0415 - an optional dependency
+        import obstore.exceptions  # noqa: PLC0415
+        import obstore.store  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            "object stores need obstore: pip install 'stoker[remote]' on the store's host"
+        ) from error
+    return obstore
+
+
+def _shortened(error: Exception) -> str:
+    """Return an error's first words without queries: signatures travel there."""
+    text = re.sub(r"\?[^\s\"')]+", "?…", " ".join(str(error).split()))
+    return text[:_MAX_REASON]

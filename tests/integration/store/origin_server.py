@@ -1,0 +1,150 @@
+"""A small HTTP origin that serves a folder with ranges, counts what it sends, and fails on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault:
+    """What happens to one GET instead of a good answer.
+
+    Attributes:
+        status: Answer this.
+        retry_after: With this Retry-After.
+        cut_after: Send so many bytes of the body, then hang up.
+        wrong: Send other bytes.
+        whole: Ignore Range.
+    """
+
+    status: int = 0
+    retry_after: str = ""
+    cut_after: int | None = None
+    wrong: bool = False
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class OriginServer:
+    """What it serves and what it did.
+
+    Attributes:
+        folder: Its files.
+        url: Of the folder.
+        sent: Bytes of bodies sent, by file name.
+        gets: Ranges asked for, by file name.
+        faults: Of the next GETs, by file name.
+        always: A fault for every GET, by file name.
+        heads: A status for every HEAD, by file name.
+        gate: Called before each GET of weights, with its name and first byte; may block.
+        tags: Whether entity tags are told.
+    """
+
+    folder: Path
+    url: str = ""
+    sent: Counter[str] = field(default_factory=Counter)
+    gets: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    faults: dict[str, deque[Fault]] = field(default_factory=dict)
+    always: dict[str, Fault] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    gate: Callable[[str, int], None] = lambda _name, _begin: None
+    tags: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def weights_sent(self) -> int:
+        """Bytes of weights files sent."""
+        with self.lock:
+            return sum(count for name, count in self.sent.items() if name.endswith(".safetensors"))
+
+    def fault_of(self, name: str) -> Fault:
+        """The fault of this GET."""
+        with self.lock:
+            queue = self.faults.get(name)
+            return queue.popleft() if queue else self.always.get(name, Fault())
+
+
+def serve_file(handler: BaseHTTPRequestHandler, server: OriginServer, name: str) -> None:
+    """Answer a GET or HEAD for a file of the folder."""
+    path = server.folder / name
+    content = path.read_bytes() if path.is_file() else None
+    get = handler.command == "GET"
+    fault = server.fault_of(name) if get else Fault(status=server.heads.get(name, 0))
+    begin, end = 0, len(content or b"")
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
+    tag = f'"{hashlib.sha256(content or b"").hexdigest()[:16]}"'
+    expected = handler.headers.get("If-Match")
+    status = fault.status or (404 if content is None else 200)
+    if status == 200 and server.tags and expected not in {None, tag}:
+        status = 412
+    if status == 200 and found and not fault.whole:
+        status, begin, end = 206, int(found[1]), min(end, int(found[2]) + 1)
+    body = (content or b"")[begin:end] if status in {200, 206} else b"no"
+    if get and name.endswith(".safetensors"):
+        server.gate(name, begin)
+        with server.lock:
+            server.gets.setdefault(name, []).append((begin, end))
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    if status == 206:
+        handler.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content or b'')}")
+    if server.tags and content is not None:
+        handler.send_header("ETag", tag)
+    if fault.retry_after:
+        handler.send_header("Retry-After", fault.retry_after)
+    handler.end_headers()
+    if not get:
+        return
+    if fault.wrong:
+        body = bytes(byte ^ 1 for byte in body[:64]) + body[64:]
+    if fault.cut_after is not None:
+        body = body[: fault.cut_after]
+        handler.close_connection = True
+    handler.wfile.write(body)
+    with server.lock:
+        server.sent[name] += len(body)
+
+
+@contextmanager
+def origin_server(
+    folder: Path, serve: Callable[[BaseHTTPRequestHandler, OriginServer], None] | None = None
+) -> Iterator[OriginServer]:
+    """Serve `folder` on a free port of this host; `serve` answers in its own way."""
+    made = OriginServer(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            try:
+                if serve is not None:
+                    serve(self, made)
+                else:
+                    serve_file(self, made, self.path.rpartition("/")[2])
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        do_GET = do_HEAD = answer  # noqa: N815 - the names that http.server calls
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    http.handle_error = lambda *_args: None  # a daemon that was killed leaves broken connections
+    made.url = f"http://127.0.0.1:{http.server_address[1]}/models/one"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
