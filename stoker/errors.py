@@ -197,6 +197,13 @@ class LoadFailed(PeerError):
     grpc_status = grpc.StatusCode.ABORTED
 
 
+class StreamLost(PeerError):
+    """An answer that had begun was cut off: no replica could go on with it."""
+
+    code = "stream_lost"
+    grpc_status = grpc.StatusCode.ABORTED
+
+
 class NotLeader(PeerError):
     """This controller does not lead; the details may name who does."""
 

@@ -30,18 +30,25 @@ MAX_ERROR_BYTES = 3500
 """gRPC refuses trailing metadata above 8192 bytes. The status message may triple (percent encoding) and the
 error's JSON grow by a third (base64): 3 · 1000 + 4/3 · 3500 stays below."""
 
+KEEPALIVE_SECONDS = 3
+"""A silent peer is pinged after this, and given up after as long again: a paused process or a node that lost
+its network ends its streams within 6 s."""
+
 _KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
+_BROKEN_STREAM = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
+"""How gRPC's core names a connection that ended under a call, where the status is not UNAVAILABLE."""
+
 _SERVER_ONLY = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
 ]
 
 
@@ -213,9 +220,16 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> StokerError:
         return DeadlineExceeded(f"{peer} did not answer in time")
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(f"{peer} refused the request: {error.details()}")
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or _is_of_transport(error):
         return PeerError(f"{peer} cannot be reached: {error.details()}")
     return StokerError(f"{peer} failed: {error.code().name}: {error.details()}")
+
+
+def _is_of_transport(error: grpc.aio.AioRpcError) -> bool:
+    """Say whether the connection broke in the middle of an answer: our handlers' errors carry an entry."""
+    return error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and any(
+        sign in (error.details() or "") for sign in _BROKEN_STREAM
+    )
 
 
 @contextmanager

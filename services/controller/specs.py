@@ -13,6 +13,7 @@ from stoker.v1 import model_pb2
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 ENGINES = ("transformers",)
+RESUMES = ("exact", "fast")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MAX_KEEP_ALIVE_SECONDS = 30 * 24 * 3600.0
 MAX_REPLICAS = 1_000
@@ -38,6 +39,7 @@ def resolve(spec: model_pb2.ModelSpec, settings: ControllerSettings) -> model_pb
     full.max_queue = spec.max_queue or settings.max_queue
     full.engine = spec.engine or ENGINES[0]
     full.dtype = spec.dtype or DTYPES[0]
+    full.resume = spec.resume or RESUMES[0]
     _check(full)
     return full
 
@@ -88,6 +90,7 @@ def _check(spec: model_pb2.ModelSpec) -> None:
         )
     _check_choice(spec, "engine", spec.engine, ENGINES)
     _check_choice(spec, "dtype", spec.dtype, DTYPES)
+    _check_choice(spec, "resume", spec.resume, RESUMES)
     if len(spec.labels) > MAX_LABELS:
         raise InvalidRequest(
             f"model {spec.name}: {len(spec.labels)} labels, at most {MAX_LABELS} are kept", param="labels"

@@ -12,8 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
+
+if TYPE_CHECKING:
+    from services.controller.index import Index
+
+Checkpoint = tuple[CheckpointUri, Revision]
+"""What a store knows the weights of a model by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +41,13 @@ class Model:
         min_replicas: Kept even when nobody asks.
         max_replicas: Never more than these.
         concurrency: Sessions per replica before another is wanted.
+        devices: Slots of one node that a replica occupies; each holds an equal share of the weights.
+        pinned: Its replicas are never stopped or moved for other models.
+        required_labels: Only nodes with all of these take it.
+        preferred_labels: Of two nodes about equally fast, the one with more of these.
+        keep_alive_auto: The keep-alive follows the arrivals; `keep_alive_seconds` is the longest.
+        kv_bytes_per_token: What a session's key/value cache grows by; 0 = not known.
+        origin: What a node that holds nothing of it reads it from: `disk` (a path) or `remote`.
     """
 
     name: ModelName
@@ -49,6 +63,18 @@ class Model:
     min_replicas: int = 0
     max_replicas: int = 1
     concurrency: int = 8
+    devices: int = 1
+    pinned: bool = False
+    required_labels: frozenset[tuple[str, str]] = frozenset()
+    preferred_labels: frozenset[tuple[str, str]] = frozenset()
+    keep_alive_auto: bool = False
+    kv_bytes_per_token: int = 0
+    origin: str = "disk"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What a store knows the weights by."""
+        return (self.checkpoint_uri, self.revision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +122,15 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transferred:
+    """What one tier moved during a start."""
+
+    tier: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartStages:
     """Measured seconds of a finished start; see `StartTimings` in the protos."""
 
@@ -104,6 +139,18 @@ class StartStages:
     skeleton_seconds: float = 0.0
     first_forward_seconds: float = 0.0
     total_seconds: float = 0.0
+    transfers: tuple[Transferred, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A session that moved, as its source measured it; `path` is `ship` or `replay`."""
+
+    migration_id: str
+    model: ModelName
+    path: str
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +172,10 @@ class Replica:
         error_message: When failed.
         max_context_tokens: Longest prompt and answer together.
         max_batch: Sessions it runs at once.
+        numerics: Names all that decides the bits of its results; empty before it is ready.
+        loading: Ready, but weights are still on their way: its stages are not complete.
+        context_tokens: Prompt and output so far, over all running sessions.
+        revision: Of the checkpoint it loads.
     """
 
     replica_id: ReplicaId
@@ -141,6 +192,35 @@ class Replica:
     error_message: str = ""
     max_context_tokens: int = 0
     max_batch: int = 0
+    numerics: str = ""
+    loading: bool = False
+    context_tokens: int = 0
+    revision: Revision | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """A robust running estimate of a rate; see `bandwidth`.
+
+    Attributes:
+        log_rate: Natural logarithm of bytes per second.
+        log_spread: Typical distance of a sample from it, in the logarithm.
+        weight: Samples behind it, older ones counting less.
+        at_seconds: When it was last changed.
+    """
+
+    log_rate: float
+    log_spread: float
+    weight: float
+    at_seconds: float
+
+
+class Scheduling(Enum):
+    """What an operator wants of a node; as `NodeScheduling` in the protos."""
+
+    OPEN = "open"
+    CORDONED = "cordoned"
+    DRAINED = "drained"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +240,9 @@ class Node:
         warm_workers: Pre-started ones, without a model.
         worker_start_seconds: Learnt time from spawn to warm; 0 = not known.
         draining: Takes no new replicas.
+        labels: Set by the operator, on the host.
+        learnt: Rates learnt from the starts this controller has seen, by stage name.
+        moved: The last moves away from it, oldest first.
         connected: Its report stream stands.
         reachable: It was heard of within the time-out. Replicas of an unreachable node serve nobody.
         last_seen_seconds: When its last report came.
@@ -177,6 +260,9 @@ class Node:
     warm_workers: int = 0
     worker_start_seconds: float = 0.0
     draining: bool = False
+    labels: frozenset[tuple[str, str]] = frozenset()
+    learnt: Mapping[str, Learnt] = field(default_factory=dict)
+    moved: tuple[Moved, ...] = ()
     connected: bool = True
     reachable: bool = True
     last_seen_seconds: float = 0.0
@@ -198,6 +284,7 @@ class Reservation:
         reported: Its node has reported the replica at least once since.
         stopping_since_seconds: When the stop was decided; None = it is wanted.
         stopping_for: The model it makes room for, if any.
+        moving_to: The replica its sessions go to, while it is moved away.
         lost: Its node has not reported within the time-out since this controller leads; cleared when it does.
         releasing: Its deletion from the state is under way.
     """
@@ -213,16 +300,56 @@ class Reservation:
     reported: bool = False
     stopping_since_seconds: float | None = None
     stopping_for: ModelName | None = None
+    moving_to: ReplicaId | None = None
     lost: bool = False
     releasing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Requests that wait for a model; `waiters` ≥ 1."""
+    """Requests that wait for a model.
+
+    Attributes:
+        since_seconds: When the first of them began to.
+        waiters: How many; ≥ 1.
+    """
 
     since_seconds: float
     waiters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveCost:
+    """Seconds to move a session: `a_seconds_per_token` × tokens + `b_seconds`; from `samples` moves.
+
+    The sums are those of a least-squares line, older moves counting less.
+    """
+
+    a_seconds_per_token: float
+    b_seconds: float
+    samples: int = 0
+    weight: float = 0.0
+    sum_tokens: float = 0.0
+    sum_seconds: float = 0.0
+    sum_tokens_squared: float = 0.0
+    sum_tokens_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """When a model was asked for: gaps between requests, counted by minute; see `forecast`.
+
+    Attributes:
+        last_seconds: The last request.
+        gap_counts: Idle times that ended with a request, by whole minutes; at most four hours of them.
+        longer: Idle times beyond.
+        rate_per_second: Requests per second, a running estimate.
+    """
+
+    last_seconds: float
+    gap_counts: tuple[tuple[int, int], ...] = ()
+    longer: int = 0
+    rate_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +396,14 @@ class View:
     """Replicas a gateway found broken, until their node reports again."""
     always: frozenset[ModelName] = frozenset()
     """Models with `min_replicas` above 0: wanted though nobody asks."""
+    scheduling: Mapping[NodeId, Scheduling] = field(default_factory=dict)
+    """What operators want of nodes; nodes not in it are open."""
+    moves: Mapping[tuple[ModelName, str], MoveCost] = field(default_factory=dict)
+    """Learnt costs of moving a session, by model and path."""
+    arrivals: Mapping[ModelName, Arrivals] = field(default_factory=dict)
+    """When models were asked for."""
+    index: Index | None = field(default=None, compare=False, repr=False)
+    """Summaries of the above that `fold` keeps current; None = not made yet. Never a source of truth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +422,14 @@ class Policy:
         tie_seconds: Estimates this close are a tie; the smaller disturbance wins.
         backoff_first_seconds: After the first failed start; doubles with each further one.
         backoff_limit_seconds: Never longer than this.
+        may_migrate: Running replicas may be moved to make room.
+        hysteresis_ratio: A running or idle replica is disturbed only when that gains this many times what it
+            costs (SHEPHERD's lambda, NSDI '23).
+        waiting_bound_seconds: Who waits for longer than this is not held back by hysteresis any more.
+        worth_decay_seconds: The chance that an idle replica is asked for again falls by e in this time.
+        migration_candidates: Nodes looked at for a move, the most promising first.
+        move_seconds_per_token: Until a model's moves are measured.
+        move_seconds: Likewise, per move.
     """
 
     node_timeout_seconds: float = 5.0
@@ -300,3 +443,10 @@ class Policy:
     tie_seconds: float = 0.01
     backoff_first_seconds: float = 1.0
     backoff_limit_seconds: float = 60.0
+    may_migrate: bool = False
+    hysteresis_ratio: float = 1.0
+    waiting_bound_seconds: float = 30.0
+    worth_decay_seconds: float = 60.0
+    migration_candidates: int = 32
+    move_seconds_per_token: float = 0.0005
+    move_seconds: float = 0.2

@@ -123,6 +123,8 @@ def _replica_of(replica: node_agent_pb2.Replica, now_seconds: float) -> Replica:
         error_message=replica.error_message,
         max_context_tokens=replica.max_context_tokens,
         max_batch=replica.max_batch,
+        numerics=replica.numerics,
+        revision=Revision(replica.revision),
     )
 
 
@@ -171,6 +173,8 @@ def route_replica(found: Member) -> controller_pb2.RouteReplica:
         agent_address=found.node.agent_address if found.node else "",
         max_context_tokens=found.replica.max_context_tokens if found.replica else 0,
         max_batch=found.replica.max_batch if found.replica else 0,
+        numerics=found.replica.numerics if found.replica else "",
+        revision=(found.replica.revision or "") if found.replica else "",
     )
 
 

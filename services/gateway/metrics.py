@@ -39,6 +39,25 @@ WAITING = Gauge("vllm:num_requests_waiting", "Sessions before their first token.
 PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens of finished requests.", _MODEL)
 GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", _MODEL)
 
+RESUMES = Counter(
+    "stoker_gateway_resumes",
+    "Sessions that went on at another replica after a failure.",
+    ["model_name", "cause"],
+)
+RESUME_SECONDS = Histogram(
+    "stoker_gateway_resume_seconds",
+    "From a failure noticed to the session's next token, by stage: search (for a replica), replay.",
+    ["model_name", "stage"],
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+RESUMED_TOKENS = Counter(
+    "stoker_gateway_resumed_tokens", "Generated tokens computed again after a failure.", _MODEL
+)
+STREAMS_LOST = Counter("stoker_gateway_streams_lost", "Streams cut off after they had begun.", _MODEL)
+FENCED_EVENTS = Counter(
+    "stoker_gateway_fenced_events", "Events of earlier owners of a session, refused.", _MODEL
+)
+
 _STAGES = ("placement", "worker", "attach", "weights", "skeleton", "assign", "first_forward", "total")
 
 

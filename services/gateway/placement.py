@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -50,10 +51,18 @@ class Placement:
         self._cold_timeout_seconds = cold_timeout_seconds
         self._patience_seconds = patience_seconds
 
-    def ready(self, route: ModelRoute, failed: Sequence[ReplicaId] = ()) -> Replica | None:
-        """Return the ready replica with the most room; None when the model is cold."""
+    def ready(
+        self, route: ModelRoute, failed: Sequence[ReplicaId] = (), like: Replica | None = None
+    ) -> Replica | None:
+        """Return the ready replica with the most room; None when the model is cold.
+
+        Args:
+            route: The model's.
+            failed: Replicas that just failed.
+            like: Where the session began, if it goes on.
+        """
         shunned = self.table.shunned(now_seconds=self._clock.now_seconds())
-        return choose_replica(route.replicas, self.in_flight, excluded=shunned.union(failed))
+        return choose_replica(route.replicas, self.in_flight, excluded=shunned.union(failed), like=like)
 
     def report_failed(self, replica: Replica) -> None:
         """Pass over a replica for a while."""
@@ -65,7 +74,9 @@ class Placement:
         if not self.in_flight[replica_id]:
             del self.in_flight[replica_id]
 
-    async def acquire(self, job: Job, *, failed: Sequence[ReplicaId] = ()) -> Replica:
+    async def acquire(
+        self, job: Job, *, failed: Sequence[ReplicaId] = (), limit_seconds: float = math.inf
+    ) -> Replica:
         """Have a replica started unless one is, tell the client how it goes, and return it when it is ready.
 
         Leaving early (cancellation) ends the wait, never the start.
@@ -73,6 +84,7 @@ class Placement:
         Args:
             job: The request; its trace is told the start's timings.
             failed: Replicas that just failed under this request.
+            limit_seconds: Longest wait, if shorter than what the settings and the request allow.
 
         Raises:
             StokerError: What the controller says: no room, load failed, not in time, nobody there.
@@ -81,7 +93,7 @@ class Placement:
         request = controller_pb2.AcquireRequest(
             model=job.trace.model,
             request_id=job.trace.request_id,
-            timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds()),
+            timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds(), limit_seconds),
             failed_replica_ids=failed,
         )
         await job.sink.waiting(Waiting(state="acquiring"))

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from stoker.errors import ModelNotFound, PeerError
 from stoker.ids import ModelName, ReplicaId
-from stoker.v1 import controller_pb2
+from stoker.v1 import controller_pb2, session_pb2
 
 MAX_NEAR_NAMES = 3
 UNSYNCED_RETRY_SECONDS = 2.0
 SHUN_SECONDS = 2.0
 """How long a replica that failed is passed over, unless the controller names it anew meanwhile."""
+RESUME_MODES = {"exact": session_pb2.RESUME_MODE_EXACT, "fast": session_pb2.RESUME_MODE_FAST}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,14 @@ class Replica:
     max_context_tokens: int
     """0 = not known."""
     max_batch: int
+    numerics: str = ""
+    """Names all that decides the bits of its answers; empty = not known."""
+    revision: str = ""
+    """Of the checkpoint it serves; empty = not known."""
+
+    def continues(self, other: Replica) -> bool:
+        """Say whether this replica has the other's weights; an unknown revision counts as equal."""
+        return not self.revision or not other.revision or self.revision == other.revision
 
     @classmethod
     def from_proto(cls, replica: controller_pb2.RouteReplica) -> Replica:
@@ -39,6 +48,8 @@ class Replica:
             agent_address=replica.agent_address,
             max_context_tokens=replica.max_context_tokens,
             max_batch=replica.max_batch,
+            numerics=replica.numerics,
+            revision=replica.revision,
         )
 
 
@@ -57,6 +68,8 @@ class ModelRoute:
     max_queue: int
     replicas: tuple[Replica, ...]
     store_addresses: tuple[str, ...]
+    resume_mode: session_pb2.ResumeMode.ValueType = session_pb2.RESUME_MODE_EXACT
+    """How a session's tokens get into its next replica."""
 
     @property
     def batch_capacity(self) -> int:
@@ -76,6 +89,7 @@ class ModelRoute:
             context_tokens=min(limits, default=0),
             vocabulary_tokens=checkpoint.vocabulary_tokens,
             max_queue=max(1, spec.max_queue),
+            resume_mode=RESUME_MODES.get(spec.resume, session_pb2.RESUME_MODE_EXACT),
             replicas=tuple(Replica.from_proto(replica) for replica in route.replicas),
             store_addresses=tuple(route.store_addresses),
         )
@@ -152,20 +166,29 @@ def choose_replica(
     in_flight: Mapping[ReplicaId, int],
     *,
     excluded: Collection[ReplicaId] = (),
+    like: Replica | None = None,
 ) -> Replica | None:
     """Return the replica with the most room, by this gateway's own sessions; None when there is none.
 
-    Room is compared by sessions per batch slot; the first replica named wins a tie.
+    Those of equal numerics come first, then room: sessions per batch slot; the first one named wins a tie.
 
     Args:
         replicas: Ready ones.
         in_flight: Sessions this gateway has running on each; absent = 0.
         excluded: Replicas that just failed.
+        like: Where the session began: only replicas of the same weights can go on with it.
     """
-    ready = [replica for replica in replicas if replica.replica_id not in excluded]
+    ready = [
+        replica
+        for replica in replicas
+        if replica.replica_id not in excluded and (like is None or replica.continues(like))
+    ]
     return min(
         ready,
-        key=lambda replica: in_flight.get(replica.replica_id, 0) / max(1, replica.max_batch),
+        key=lambda replica: (
+            like is not None and replica.numerics != like.numerics,
+            in_flight.get(replica.replica_id, 0) / max(1, replica.max_batch),
+        ),
         default=None,
     )
 

@@ -3,7 +3,7 @@
     route → admission → (cold: acquire ‖ tokenizer) → prompts → one session per answer → sink
 
 The runner pushes into a `Sink`; cancelling the task that runs it cancels the generation, never a load. A
-session without a token yet is tried again elsewhere when its replica fails; later the request fails.
+session whose replica fails goes on elsewhere (`session_run`, `hops`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from services.gateway import metrics
 from services.gateway.admission import Admission
 from services.gateway.agents import Agents
+from services.gateway.hops import HopPolicy
 from services.gateway.job import Job
 from services.gateway.placement import Placement
 from services.gateway.prompts import content_characters, encode_prompts
@@ -54,7 +55,7 @@ class Runner:
         executor: Threads for long texts.
         clock: Time.
         timeout_seconds: Longest life of a request.
-        max_attempts: Replicas tried before a session's first token.
+        hop_policy: How long sessions look for another replica after a failure.
     """
 
     def __init__(  # noqa: PLR0913 - the parts it joins
@@ -68,7 +69,7 @@ class Runner:
         executor: Executor,
         clock: Clock,
         timeout_seconds: float,
-        max_attempts: int,
+        hop_policy: HopPolicy,
     ) -> None:
         self._watch = watch
         self._placement = placement
@@ -78,7 +79,7 @@ class Runner:
         self._executor = executor
         self._clock = clock
         self._timeout_seconds = timeout_seconds
-        self._max_attempts = max_attempts
+        self._hop_policy = hop_policy
         self._admission = Admission()
         self._running = 0
         self._idle = asyncio.Event()
@@ -228,16 +229,16 @@ class Runner:
 
     async def _run_sessions(self, job: Job, sessions: list[Session], replica: Replica) -> None:
         runs = [
-            SessionRun(session, choice, job, self._placement, self._agents)
+            SessionRun(session, choice, job, self._placement, self._agents, self._hop_policy)
             for choice, session in enumerate(sessions)
         ]
         try:
             if len(runs) == 1:
-                await runs[0].run(replica, max_attempts=self._max_attempts)
+                await runs[0].run(replica)
                 return
             async with asyncio.TaskGroup() as group:
                 for run in runs:
-                    group.create_task(run.run(replica, max_attempts=self._max_attempts))
+                    group.create_task(run.run(replica))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors  # one failed; the others were cancelled for it
         finally:

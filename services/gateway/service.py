@@ -10,6 +10,7 @@ from services.gateway.agents import Agents
 from services.gateway.api_keys import ApiKeys
 from services.gateway.controllers import Controllers
 from services.gateway.grpc_api import SERVICE_NAME, Inference
+from services.gateway.hops import HopPolicy
 from services.gateway.placement import Placement
 from services.gateway.rest.admin import admin_router
 from services.gateway.rest.app import build_app
@@ -88,7 +89,11 @@ class GatewayService:
             executor=executor,
             clock=clock,
             timeout_seconds=settings.request_timeout_seconds,
-            max_attempts=settings.max_attempts,
+            hop_policy=HopPolicy(
+                max_attempts=settings.max_attempts,
+                max_hops=settings.max_hops,
+                resume_timeout_seconds=settings.resume_timeout_seconds,
+            ),
         )
         app = build_app(
             [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from services.gateway.text.model_text import ModelText
 from services.gateway.text.stop_strings import StopFilter
-from stoker.errors import Fenced, StokerError
+from stoker.errors import Fenced, PeerError, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2
 
@@ -96,7 +96,12 @@ class Session:
         self._unshown: deque[ScoredToken] = deque()  # as short as the text held back
 
     def generate_request(
-        self, *, model: str, replica_id: str, request_id: str
+        self,
+        *,
+        model: str,
+        replica_id: str,
+        request_id: str,
+        resume_mode: session_pb2.ResumeMode.ValueType = session_pb2.RESUME_MODE_EXACT,
     ) -> session_pb2.GenerateRequest:
         """Return the order to a replica to begin, or to go on after the tokens received so far."""
         return session_pb2.GenerateRequest(
@@ -108,14 +113,16 @@ class Session:
             generated_token_ids=self.token_ids,
             sampling=self.sampling,
             request_id=request_id,
+            resume_mode=resume_mode,
         )
 
     def feed(self, event: session_pb2.GenerateEvent) -> Delta:
         """Take a step's tokens; return what they add. After `finish_reason` is set nothing may follow.
 
         Raises:
-            Fenced: The event comes from an earlier owner.
-            StokerError: The event leaves a gap after the tokens received, or repeats some.
+            Fenced: The event comes from an earlier owner; nothing of it was taken.
+            PeerError: The event leaves a gap after the tokens received, or repeats some.
+            WorkerDied: The worker gave the session up.
         """
         self._check_order(event)
         pieces: list[str] = []
@@ -130,7 +137,7 @@ class Session:
         if ends == session_pb2.FINISH_REASON_UNSPECIFIED:
             return self._delta(pieces)
         if ends not in (session_pb2.FINISH_REASON_STOP, session_pb2.FINISH_REASON_LENGTH):
-            raise StokerError(f"the worker cancelled session {self.session_id}; send the request again")
+            raise WorkerDied(f"the worker gave up session {self.session_id}; send the request again")
         pieces.append(self._filter(self._detokenizer.flush()))
         if self._stops.matched is None:
             pieces.append(self._stops.flush())
@@ -141,7 +148,7 @@ class Session:
         if event.epoch != self.epoch:
             raise Fenced(f"session {self.session_id} is in epoch {self.epoch}, the event is of {event.epoch}")
         if event.tokens and event.position != len(self.token_ids):
-            raise StokerError(
+            raise PeerError(
                 f"session {self.session_id} has {len(self.token_ids)} tokens, the worker sent position "
                 f"{event.position}: tokens are missing or repeated"
             )

@@ -58,8 +58,14 @@ class GatewaySettings(ServiceSettings):
     keepalive_seconds: Annotated[float, Field(gt=0)] = 1.0
     """A silent stream gets an SSE comment this often."""
 
-    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
-    """Replicas tried for a session before its first token is there."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 6
+    """Replicas in a row that may die under a session without giving it a token: it may be what kills them."""
+
+    max_hops: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """Replicas that one session may lose before its stream ends with an error; 0 = none."""
+
+    resume_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """How long a stream that has begun looks for a replica that goes on with it."""
 
     kept_traces: Annotated[int, Field(ge=1)] = 1024
     """Requests remembered for `/api/v1/requests/{id}`."""

@@ -55,7 +55,7 @@ class Waiting:
     """The request waits for a replica."""
 
     state: str
-    """`acquiring`, `queued` or `starting`."""
+    """`acquiring`, `queued`, `starting` or `resuming`."""
     reason: str = ""
     replica_id: str = ""
     node_id: str = ""

@@ -42,6 +42,12 @@ class Trace:
     choices: int = 0
     replica_ids: list[str] = field(default_factory=list)
     """Replicas tried, in order."""
+    hops: int = 0
+    """Times a session went on at another replica after a failure."""
+    resumed_tokens: int = 0
+    """Tokens that were computed again for it."""
+    resume_seconds: float = 0.0
+    """From the failures noticed to the next tokens, summed."""
     finish: str = "running"
     """`stop`, `length`, `cancelled` (the client left), or an error's code."""
 

@@ -106,6 +106,7 @@ def _replica(node_id: str, hosted: Hosted, seen: Observed) -> Replica:
     if hosted.loaded is not None:
         replica.max_context_tokens = hosted.loaded.max_context_tokens
         replica.max_batch = hosted.loaded.max_batch
+        replica.numerics = hosted.loaded.numerics
         replica.ready_unix_seconds = hosted.ready_seconds + seen.unix_minus_monotonic_seconds
         replica.loaded_fraction = 1.0
     elif hosted.phase is ReplicaPhase.STARTING:

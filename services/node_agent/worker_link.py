@@ -12,7 +12,7 @@ from services.node_agent.host_state import Event, LoadRefused, LoadSucceeded, Wo
 from services.node_agent.relay import SessionRelay
 from services.node_agent.worker_process import WorkerProcess
 from stoker import log
-from stoker.errors import PeerError, StokerError
+from stoker.errors import PeerError, StokerError, WorkerDied
 from stoker.ids import WorkerId
 from stoker.rpc import connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
@@ -127,6 +127,8 @@ class WorkerLink:
             message = "it closed the stream of its sessions"
         except StokerError as error:
             message = error.message
+        # No token can come any more: whoever waits for one must know now, not when the process was reaped.
+        self.relay.fail_all(WorkerDied(f"worker {self.worker_id} is lost: {message}"))
         if not await self._ends_by_itself():
             log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=message)
             await self.process.end()

@@ -261,6 +261,11 @@ class Engine(Protocol):
         """Return the bounds in force, the model's context length taken into account."""
         ...
 
+    @property
+    def numerics(self) -> str:
+        """Return what decides the bits of results here; see `numerics.numerics`."""
+        ...
+
     def submit(self, request: Submit) -> None:
         """Queue a session; its first output comes from a later `step`. Any thread.
 

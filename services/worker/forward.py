@@ -74,7 +74,7 @@ class ModelRunner:
             raise ValueError(f"build the model with attn_implementation={ATTENTION_NAME!r}")
         parameter = next(model.parameters())
         self._model: nn.Module = model
-        self.device = parameter.device
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.vocab_size = int(config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         self.max_context_tokens = _max_context_tokens(config)
         self._layer_count = int(config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
@@ -97,6 +97,11 @@ class ModelRunner:
         else:
             fitting = GRAIN_ELEMENTS // max(widths) - self._tail_rows
             self._rows_per_pass = max(self._group_rows, fitting - fitting % self._group_rows)
+
+    @property
+    def group_rows(self) -> int:
+        """Return how many rows a matrix product of a decode pass takes."""
+        return self._group_rows
 
     def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Cut a step's rows into passes."""

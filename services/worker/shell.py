@@ -112,6 +112,7 @@ class WorkerShell(WorkerServicer):
             max_context_tokens=limits.max_context_tokens,
             kv_cache_tokens=limits.max_kv_tokens,
             max_batch=limits.max_batch,
+            numerics=loaded.engine.numerics,
         )
 
     async def Run(  # noqa: N802 - the name of the rpc

@@ -39,6 +39,7 @@ from services.worker.engine import (
 )
 from services.worker.forward import Chunk, ModelRunner
 from services.worker.kv_store import KvBudget, SessionKv
+from services.worker.numerics import numerics
 from services.worker.sampling import LogitsNotFinite, TokenChooser, log_probabilities
 from services.worker.session import Session, prefill_token_count
 from stoker.errors import ContextLengthExceeded, InvalidRequest, NotFound, QueueFull
@@ -89,6 +90,17 @@ class TransformersEngine:
     def limits(self) -> EngineLimits:
         """See `Engine`."""
         return self._limits
+
+    @property
+    def numerics(self) -> str:
+        """See `Engine`."""
+        return numerics(
+            engine="transformers",
+            dtype=self._runner.dtype,
+            device=self._runner.device,
+            group_rows=self._runner.group_rows,
+            prefill_chunk_tokens=self._limits.prefill_chunk_tokens,
+        )
 
     def first_pass(self) -> None:
         """Run one token through the model, before any session: touches all weights, proves the layers' fit.

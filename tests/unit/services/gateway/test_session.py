@@ -138,5 +138,5 @@ def test_repeated_or_missing_tokens_are_refused(position: int) -> None:
 
 
 def test_a_cancelled_session_is_an_error_to_whoever_still_listens() -> None:
-    with pytest.raises(StokerError, match="cancelled"):
+    with pytest.raises(StokerError, match="gave up"):
         session().feed(event(0, [], finish=session_pb2.FINISH_REASON_CANCELLED))
