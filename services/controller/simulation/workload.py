@@ -7,7 +7,7 @@ import gzip
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 
@@ -34,6 +34,11 @@ class Lengths:
 
     input_tokens: np.ndarray
     output_tokens: np.ndarray
+
+    @classmethod
+    def constant(cls, input_tokens: int, output_tokens: int) -> Self:
+        """Return lengths that are always the same."""
+        return cls(input_tokens=np.array([input_tokens]), output_tokens=np.array([output_tokens]))
 
     def sample(self, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return `count` pairs, drawn with replacement."""
@@ -125,7 +130,13 @@ def read_requests(path: Path, models: Sequence[ModelName], *, limit: int | None 
 
 
 def read_invocations(  # noqa: PLR0913 - a trace's parameters, each named by its caller
-    path: Path, models: Sequence[ModelName], lengths: Lengths, *, minutes: range, share: float, seed: int
+    path: Path,
+    models: Sequence[ModelName],
+    lengths: Lengths,
+    *,
+    minutes: range,
+    requests_per_second: float,
+    seed: int,
 ) -> list[Request]:
     """Return requests from a CSV of counts per function and minute (Azure Functions 2019): `func`, `m1`, ...
 
@@ -137,7 +148,7 @@ def read_invocations(  # noqa: PLR0913 - a trace's parameters, each named by its
         models: Who is asked.
         lengths: To draw prompt and answer lengths from.
         minutes: Which minutes of the day, from 1.
-        share: Fraction of the invocations to keep, (0, 1].
+        requests_per_second: The invocations are thinned out to about this rate, never multiplied.
         seed: Of the draws.
 
     Raises:
@@ -146,10 +157,12 @@ def read_invocations(  # noqa: PLR0913 - a trace's parameters, each named by its
     generator = np.random.default_rng(seed)
     arrivals: list[tuple[float, int]] = []
     columns = [f"m{minute}" for minute in minutes]
-    for number, row in enumerate(_rows(path, ("func", *columns))):
-        for position, column in enumerate(columns):
-            count = generator.binomial(int(row[column]), share)
-            offsets = generator.uniform(size=count)
+    counts = [[int(row[column]) for column in columns] for row in _rows(path, ("func", *columns))]
+    total = sum(map(sum, counts))
+    share = min(1.0, requests_per_second * len(columns) * _SECONDS_PER_MINUTE / max(1, total))
+    for number, per_minute in enumerate(counts):
+        for position, invoked in enumerate(per_minute):
+            offsets = generator.uniform(size=generator.binomial(invoked, share))
             arrivals += [
                 ((position + float(offset)) * _SECONDS_PER_MINUTE, number % len(models)) for offset in offsets
             ]

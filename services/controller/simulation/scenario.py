@@ -1,0 +1,121 @@
+"""What is simulated: hosts, models and requests, put together from what a user asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from services.controller.simulation import baselines
+from services.controller.simulation.hardware import (
+    H100,
+    OPT_SIZES,
+    PAPER_NODE,
+    ModelSpec,
+    NodeSpec,
+    opt_models,
+)
+from services.controller.simulation.report import Summary, summarise
+from services.controller.simulation.workload import Request
+from services.controller.simulation.world import Decider, SimNode, World
+from stoker.errors import InvalidRequest
+from stoker.units import GB
+
+H100_NODE = NodeSpec(
+    device=H100,
+    device_count=8,
+    dram_bytes=1000 * GB,
+    disk_bytes=28_000 * GB,
+    disk_bytes_per_second=29.4 * GB,
+    network_bytes_per_second=11.5 * GB,
+)
+HARDWARE: dict[str, NodeSpec] = {"paper": PAPER_NODE, "h100": H100_NODE}
+
+POLICIES: dict[str, Callable[[int], Decider]] = {
+    "serverless": baselines.serverless,
+    "ray": baselines.ray_serve,
+    "ray-cache": baselines.ray_serve_with_cache,
+}
+"""By the names that `stoker simulate --policy` takes; each makes a fresh policy from a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Hosts that fail: how often over the whole cluster, for how long, and the seed of which and when."""
+
+    per_hour: float = 0.0
+    down_seconds: float = 60.0
+    seed: int = 0
+
+
+def parse_models(text: str) -> list[ModelSpec]:
+    """Return the models that `opt-6.7b:32,opt-13b:16` names.
+
+    Raises:
+        InvalidRequest: A size is not known, or a count is none.
+    """
+    models: list[ModelSpec] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([\w.-]+)(?::(\d{1,5}))?\s*", part)
+        if match is None or match[1] not in OPT_SIZES:
+            known = ", ".join(OPT_SIZES)
+            raise InvalidRequest(f"--models {part!r}: write SIZE:COUNT with a size of {known}")
+        models += opt_models(match[1], int(match[2] or 1))
+    return models
+
+
+def host(spec: NodeSpec, *, devices: int) -> NodeSpec:
+    """Return a host with another number of devices; 0 = as it is."""
+    return replace(spec, device_count=devices) if devices else spec
+
+
+def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
+    policies: Sequence[str],
+    specs: Sequence[NodeSpec],
+    models: Sequence[ModelSpec],
+    requests: Sequence[Request],
+    *,
+    seed: int,
+    timeout_seconds: float = 300.0,
+    failures: Failures | None = None,
+    then: Callable[[World], None] = lambda _world: None,
+) -> list[Summary]:
+    """Run the same requests under each policy.
+
+    Args:
+        policies: Keys of `POLICIES`.
+        specs: Hosts.
+        models: What is served.
+        requests: In order of arrival.
+        seed: Of the policies' own draws.
+        timeout_seconds: A request that waits longer is lost.
+        failures: Hosts that fail; None = none does.
+        then: Called with each world after its run.
+    """
+    summaries = []
+    for name in policies:
+        world = World(specs, models, POLICIES[name](seed), timeout_seconds=timeout_seconds)
+        if failures is not None and requests:
+            _schedule(world, failures, until_seconds=requests[-1].arrival_seconds)
+        world.run(requests)
+        summaries.append(summarise(world))
+        then(world)
+    return summaries
+
+
+def _schedule(world: World, failures: Failures, *, until_seconds: float) -> None:
+    """Have hosts fail at random moments, the same under every policy."""
+    generator = np.random.default_rng(failures.seed)
+    nodes = list(world.nodes.values())
+    count = generator.poisson(failures.per_hour * until_seconds / 3600)
+    for at_seconds in generator.uniform(0, until_seconds, count):
+        node = nodes[int(generator.integers(len(nodes)))]
+        world.clock.at(float(at_seconds), partial(_fail, world, node, failures.down_seconds))
+
+
+def _fail(world: World, node: SimNode, down_seconds: float) -> None:
+    if not node.down:
+        world.fail_node(node, for_seconds=down_seconds)
