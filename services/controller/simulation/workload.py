@@ -122,9 +122,11 @@ def read_requests(path: Path, models: Sequence[ModelName], *, limit: int | None 
         name = ModelName(row["model"]) if "model" in row else models[number % len(models)]
         if name not in known:
             raise InvalidRequest(f"{path} line {number + 2}: model {name!r} is not among the simulated ones")
-        requests.append(
-            Request(float(row["arrival_s"]), name, int(row["input_tokens"]), int(row["output_tokens"]))
-        )
+        try:
+            lengths = int(row["input_tokens"]), int(row["output_tokens"])
+            requests.append(Request(float(row["arrival_s"]), name, *lengths))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{path} line {number + 2} has no number where one belongs") from error
     requests.sort(key=lambda request: request.arrival_seconds)
     return requests
 
