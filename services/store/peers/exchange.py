@@ -1,0 +1,359 @@
+"""What this store shares with its peers, and what it knows of theirs: the state that all threads meet in.
+
+Three kinds of callers: the event loop (links, the loads that begin and end), reader threads (which fetch) and
+sending threads (which borrow chunks). One lock guards everything; nobody blocks while holding it. Whoever
+waits for a peer waits on `changed`; links are told of changes by `listen`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.store.peers.swarm import FileSwarm
+from services.store.peers.wire import FileId, FileIdentity, State, StoreId
+from stoker.checkpoint.digests import digest
+
+MAX_FILES = 4096
+"""Files shared or asked for at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCopy:
+    """A file of this host that peers may have, without it being in the pool.
+
+    Attributes:
+        path: Where it lies; its size is the identity's.
+        have: Bits of the chunks that are there and right.
+    """
+
+    path: Path
+    have: int
+
+
+FindOnDisk = Callable[[FileIdentity], DiskCopy | None]
+"""Looks a file up in memory; called on the event loop, so it must not touch the disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Borrowed:
+    """A chunk that may be sent until it is given back.
+
+    Attributes:
+        memory: Its bytes in the pool; None = it is on disk.
+        copy: Where on disk; None = it is in the pool.
+        offset: In the file.
+        length: Bytes.
+    """
+
+    memory: memoryview | None
+    copy: DiskCopy | None
+    offset: int
+    length: int
+
+
+@dataclass(slots=True, kw_only=True)
+class SharedFile:
+    """A file that is here, on its way here, or asked for by peers.
+
+    Attributes:
+        identity: Which.
+        holder: Whose chunks of the pool it has: a resident's key.
+        memory: Chunks in the pool.
+        digests: Of those, where one was asked for.
+        copy: On this host's disk.
+        swarm: Set while this store is loading it.
+        loading_peers: Who asked for it because they load it, for a load that begins later.
+        subscribers: Who is told of its state; loading or not.
+        borrowed: Chunks of the pool that are being sent.
+        idle: Called when the last of them is back; set once its holder wants its memory.
+    """
+
+    identity: FileIdentity
+    holder: int | None = None
+    memory: dict[int, memoryview] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    copy: DiskCopy | None = None
+    swarm: FileSwarm | None = None
+    loading_peers: set[StoreId] = field(default_factory=set)
+    subscribers: int = 0
+    borrowed: int = 0
+    idle: Callable[[], None] | None = None
+
+    def have(self) -> int:
+        """Bits of the chunks that peers can have."""
+        bits = 0 if self.copy is None else self.copy.have
+        if self.swarm is not None:
+            bits |= self.swarm.have
+        elif len(self.memory) == self.identity.chunks:
+            bits = (1 << self.identity.chunks) - 1
+        else:
+            for index in self.memory:
+                bits |= 1 << index
+        return bits
+
+    def needed(self) -> bool:
+        """Tell whether anyone has to do with it still."""
+        return bool(self.holder is not None or self.swarm is not None or self.subscribers or self.borrowed)
+
+
+class Exchange:
+    """The files shared between stores; used from any thread."""
+
+    def __init__(
+        self, me: StoreId, *, find_on_disk: FindOnDisk, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Args: me: this store. find_on_disk: for files that are not in the pool. now: monotonic seconds."""
+        self.me = me
+        self.now = now
+        self.changed = threading.Condition()
+        self._find_on_disk = find_on_disk
+        self._files: dict[FileId, SharedFile] = {}
+        self._linked: dict[StoreId, int] = {}
+        self._listeners: list[Callable[[FileId], None]] = []
+        self.closed = False
+        """Nothing is waited for any more."""
+
+    def close(self) -> None:
+        """Let go who waits for peers."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def listen(self, listener: Callable[[FileId], None]) -> None:
+        """Have `listener` called, from any thread, when what is told of a file has changed."""
+        self._listeners.append(listener)
+
+    # --- this store's own loads ---
+
+    def join(self, identity: FileIdentity) -> FileSwarm | None:
+        """Begin to load a file together with others; None when another load has it, or too many do."""
+        with self.changed:
+            file = self._file(identity)
+            if file is None or file.swarm is not None or file.holder is not None:
+                return None
+            now_seconds = self.now()
+            file.swarm = swarm = FileSwarm(
+                me=self.me, chunks=identity.chunks, joined_seconds=now_seconds, have=0
+            )
+            for peer in self._linked:
+                swarm.expect(peer, now_seconds)
+            for peer in file.loading_peers:
+                swarm.interested(peer, now_seconds, loading=True)
+        self._tell(identity.file_id)
+        return swarm
+
+    def leave(self, file_id: FileId) -> None:
+        """End a load, however it ended; chunks that arrived stay shared until `withdraw`."""
+        with self.changed:
+            file = self._files.get(file_id)
+            if file is None or file.swarm is None:
+                return
+            file.swarm = None
+            self._forget_unneeded(file)
+            self.changed.notify_all()
+        self._tell(file_id)
+
+    def put(self, identity: FileIdentity, holder: int, index: int, memory: memoryview) -> None:
+        """Share a chunk that has arrived in the pool, checked.
+
+        Args:
+            identity: Of its file.
+            holder: Whose chunk it is; of several holders of one file the first shares.
+            index: Which chunk.
+            memory: Its bytes, which stay as they are until `withdraw` has said yes.
+        """
+        with self.changed:
+            file = self._file(identity)
+            if file is None or file.holder not in {None, holder}:
+                return
+            file.holder = holder
+            file.memory[index] = memory[: identity.length(index)]
+            if file.swarm is not None:
+                file.swarm.arrived(index)
+                self.changed.notify_all()
+        self._tell(identity.file_id)
+
+    def withdraw(self, file_id: FileId, holder: int, idle: Callable[[], None]) -> bool:
+        """Share a holder's chunks no more; True when nothing of them is being sent.
+
+        Args:
+            file_id: Which file.
+            holder: Whose.
+            idle: Called once, from any thread, when the last chunk was sent, if some are being sent now.
+        """
+        with self.changed:
+            file = self._files.get(file_id)
+            if file is None or file.holder != holder:
+                return True
+            file.memory.clear()
+            file.digests.clear()
+            if file.borrowed:
+                file.idle = idle
+            else:
+                file.holder = None
+            is_idle = not file.borrowed
+            self._forget_unneeded(file)
+        self._tell(file_id)
+        return is_idle
+
+    # --- what peers say and ask ---
+
+    def linked(self, peer: StoreId) -> None:
+        """A peer can be asked from now on."""
+        with self.changed:
+            self._linked[peer] = self._linked.get(peer, 0) + 1
+            for file in self._files.values():
+                if file.swarm is not None:
+                    file.swarm.expect(peer, self.now())
+
+    def unlinked(self, peer: StoreId) -> None:
+        """A peer can't be asked any more: what it had and claimed counts no longer."""
+        with self.changed:
+            self._linked[peer] -= 1
+            if self._linked[peer]:
+                return
+            del self._linked[peer]
+            for file in self._files.values():
+                if file.swarm is not None:
+                    file.swarm.gone(peer)
+                    if peer in file.loading_peers:  # it still asks here
+                        file.swarm.interested(peer, self.now(), loading=True)
+            self.changed.notify_all()
+
+    def loading(self) -> list[FileIdentity]:
+        """Return the files that this store is loading."""
+        with self.changed:
+            return [file.identity for file in self._files.values() if file.swarm is not None]
+
+    def update(self, peer: StoreId, state: State) -> None:
+        """Take over what a peer has of a file."""
+        with self.changed:
+            file = self._files.get(state.file_id)
+            if file is None or file.swarm is None or state.chunks != file.identity.chunks:
+                return
+            file.swarm.update(
+                peer, self.now(), have=state.have, fetching=state.fetching, loading=state.loading
+            )
+            self.changed.notify_all()
+
+    def subscribe(self, peer: StoreId, identity: FileIdentity, *, loading: bool) -> State | None:
+        """Note that a peer wants to be told of a file; returns its state now, None when that is too much."""
+        with self.changed:
+            file = self._file(identity)
+            if file is None:
+                return None
+            if file.holder is None and file.swarm is None:
+                file.copy = self._find_on_disk(identity)
+            file.subscribers += 1
+            if loading:
+                file.loading_peers.add(peer)
+            if file.swarm is not None:
+                file.swarm.interested(peer, self.now(), loading=loading)
+            return _state(file)
+
+    def unsubscribe(self, peer: StoreId, file_id: FileId) -> None:
+        """Note that a peer wants to hear no more of a file, or is gone."""
+        with self.changed:
+            file = self._files.get(file_id)
+            if file is None:
+                return
+            file.subscribers -= 1
+            file.loading_peers.discard(peer)
+            if file.swarm is not None:
+                file.swarm.interested(peer, self.now(), loading=False)
+                self.changed.notify_all()
+            self._forget_unneeded(file)
+
+    def state(self, file_id: FileId) -> State | None:
+        """Return what is told of a file."""
+        with self.changed:
+            file = self._files.get(file_id)
+            return None if file is None else _state(file)
+
+    @contextmanager
+    def borrow(self, file_id: FileId, index: int) -> Iterator[Borrowed | None]:
+        """Keep a chunk in place while it is sent; None when it is not here."""
+        with self.changed:
+            file = self._files.get(file_id)
+            memory = None if file is None else file.memory.get(index)
+            if file is not None and memory is not None:
+                file.borrowed += 1
+        if file is None or memory is None:
+            yield None if file is None else _on_disk(file, index)
+            return
+        try:
+            offset = index * file.identity.chunk_bytes
+            yield Borrowed(memory=memory, copy=None, offset=offset, length=len(memory))
+        finally:
+            self._give_back(file)
+
+    def digest_of(self, file_id: FileId, index: int, memory: memoryview) -> bytes:
+        """Return the 16 bytes of a borrowed chunk's digest; reckoned once."""
+        with self.changed:
+            file = self._files.get(file_id)
+            known = None if file is None else file.digests.get(index)
+        if known is not None:
+            return known
+        found = raw_digest(memory)
+        with self.changed:
+            if file is not None and index in file.memory:
+                file.digests[index] = found
+        return found
+
+    def _give_back(self, file: SharedFile) -> None:
+        with self.changed:
+            file.borrowed -= 1
+            idle = None
+            if not file.borrowed and file.idle is not None:
+                idle, file.idle, file.holder = file.idle, None, None
+            self._forget_unneeded(file)
+        if idle is not None:
+            idle()
+
+    def _file(self, identity: FileIdentity) -> SharedFile | None:
+        file = self._files.get(identity.file_id)
+        if file is None and len(self._files) < MAX_FILES:
+            file = self._files[identity.file_id] = SharedFile(identity=identity)
+        return file
+
+    def _forget_unneeded(self, file: SharedFile) -> None:
+        if not file.needed():
+            self._files.pop(file.identity.file_id, None)
+
+    def _tell(self, file_id: FileId) -> None:
+        for listener in self._listeners:
+            listener(file_id)
+
+    def tell(self, file_id: FileId) -> None:
+        """Have peers told of a file: claims were made or given up."""
+        self._tell(file_id)
+
+
+def raw_digest(memory: memoryview | bytes) -> bytes:
+    """Return the 16 bytes of the digest of `memory`."""
+    return bytes.fromhex(digest(memory).rpartition(":")[2])
+
+
+def _state(file: SharedFile) -> State:
+    return State(
+        file_id=file.identity.file_id,
+        loading=file.swarm is not None,
+        chunks=file.identity.chunks,
+        have=file.have(),
+        fetching=0 if file.swarm is None else file.swarm.fetching,
+    )
+
+
+def _on_disk(file: SharedFile, index: int) -> Borrowed | None:
+    copy = file.copy
+    if copy is None or not copy.have >> index & 1:
+        return None
+    identity = file.identity
+    return Borrowed(
+        memory=None, copy=copy, offset=index * identity.chunk_bytes, length=identity.length(index)
+    )

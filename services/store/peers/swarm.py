@@ -1,0 +1,268 @@
+"""Which chunk comes from where: each store decides for itself, and no two fetch the same one. Pure.
+
+Theory of operation. Stores that load a file are *rivals*; stores that merely have it are *seeds*. The first
+copy of a chunk (from a seed where there is one, else from the origin) is fetched by its *owner*: the rival
+that ranks first for this chunk by rendezvous hashing. Ranks compare two stores without regard to others, so
+two stores that know of each other never both own a chunk, whatever else each of them knows. A store begins
+only when everyone it can reach has told what it has and is fetching (`settled`), and who answers takes the
+newcomer into account from then on. Everyone else gets the chunk from whichever rival has it.
+
+1. Somebody who is loading has it: ask the least busy one; the chunks that fewest have go first.
+2. A rival is fetching it: wait.
+3. I own it: first copy, from the least busy seed, else from the origin.
+4. A rival owns it: wait.
+
+A rival that gets nowhere for `patience_seconds` loses its claims and its shares (2, 4), in the eyes of those
+who wait for it; so does one that is gone. One that lies or is too slow is not asked again (`drop`).
+
+Order: a prefix of the file is worth more than its rest (execution starts on it), so chunks count in blocks of
+`BLOCK_CHUNKS`; inside a block own shares go first until `FIRST_COPIES` are under way, then the rarest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import xxhash
+
+from services.store.peers.wire import StoreId
+
+BLOCK_CHUNKS = 8
+"""Chunks that count as equally early."""
+
+WINDOW_CHUNKS = 64
+"""How far ahead a store looks for something to do."""
+
+FIRST_COPIES = 2
+"""First copies under way before anything else is fetched."""
+
+MAX_REQUESTS_PER_PEER = 4
+SETTLE_SECONDS = 1.0
+"""Longest wait for the answers of peers before the first chunk is fetched."""
+
+PATIENCE_SECONDS = 10.0
+"""A chunk that a rival claims may take this long, or four times what mine take."""
+
+UNCLAIMED_PATIENCE_SECONDS = 2.0
+"""A rival that neither gets nor claims anything for so long leaves its shares to those who wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What to fetch now.
+
+    Attributes:
+        index: Which chunk.
+        peer: From whom; None = from the origin.
+        first_copy: No rival has it yet: the others wait for this fetch.
+    """
+
+    index: int
+    peer: StoreId | None
+    first_copy: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class PeerView:
+    """What is known of a peer, for one file.
+
+    Attributes:
+        have: Bits of the chunks it has.
+        fetching: Bits of the first copies it is fetching.
+        loading: It is loading, as it says.
+        interested: It asked what this store has, because it is loading.
+        answered: It has told its state.
+        progressed_seconds: When it last had a chunk more; at first, when it was first heard of.
+        changed_seconds: When it last told anything new.
+        unusable_until_seconds: Not asked, waited for or reckoned with before.
+        in_flight: Requests of this store to it.
+    """
+
+    have: int = 0
+    fetching: int = 0
+    loading: bool = False
+    interested: bool = False
+    answered: bool = False
+    progressed_seconds: float
+    changed_seconds: float
+    unusable_until_seconds: float = float("-inf")
+    in_flight: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Taken:
+    choice: Choice
+    since_seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class FileSwarm:
+    """One file that this store is loading, and what its peers have of it. Not thread safe.
+
+    Attributes:
+        me: This store.
+        chunks: How many the file has.
+        joined_seconds: When the load began.
+        have: Bits of the chunks that are here.
+        peers: By store.
+    """
+
+    me: StoreId
+    chunks: int
+    joined_seconds: float
+    have: int = 0
+    peers: dict[StoreId, PeerView] = field(default_factory=dict)
+    _taken: dict[int, _Taken] = field(default_factory=dict)
+    _first_copy_seconds: float = 0.0
+
+    # --- what is learnt ---
+
+    def expect(self, peer: StoreId, now_seconds: float) -> None:
+        """Reckon with an answer of a peer that is being asked."""
+        self._view(peer, now_seconds)
+
+    def interested(self, peer: StoreId, now_seconds: float, *, loading: bool) -> None:
+        """Take note that a peer asked what is here; a loading one is a rival from now on."""
+        view = self._view(peer, now_seconds)
+        if loading and not (view.interested or view.loading):
+            view.progressed_seconds = view.changed_seconds = now_seconds
+        view.interested = loading
+
+    def update(self, peer: StoreId, now_seconds: float, *, have: int, fetching: int, loading: bool) -> None:
+        """Take over what a peer says."""
+        view = self._view(peer, now_seconds)
+        if have & ~view.have:
+            view.progressed_seconds = now_seconds
+        if (have, fetching, loading) != (view.have, view.fetching, view.loading):
+            view.changed_seconds = now_seconds
+        view.have, view.fetching, view.loading, view.answered = have, fetching, loading, True
+
+    def gone(self, peer: StoreId) -> None:
+        """Forget a peer: its link broke, or it left."""
+        self.peers.pop(peer, None)
+
+    def drop(self, peer: StoreId, *, until_seconds: float) -> None:
+        """Do without a peer for a while."""
+        if peer in self.peers:
+            self.peers[peer].unusable_until_seconds = until_seconds
+
+    def arrived(self, index: int) -> None:
+        """Note that a chunk is here, checked."""
+        self.have |= 1 << index
+        self._taken.pop(index, None)
+
+    # --- what is decided ---
+
+    @property
+    def fetching(self) -> int:
+        """Bits of the first copies under way here: what others wait for."""
+        return sum(1 << index for index, taken in self._taken.items() if taken.choice.first_copy)
+
+    def settled(self, now_seconds: float) -> bool:
+        """Tell whether everyone who was asked has answered, or had the time to."""
+        if now_seconds >= self.joined_seconds + SETTLE_SECONDS:
+            return True
+        return all(view.answered for view in self.peers.values())
+
+    def choose(self, wanted: Iterable[int], now_seconds: float) -> Choice | None:
+        """Take the chunk to fetch next out of those that are wanted; None = wait until something changes.
+
+        Args:
+            wanted: Chunks in the order in which they are needed.
+            now_seconds: Monotonic.
+        """
+        if not self.settled(now_seconds):
+            return None
+        first: list[Choice] = []
+        copies: list[tuple[int, int, Choice]] = []
+        window = [index for index in islice(wanted, WINDOW_CHUNKS) if index not in self._taken]
+        for place, index in enumerate(window):
+            choice, holders = self._consider(index, now_seconds)
+            if choice is None:
+                continue
+            if choice.first_copy:
+                first.append(choice)
+            else:
+                copies.append((place // BLOCK_CHUNKS, holders, choice))
+        running = sum(taken.choice.first_copy for taken in self._taken.values())
+        rarest = min(copies, key=lambda each: (each[:2], each[2].index), default=None)
+        if first and (running < FIRST_COPIES or rarest is None):
+            return self._take(first[0], now_seconds)
+        return None if rarest is None else self._take(rarest[2], now_seconds)
+
+    def release(self, index: int, now_seconds: float, *, done: bool) -> None:
+        """Note that a fetch has ended; one that is done keeps its claim until `arrived`."""
+        taken = self._taken.get(index)
+        if taken is None:
+            return
+        if (view := self.peers.get(taken.choice.peer or StoreId(""))) is not None and view.in_flight:
+            view.in_flight -= 1
+        if done and taken.choice.first_copy:
+            seconds = now_seconds - taken.since_seconds
+            before = self._first_copy_seconds
+            self._first_copy_seconds = 0.75 * before + 0.25 * seconds if before else seconds
+        if not done:
+            del self._taken[index]
+
+    def take_from_origin(self, index: int, now_seconds: float) -> Choice:
+        """Claim a chunk whatever the rules say: its peers failed, and it is needed."""
+        return self._take(Choice(index=index, peer=None, first_copy=True), now_seconds)
+
+    def _consider(self, index: int, now_seconds: float) -> tuple[Choice | None, int]:
+        """Return how to get a chunk now, if it can be, and how many have it: rules 1 to 4."""
+        bit = 1 << index
+        usable = [
+            (peer, view) for peer, view in self.peers.items() if now_seconds >= view.unusable_until_seconds
+        ]
+        holders = [(peer, view) for peer, view in usable if view.have & bit]
+        rivals = [(peer, view) for peer, view in usable if view.loading or view.interested]
+        if not any(view.loading for _, view in holders):
+            for peer, view in rivals:
+                if view.fetching & bit:
+                    if not self._stalled(view, now_seconds):
+                        return None, 0
+                elif not self._idle(view, now_seconds) and self._outranks(peer, index):
+                    return None, 0
+            if not holders:
+                return Choice(index=index, peer=None, first_copy=True), 0
+        free = [
+            (not view.loading, view.in_flight, -_rank(peer, index, self.me), peer)
+            for peer, view in holders
+            if view.in_flight < MAX_REQUESTS_PER_PEER
+        ]
+        if not free:
+            return None, 0
+        first_copy = not any(view.loading for _, view in holders)
+        return Choice(index=index, peer=min(free)[3], first_copy=first_copy), len(holders)
+
+    def _outranks(self, peer: StoreId, index: int) -> bool:
+        return (_rank(peer, index), peer) > (_rank(self.me, index), self.me)
+
+    def _stalled(self, view: PeerView, now_seconds: float) -> bool:
+        oldest = min((taken.since_seconds for taken in self._taken.values()), default=now_seconds)
+        patience = max(PATIENCE_SECONDS, 4 * self._first_copy_seconds, 2 * (now_seconds - oldest))
+        return now_seconds - max(view.progressed_seconds, view.changed_seconds) > patience
+
+    def _idle(self, view: PeerView, now_seconds: float) -> bool:
+        """Tell whether a rival leaves its shares lying: it gets nothing, and claims nothing new."""
+        return now_seconds - max(view.changed_seconds, self.joined_seconds) > max(
+            UNCLAIMED_PATIENCE_SECONDS, 2 * self._first_copy_seconds
+        )
+
+    def _take(self, choice: Choice, now_seconds: float) -> Choice:
+        self._taken[choice.index] = _Taken(choice=choice, since_seconds=now_seconds)
+        if choice.peer is not None:
+            self.peers[choice.peer].in_flight += 1
+        return choice
+
+    def _view(self, peer: StoreId, now_seconds: float) -> PeerView:
+        return self.peers.setdefault(
+            peer, PeerView(progressed_seconds=now_seconds, changed_seconds=now_seconds)
+        )
+
+
+def _rank(store: StoreId, index: int, salt: str = "") -> int:
+    """Return a number that looks random and is the same everywhere."""
+    return int(xxhash.xxh3_64_intdigest(f"{store}/{salt}/{index}".encode()))
