@@ -1,0 +1,145 @@
+"""What `loading.py` needs around a measurement: the page cache's state, a daemon, fresh processes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from setting import ROOT
+
+from stoker.units import MIB
+from stoker.v1 import checkpoint_store_pb2, checkpoint_store_pb2_grpc
+
+_START_SECONDS = 120.0
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_COLD_AT_MOST = 0.01
+_WARM_AT_LEAST = 0.99
+
+
+def make_cold(files: Sequence[Path]) -> None:
+    """Drop the files from the page cache; raises when some of it stays."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if _cached_share(descriptor) > _COLD_AT_MOST:
+                raise RuntimeError(f"{path} stays in the page cache: another process maps it")
+        finally:
+            os.close(descriptor)
+
+
+def make_warm(path: Path, others: Sequence[Path]) -> None:
+    """Bring all of `path` into the page cache and the other files out of it."""
+    make_cold([other for other in others if other != path])
+    buffer = bytearray(16 * MIB)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while os.readv(descriptor, [buffer]):
+            pass
+        if _cached_share(descriptor) < _WARM_AT_LEAST:
+            raise RuntimeError(f"{path} does not stay in the page cache: this machine has too little memory")
+    finally:
+        os.close(descriptor)
+
+
+def _cached_share(descriptor: int) -> float:
+    """Return how much of a file is in the page cache, 0 … 1; reads nothing of it."""
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY) as memory:
+        pages = -(-len(memory) // mmap.PAGESIZE)
+        present = (ctypes.c_ubyte * pages)()
+        first = ctypes.c_char.from_buffer(memory)
+        try:
+            result = _LIBC.mincore(ctypes.c_void_p(ctypes.addressof(first)), len(memory), present)
+        finally:
+            del first
+        if result:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(bytes(present)) / pages
+
+
+class Daemon:
+    """A store daemon whose pool holds the checkpoint, faulted in."""
+
+    def __init__(self, run_dir: Path, pool_bytes: int) -> None:
+        """Start it and wait until all of its pool's pages are there."""
+        self.socket = run_dir / "attach.sock"
+        self._address = f"unix:{run_dir / 'grpc.sock'}"
+        self._log = run_dir / "log"
+        settings = {"run_dir": run_dir, "address": self._address, "pool_bytes": pool_bytes}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
+        environment |= {f"STOKER_STORE_{name.upper()}": str(value) for name, value in settings.items()}
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.store"], env=environment, stderr=output, cwd=ROOT
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while not (faulted_in := self._logged("pool.faulted_in")):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the store did not start: {self._log.read_text()[-2000:]}")
+            time.sleep(0.1)
+        self.pages = f"{faulted_in[0]['backing']}, pages of {faulted_in[0]['page_bytes']:,} bytes"
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time it has taken so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+
+    def evict(self, folder: Path) -> None:
+        """Drop a checkpoint from the pool."""
+        with grpc.insecure_channel(self._address) as channel:
+            stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(channel)
+            stub.Evict(checkpoint_store_pb2.EvictRequest(uri=str(folder)), timeout=30)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait(30)
+
+    def _logged(self, event: str) -> list[dict[str, object]]:
+        lines = (json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{"))
+        return [line for line in lines if line.get("event") == event]
+
+
+@contextmanager
+def daemon(pool_bytes: int) -> Iterator[Daemon]:
+    """Run a daemon in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="stoker-loading-") as folder:
+        running = Daemon(Path(folder), pool_bytes)
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+def in_fresh_process(command: Sequence[str], prepare: Callable[[], None]) -> dict[str, float]:
+    """Start a process that imports first, prepare the page cache, then let it load; returns its answer."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.readline()
+        if first.strip() == "ready":
+            prepare()
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            first = process.stdout.readline()
+        errors = process.stderr.read()
+    if process.returncode or not first.strip():
+        raise RuntimeError(f"{' '.join(command[1:3])} failed ({process.returncode}): {errors[-2000:]}")
+    answer: dict[str, float] = json.loads(first)
+    return answer
