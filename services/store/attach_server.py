@@ -13,7 +13,14 @@ from pathlib import Path
 from services.store import metrics
 from services.store.catalog import Catalog
 from services.store.loads import Loads
-from services.store.messages import attach_reply, done_message, failed_message, ready_messages, urgency_of
+from services.store.messages import (
+    attach_reply,
+    done_message,
+    failed_message,
+    ready_messages,
+    tier_of,
+    urgency_of,
+)
 from services.store.resident import Phase, Resident
 from stoker import log
 from stoker.attach import framing
@@ -146,6 +153,7 @@ class AttachServer:
     ) -> bool:
         """Send the chunk map and then progress; True when the checkpoint is there and the lease goes on."""
         warm = resident.phase is Phase.READY
+        tier = tier_of(resident)
         try:
             await asyncio.shield(resident.mapped)
         except StokerError as error:
@@ -153,10 +161,10 @@ class AttachServer:
             return False
         seconds = self._clock.now_seconds() - began_seconds
         metrics.ATTACH_SECONDS.observe(seconds)
-        reply = framing.frame_bytes(attach_reply(self._loads, resident, warm=warm))
+        reply = framing.frame_bytes(attach_reply(self._loads, resident, tier=tier))
         sent = socket.send_fds(connection, [reply[:_FIRST_SEND_BYTES]], self._descriptors)
         await _send(connection, reply[sent:])
-        log.get().info("lease.began", tier="dram" if warm else "disk", seconds=round(seconds, 4))
+        log.get().info("lease.began", tier=tier, seconds=round(seconds, 4))
         return await self._report(connection, resident, warm_seconds=seconds if warm else None)
 
     async def _report(
@@ -167,7 +175,7 @@ class AttachServer:
             while True:
                 further.clear()
                 if resident.phase is Phase.GONE:
-                    reason = resident.error or StokerError(f"{resident.entry.index.path} was dropped")
+                    reason = resident.error or StokerError(f"{resident.entry.uri} was dropped")
                     await _send(connection, framing.frame(pb.AttachProgress(failed=failed_message(reason))))
                     return False
                 if resident.phase is Phase.READY:

@@ -73,6 +73,10 @@ class RunningRates:
         rates = self._rates.get(tier)
         return median(rates) if rates else None
 
+    def all(self) -> dict[str, float]:
+        """Return the estimate of every tier that has one."""
+        return {tier: median(rates) for tier, rates in self._rates.items() if rates}
+
     def tiers(self) -> tuple[str, ...]:
         """Return the tiers that have an estimate."""
         return tuple(sorted(tier for tier, rates in self._rates.items() if rates))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from services.store.far_weights import FarWeights
 from stoker.checkpoint.attention_facts import read_attention_facts
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.execution_order import execution_order
@@ -47,6 +48,18 @@ class CatalogEntry:
     signatures: dict[str, FileSignature]
     attached_files: dict[str, bytes]
     folder_signature: tuple[FileSignature | None, ...]
+    far: FarWeights | None = None
+    """How its weights come when they are not, or not all, in its folder; None where they are."""
+
+    @property
+    def uri(self) -> str:
+        """What it is known by: its folder, or where it comes from."""
+        return str(self.info.uri)
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What tells it from every other checkpoint and from itself after a change."""
+        return self.uri, self.index.revision
 
 
 class Catalog:
@@ -79,14 +92,14 @@ class Catalog:
             )
         return entry
 
-    async def folder(self, uri: str) -> Path:
-        """Return the resolved folder that `uri` names, without opening the checkpoint.
+    async def known_as(self, uri: str) -> str:
+        """Return `CatalogEntry.uri` of what `uri` names, without opening it.
 
         Raises:
             InvalidRequest: As `open`.
             NotFound: As `open`.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._folder, uri)
+        return str(await asyncio.get_running_loop().run_in_executor(self._threads, self._folder, uri))
 
     def entries(self) -> list[CatalogEntry]:
         """Return what is known, least recently used first."""

@@ -2,7 +2,7 @@
 
 Order: what the disk cache has, then peers, then the origin. A source that fails, or whose bytes are not those
 that the digests promise, is passed over for this run of chunks and the next one is asked; the load fails only
-when the last one did. Nothing returns from here unchecked where there are digests.
+when the last one did. What comes from outside the host is never returned unchecked where there are digests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from services.store.chunk_source import ChunkSource
+from services.store.chunk_source import ChunkSource, fill_run
 from services.store.integrity import ChunkDamaged, Damage, FileDigests, PartCheck, damaged
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed
@@ -60,10 +60,16 @@ class Link:
     Attributes:
         tier: What kind it is.
         source: Gives the bytes, or raises LoadFailed.
+        checked: It compares digests itself, by its own policy.
     """
 
     tier: Tier
     source: ChunkSource
+    checked: bool = False
+
+
+class NotHere(LoadFailed):
+    """A source doesn't have these bytes, as it may well be: the next one is asked and nobody is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +145,12 @@ class Chain:
         reasons = []
         for link in self._links:
             try:
-                parts = _fill(link.source, chunks, offset=offset, length=length)
-                self._check(link.source.name, chunks, offset=offset, length=length)
+                parts = fill_run(link.source, chunks, offset=offset, length=length)
+                if not link.checked:
+                    self._check(link.source.name, chunks, offset=offset, length=length)
+            except NotHere as error:
+                reasons.append(f"{link.source.name}: {error.message}")
+                continue
             except LoadFailed as error:
                 failure = error
             else:
@@ -177,13 +187,3 @@ class Chain:
         """See `ChunkSource`."""
         for link in self._links:
             link.source.close()
-
-
-def _fill(source: ChunkSource, chunks: Sequence[memoryview], *, offset: int, length: int) -> list[ReadPart]:
-    parts: list[ReadPart] = []
-    done = 0
-    for chunk in chunks:
-        count = min(len(chunk), length - done)
-        parts += source.read(chunk, offset=offset + done, length=count)
-        done += count
-    return parts

@@ -6,7 +6,8 @@ bytes are those of the revision that was asked for, or raises; it never returns 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from stoker.checkpoint.reading import ReadPart
 
@@ -35,3 +36,28 @@ class ChunkSource(Protocol):
 
     def close(self) -> None:
         """Give up files and connections; no read is running. Idempotent."""
+
+
+@runtime_checkable
+class RunSource(ChunkSource, Protocol):
+    """A source that fills neighbouring chunks in one go, because one digest may cover several."""
+
+    def read_run(self, chunks: Sequence[memoryview], *, offset: int, length: int) -> list[ReadPart]:
+        """Fill chunks, all of one size, from `offset` of the file with `length` bytes; else as `read`."""
+
+
+def fill_run(
+    source: ChunkSource, chunks: Sequence[memoryview], *, offset: int, length: int
+) -> list[ReadPart]:
+    """Fill neighbouring chunks, all of one size, from any source; blocks.
+
+    Raises:
+        LoadFailed: As `ChunkSource.read`.
+    """
+    if isinstance(source, RunSource):
+        return source.read_run(chunks, offset=offset, length=length)
+    parts: list[ReadPart] = []
+    for number, chunk in enumerate(chunks):
+        at = number * len(chunk)
+        parts += source.read(chunk, offset=offset + at, length=min(len(chunk), length - at))
+    return parts

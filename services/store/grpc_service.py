@@ -59,14 +59,10 @@ class CheckpointStoreService(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
         """Bring a checkpoint to the pool; the load goes on when the caller leaves."""
         began_seconds = self._clock.now_seconds()
         entry = await self._catalog.open(request.uri, revision=request.revision)
-        there = {
-            (each.entry.index.path, each.entry.index.revision)
-            for each in self._loads.residents()
-            if each.phase is Phase.READY
-        }
+        there = {each.entry.identity for each in self._loads.residents() if each.phase is Phase.READY}
         resident = await self._loads.load(entry, urgency_of(request.priority))
         moved = transfers(resident.moved)
-        if (entry.index.path, entry.index.revision) in there:
+        if entry.identity in there:
             seconds = self._clock.now_seconds() - began_seconds
             moved = [start_pb2.TierTransfer(tier=DRAM, bytes=entry.index.weight_bytes, seconds=seconds)]
         return pb.PrefetchResponse(checkpoint=entry.info, transfers=moved)
@@ -75,8 +71,7 @@ class CheckpointStoreService(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
         self, request: pb.EvictRequest, context: Context
     ) -> pb.EvictResponse:
         """Give up a checkpoint's chunks; refused while somebody holds it."""
-        folder = await self._catalog.folder(request.uri)
-        return pb.EvictResponse(freed_bytes=self._loads.evict(folder))
+        return pb.EvictResponse(freed_bytes=self._loads.evict(await self._catalog.known_as(request.uri)))
 
     async def Pin(  # noqa: N802 - the method's name in the contract
         self, request: pb.PinRequest, context: Context
@@ -85,7 +80,7 @@ class CheckpointStoreService(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
         if request.pinned:
             self._loads.pin(await self._catalog.open(request.uri))
         else:
-            self._loads.unpin(await self._catalog.folder(request.uri))
+            self._loads.unpin(await self._catalog.known_as(request.uri))
         return pb.PinResponse()
 
     async def GetStatus(  # noqa: N802 - the method's name in the contract

@@ -1,7 +1,7 @@
 """Brings checkpoints into the pool, once each, and drops them when room is needed.
 
 Theory of operation: everything here runs on the event loop and nothing waits. A request joins the resident
-that is there or on its way (single flight per folder and revision), or makes one. Admission says whether it
+that is there or on its way (single flight per uri and revision), or makes one. Admission says whether it
 gets chunks now, after some were given back, or never. Reader threads fill chunks; each comes back as a call
 on the loop that moves the ready counter, wakes who watches and, at the end, settles the load. A load belongs
 to the cluster: it goes on when who asked has left, unless a demand needs its room.
@@ -12,31 +12,29 @@ Chunks go back only when no read may write to them any more (`reads_left == 0`) 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
-from services.store.admission import Admitted, Pool, Refused, Waits, admit
+from services.store.admission import Admitted, Refused, Waits, admit
 from services.store.arena import Arena
-from services.store.bandwidth import RunningRates, moved_by_tier
+from services.store.bandwidth import moved_by_tier
 from services.store.catalog import CatalogEntry
 from services.store.chunk_pool import ChunkPool
 from services.store.counters import ReadyCounters
 from services.store.disk_sources import DiskSources
-from services.store.eviction import Occupant, Uses
+from services.store.eviction import Uses
+from services.store.lanes import Lane
+from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, is_held, pool_as_seen
+from services.store.origins.source import REMOTE
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
-from services.store.read_queue import ChunkRead, Outcome, Readers, Urgency
+from services.store.read_queue import Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
+from services.store.transfers import Transfers
 from stoker.checkpoint.reading import DISK
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
-from stoker.units import GB
-
-_ASSUMED_BYTES_PER_SECOND = 1.0 * GB
-"""Of a disk that was never read from; only the order of evictions depends on it."""
 
 _READER_GRACE_SECONDS = 2.0
 _STOPPING = "the checkpoint store is being stopped"
@@ -51,24 +49,22 @@ class Loads:
         counters: ReadyCounters,
         *,
         sources: DiskSources,
-        read_threads: int,
+        threads: Mapping[Lane, int],
         clock: Clock,
     ) -> None:
         """Start the reader threads; call inside the running loop."""
         self.arena = arena
         self.chunks = ChunkPool(arena.chunk_count)
         self.counters = counters
-        self.rates = RunningRates()
         self._sources = sources
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()  # reader threads have none: log lines would lose theirs
-        self._readers = Readers(read_threads, self._read_done)
+        self.transfers = Transfers(threads, counters, failed=self._fail, ended=self._transfer_ended)
         self._keys = itertools.count(1)
         self._residents: dict[int, Resident] = {}
-        self._by_identity: dict[tuple[Path, str], Resident] = {}
+        self._by_identity: dict[tuple[str, str], Resident] = {}
         self._waiting: list[Resident] = []
-        self._pinned: set[Path] = set()
+        self._pinned: set[str] = set()
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
 
@@ -116,36 +112,32 @@ class Loads:
             StokerError: As `lease`; nothing is pinned then.
         """
         self._resident(entry, Urgency.PREFETCH)
-        self._pinned.add(entry.index.path)
+        self._pinned.add(entry.uri)
         self._changed()
 
-    def unpin(self, folder: Path) -> None:
+    def unpin(self, uri: str) -> None:
         """Let a checkpoint go when room is needed."""
-        self._pinned.discard(folder)
+        self._pinned.discard(uri)
         self._changed()
 
-    def is_pinned(self, folder: Path) -> bool:
-        """Tell whether a checkpoint's folder is pinned."""
-        return folder in self._pinned
+    def is_pinned(self, uri: str) -> bool:
+        """Tell whether a checkpoint is pinned."""
+        return uri in self._pinned
 
-    def evict(self, folder: Path) -> int:
+    def evict(self, uri: str) -> int:
         """Drop what the pool holds of a checkpoint; returns the bytes that become free.
 
         Raises:
             InUse: A lease, a pin or a waiting call holds it.
         """
-        found = [resident for resident in self._by_identity.values() if resident.entry.index.path == folder]
+        found = [resident for resident in self._by_identity.values() if resident.entry.uri == uri]
         held = next((resident for resident in found if self._is_held(resident)), None)
         if held is not None:
-            why = (
-                "it is pinned; unpin it"
-                if self.is_pinned(folder)
-                else f"{held.leases} workers have it mapped"
-            )
-            raise InUse(f"{folder} stays in the pool: {why}")
+            why = "it is pinned; unpin it" if self.is_pinned(uri) else f"{held.leases} workers have it mapped"
+            raise InUse(f"{uri} stays in the pool: {why}")
         freed = sum(len(resident.chunk_numbers) for resident in found) * self.arena.chunk_bytes
         for resident in found:
-            self._drop(resident, "asked", InUse(f"{folder} was evicted while it was loading"))
+            self._drop(resident, "asked", InUse(f"{uri} was evicted while it was loading"))
         self._admit_waiting()
         return freed
 
@@ -156,17 +148,16 @@ class Loads:
         return list(self._by_identity.values())
 
     def loading(self) -> bool:
-        """Tell whether any load is under way."""
-        return any(resident.phase in {Phase.WAITING, Phase.LOADING} for resident in self.residents())
+        """Tell whether any load is under way, or what it brought still on its way to the disk."""
+        return any(
+            resident.phase in {Phase.WAITING, Phase.LOADING} or resident.landings_left
+            for resident in self.residents()
+        )
 
     def leased_bytes(self) -> int:
         """Return the bytes that cannot be dropped now."""
         chunks = sum(len(each.chunk_numbers) for each in self._residents.values() if self._is_held(each))
         return chunks * self.arena.chunk_bytes
-
-    def waiting_read_bytes(self) -> int:
-        """Return the bytes queued before the disk."""
-        return self._readers.waiting_bytes()
 
     @contextmanager
     def watched(self) -> Iterator[asyncio.Event]:
@@ -184,14 +175,14 @@ class Loads:
         for resident in self.residents():
             if resident.phase in {Phase.WAITING, Phase.LOADING}:
                 self._drop(resident, "stopping", PeerError(_STOPPING, retry_after_seconds=1.0))
-        await asyncio.to_thread(self._readers.close, grace_seconds=_READER_GRACE_SECONDS)
+        await self.transfers.close(grace_seconds=_READER_GRACE_SECONDS)
 
     # --- one resident's way ---
 
     def _resident(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
         if self._closed:
             raise PeerError(_STOPPING, retry_after_seconds=1.0)
-        identity = (entry.index.path, entry.index.revision)
+        identity = entry.identity
         resident = self._by_identity.get(identity)
         if resident is None:
             self._supersede(entry)
@@ -206,7 +197,7 @@ class Loads:
                 raise resident.error
         elif urgency < resident.urgency:
             resident.urgency = urgency
-            self._readers.hurry(resident.key)
+            self.transfers.hurry(resident)
         resident.uses = resident.uses.used(self._clock.now_seconds())
         resident.last_used_unix_seconds = self._clock.unix_seconds()
         return resident
@@ -229,20 +220,27 @@ class Loads:
         return resident
 
     def _supersede(self, entry: CatalogEntry) -> None:
-        """Nobody can ask for other revisions of the folder any more: let those go that nobody holds."""
+        """Nobody can ask for other revisions of the uri any more: let those go that nobody holds."""
         for other in self.residents():
-            if other.entry.index.path == entry.index.path:
+            if other.entry.uri == entry.uri:
                 other.superseded = True
                 if not self._is_held(other):
-                    self._drop(
-                        other, "superseded", InUse(f"{entry.index.path} was changed while it was loading")
-                    )
+                    self._drop(other, "superseded", InUse(f"{entry.uri} was changed while it was loading"))
 
     def _place(self, resident: Resident) -> None:
         """Start a load, or let it wait for chunks, or fail it."""
+        pool = pool_as_seen(
+            self._residents.values(),
+            asking=resident,
+            free_chunks=self.chunks.free_count,
+            total_chunks=self.chunks.total,
+            chunk_bytes=self.arena.chunk_bytes,
+            pinned=self._pinned,
+            bytes_per_second=self._bytes_per_second,
+        )
         decision = admit(
-            self._pool(resident),
-            uri=str(resident.entry.index.path),
+            pool,
+            uri=resident.entry.uri,
             need_chunks=resident.need_chunks,
             now_seconds=self._clock.now_seconds(),
         )
@@ -296,41 +294,24 @@ class Loads:
             ranks=resident.entry.index.layout == "converted",
             memory=self.arena.chunk,
         )
-        resident.reads_left = len(reads)
         resident.mapped.set_result(None)
-        self._readers.add(resident.key, reads, resident.urgency)
+        self.transfers.begin(resident, reads)
         self._changed()
         if not reads:
             self._complete(resident)
 
-    def _read_done(self, read: ChunkRead, outcome: Outcome) -> None:
-        """Called from a reader thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._take_outcome, read, outcome, context=self._context)
-        except RuntimeError:
-            return  # the loop is closed: the process is ending
-
-    def _take_outcome(self, read: ChunkRead, outcome: Outcome) -> None:
-        resident = self._residents[read.load]
-        resident.reads_left -= 1
-        if isinstance(outcome, StokerError):
-            self._fail(resident, outcome)
-        elif resident.phase is Phase.LOADING:
-            resident.parts += outcome
-            self.rates.add(outcome)
-            file = resident.files[read.file]
-            if file.arrive(read.index):
-                self.counters.set(file.slot, file.ready_bytes)
-                resident.tell()
-            if resident.reads_left == 0:
-                self._complete(resident)
+    def _transfer_ended(self, resident: Resident) -> None:
+        if resident.phase is Phase.LOADING and resident.reads_left == 0:
+            self._complete(resident)
         if resident.phase is Phase.GONE:
             self._settle_if_gone(resident)
             self._admit_waiting()
+        elif resident.entry.far is not None and not (resident.reads_left or resident.landings_left):
+            self._changed()  # all that came is on the disk
 
     def _complete(self, resident: Resident) -> None:
         self._close_sources(resident)
-        self.rates.flush()
+        self.transfers.rates.flush()
         resident.phase = Phase.READY
         resident.moved = moved_by_tier(resident.parts)
         resident.seconds = self._clock.now_seconds() - resident.began_seconds
@@ -340,7 +321,12 @@ class Loads:
         resident.done.set_result(None)
         resident.tell()
         record_loaded(resident, read_seconds=last - first)
-        record_rates({tier: self.rates.bytes_per_second(tier) or 0.0 for tier in self.rates.tiers()})
+        record_rates(
+            {
+                tier: self.transfers.rates.bytes_per_second(tier) or 0.0
+                for tier in self.transfers.rates.tiers()
+            }
+        )
         self._changed()
 
     # --- and its end ---
@@ -361,12 +347,12 @@ class Loads:
         """Take a resident out of sight; its chunks follow when nothing touches them."""
         resident.phase = Phase.GONE
         resident.error = error
-        identity = (resident.entry.index.path, resident.entry.index.revision)
+        identity = resident.entry.identity
         if self._by_identity.get(identity) is resident:
             del self._by_identity[identity]
         if resident in self._waiting:
             self._waiting.remove(resident)
-        resident.reads_left -= self._readers.drop(resident.key)
+        self.transfers.abandon(resident)
         for future in (resident.mapped, resident.done):
             if not future.done():
                 future.set_exception(error)
@@ -376,10 +362,10 @@ class Loads:
 
     def _settle_if_gone(self, resident: Resident) -> None:
         """Give back what a resident took, if it is gone and nobody reads or writes it."""
-        if resident.phase is not Phase.GONE or resident.reads_left or resident.leases:
+        busy = resident.reads_left or resident.landings_left or resident.leases
+        if resident.phase is not Phase.GONE or busy or self._residents.pop(resident.key, None) is None:
             return
-        if self._residents.pop(resident.key, None) is None:
-            return
+        self.transfers.forget(resident)
         self._close_sources(resident)
         self.chunks.give_back(resident.chunk_numbers)
         self.counters.give_back(tuple(file.slot for file in resident.files))
@@ -391,42 +377,13 @@ class Loads:
                 file.source = None
 
     def _is_held(self, resident: Resident) -> bool:
-        pinned = resident.entry.index.path in self._pinned and not resident.superseded
-        return bool(resident.leases or resident.demand_waiters or pinned)
+        return is_held(resident, self._pinned)
 
-    def _pool(self, asking: Resident) -> Pool:
-        draining = sum(
-            len(each.chunk_numbers)
-            for each in self._residents.values()
-            if each.phase is Phase.GONE and not each.leases
-        )
-        return Pool(
-            total_chunks=self.chunks.total,
-            free_chunks=self.chunks.free_count,
-            draining_chunks=draining,
-            chunk_bytes=self.arena.chunk_bytes,
-            occupants=[
-                self._occupant(each, room_for=asking)
-                for each in self._residents.values()
-                if each is not asking
-            ],
-        )
-
-    def _occupant(self, resident: Resident, *, room_for: Resident) -> Occupant:
-        """Return a resident as eviction sees it; only a demand may end a load that is under way."""
-        under_way = resident.phase in {Phase.WAITING, Phase.LOADING}
-        rate = self.rates.bytes_per_second(DISK) or _ASSUMED_BYTES_PER_SECOND
-        chunks = resident.chunk_numbers
-        return Occupant(
-            key=resident.key,
-            chunks=len(chunks),
-            reload_seconds=len(chunks) * self.arena.chunk_bytes / rate,
-            uses=resident.uses,
-            held=resident.phase is Phase.GONE
-            or self._is_held(resident)
-            or (under_way and room_for.urgency is Urgency.PREFETCH),
-            superseded=resident.superseded,
-        )
+    def _bytes_per_second(self, resident: Resident) -> float:
+        """Return how fast a resident would come back."""
+        far = resident.entry.far
+        tier = DISK if far is None or far.whole else REMOTE
+        return self.transfers.rates.bytes_per_second(tier) or ASSUMED_BYTES_PER_SECOND
 
     def _changed(self) -> None:
         record_pool(

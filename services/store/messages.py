@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from services.store.bandwidth import Moved
 from services.store.catalog import CatalogEntry
+from services.store.lanes import Lane
 from services.store.loads import Loads
+from services.store.origins.source import REMOTE
 from services.store.read_queue import Urgency
 from services.store.resident import Phase, Resident
 from stoker.checkpoint.reading import DISK
@@ -13,6 +15,8 @@ from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1 import start_pb2
 
 DRAM = "dram"
+_QUEUES = {DISK: Lane.DISK, REMOTE: Lane.FAR}
+"""Where the bytes of a tier wait; what waits for peers and origins alike is told of the origin."""
 
 
 def urgency_of(priority: pb.Priority.ValueType) -> Urgency:
@@ -20,7 +24,7 @@ def urgency_of(priority: pb.Priority.ValueType) -> Urgency:
     return Urgency.PREFETCH if priority == pb.PRIORITY_PREFETCH else Urgency.DEMAND
 
 
-def attach_reply(loads: Loads, resident: Resident, *, warm: bool) -> bytes:
+def attach_reply(loads: Loads, resident: Resident, *, tier: str) -> bytes:
     """Return the serialised first reply to an attach.
 
     The big part, chunk map and tensor table, is the same for every attach and kept on the resident; what
@@ -29,12 +33,11 @@ def attach_reply(loads: Loads, resident: Resident, *, warm: bool) -> bytes:
     Args:
         loads: Where the resident is.
         resident: Has its chunks.
-        warm: Whether all of it was there when it was asked for.
+        tier: The best one that held all of it when it was asked for.
     """
     if not resident.attach_reply:
         resident.attach_reply = pb.AttachReply(attached=_attached(loads, resident)).SerializeToString()
-    tier = pb.AttachReply(attached=pb.Attached(tier=DRAM if warm else DISK))
-    return resident.attach_reply + tier.SerializeToString()
+    return resident.attach_reply + pb.AttachReply(attached=pb.Attached(tier=tier)).SerializeToString()
 
 
 def _attached(loads: Loads, resident: Resident) -> pb.Attached:
@@ -114,8 +117,8 @@ def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
     """
     arena = loads.arena
     residents = loads.residents()
-    in_pool = {resident.entry.index.path for resident in residents}
-    known = [_not_in_pool(loads, entry) for entry in entries if entry.index.path not in in_pool]
+    in_pool = {resident.entry.uri for resident in residents}
+    known = [_not_in_pool(loads, entry) for entry in entries if entry.uri not in in_pool]
     return pb.StoreStatus(
         pool=pb.PoolStatus(
             total_bytes=arena.total_bytes,
@@ -129,10 +132,10 @@ def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
         bandwidths=[
             pb.Bandwidth(
                 stage=tier,
-                bytes_per_second=loads.rates.bytes_per_second(tier) or 0.0,
-                queued_bytes=loads.waiting_read_bytes() if tier == DISK else 0,
+                bytes_per_second=loads.transfers.rates.bytes_per_second(tier) or 0.0,
+                queued_bytes=loads.transfers.waiting_bytes(_QUEUES[tier]) if tier in _QUEUES else 0,
             )
-            for tier in loads.rates.tiers()
+            for tier in loads.transfers.rates.tiers()
         ],
     )
 
@@ -141,9 +144,9 @@ def _in_pool(loads: Loads, resident: Resident) -> pb.StoredCheckpoint:
     return pb.StoredCheckpoint(
         checkpoint=resident.entry.info,
         dram_bytes=resident.ready_bytes,
-        disk_bytes=resident.entry.index.weight_bytes,
+        disk_bytes=disk_bytes(resident.entry),
         leases=resident.leases,
-        pinned=loads.is_pinned(resident.entry.index.path),
+        pinned=loads.is_pinned(resident.entry.uri),
         loading=resident.phase in {Phase.WAITING, Phase.LOADING},
         last_used_unix_seconds=resident.last_used_unix_seconds,
     )
@@ -152,6 +155,18 @@ def _in_pool(loads: Loads, resident: Resident) -> pb.StoredCheckpoint:
 def _not_in_pool(loads: Loads, entry: CatalogEntry) -> pb.StoredCheckpoint:
     return pb.StoredCheckpoint(
         checkpoint=entry.info,
-        disk_bytes=entry.index.weight_bytes,
-        pinned=loads.is_pinned(entry.index.path),
+        disk_bytes=disk_bytes(entry),
+        pinned=loads.is_pinned(entry.uri),
     )
+
+
+def disk_bytes(entry: CatalogEntry) -> int:
+    """Return the bytes of a checkpoint's weights that this host's disk has."""
+    return entry.index.weight_bytes if entry.far is None else entry.far.disk_bytes()
+
+
+def tier_of(resident: Resident) -> str:
+    """Return the best tier that holds all of a checkpoint."""
+    if resident.phase is Phase.READY:
+        return DRAM
+    return DISK if resident.entry.far is None or resident.entry.far.whole else REMOTE

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 from services.store.catalog import CatalogEntry
 from services.store.disk_sources import DiskSources
+from services.store.far_weights import OpenedFile
 from services.store.read_queue import ChunkRead
 from services.store.resident import ResidentFile
+from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.layout import chunk_count
 
 
@@ -27,17 +29,29 @@ def lay_out(
 ) -> tuple[ResidentFile, ...]:
     """Deal chunks, counter slots and sources out to a checkpoint's files, in their order."""
     taken = iter(chunks)
-    return tuple(
-        ResidentFile(
-            size_bytes=file.size_bytes,
-            chunk_bytes=chunk_bytes,
-            chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
-            slot=slot,
-            source=sources.open(entry, file),
-            step_bytes=sources.step_bytes(entry, file),
+    files = []
+    for file, slot in zip(entry.index.files, slots, strict=True):
+        opened = _open(entry, file, sources, chunk_bytes)
+        files.append(
+            ResidentFile(
+                size_bytes=file.size_bytes,
+                chunk_bytes=chunk_bytes,
+                chunks=tuple(itertools.islice(taken, chunk_count(file.size_bytes, chunk_bytes))),
+                slot=slot,
+                source=opened.source,
+                lane=opened.lane,
+                together=opened.together,
+                step_bytes=opened.step_bytes,
+                land=opened.land,
+            )
         )
-        for file, slot in zip(entry.index.files, slots, strict=True)
-    )
+    return tuple(files)
+
+
+def _open(entry: CatalogEntry, file: CheckpointFile, sources: DiskSources, chunk_bytes: int) -> OpenedFile:
+    if entry.far is None:
+        return OpenedFile(source=sources.open(entry, file), step_bytes=sources.step_bytes(entry, file))
+    return entry.far.open(file, lambda file: sources.open(entry, file), chunk_bytes=chunk_bytes)
 
 
 def plan_reads(
@@ -59,10 +73,10 @@ def plan_reads(
                 file=number,
                 index=index,
                 source=file.source,
-                chunk=memory(chunk),
-                length=file.length(index),
+                chunks=tuple(memory(chunk) for chunk in file.chunks[index : index + file.together]),
+                length=min(file.together * file.chunk_bytes, file.size_bytes - index * file.chunk_bytes),
             )
-            for index, chunk in enumerate(file.chunks)
+            for index in range(0, len(file.chunks), file.together)
         ]
         for number, file in enumerate(files)
         if file.source is not None

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Generic, Protocol, TypeVar
 
-from services.store.chunk_source import ChunkSource
+from services.store.chunk_source import ChunkSource, fill_run
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed, StokerError
 
@@ -25,45 +26,114 @@ class Urgency(IntEnum):
     PREFETCH = 1
 
 
+class Job(Protocol):
+    """Something that is done to chunks of a load in a thread."""
+
+    @property
+    def load(self) -> int:
+        """Which load it belongs to."""
+
+    @property
+    def length(self) -> int:
+        """Bytes it moves."""
+
+    @property
+    def name(self) -> str:
+        """For people: what is read or written."""
+
+    def run(self) -> list[ReadPart]:
+        """Do it; blocks. Raises StokerError."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRead:
-    """One chunk to be read.
+    """Neighbouring chunks of a file to be read from one source: one, but for digests that cover several.
 
     Attributes:
         load: Which load it belongs to.
         file: Index of the file in the checkpoint.
-        index: Which chunk of the file.
-        source: Where its bytes come from.
-        chunk: Where the bytes go: a chunk of the arena.
-        length: Bytes wanted; less than a chunk at the end of a file.
+        index: The first chunk, counted in the file.
+        source: Where the bytes come from.
+        chunks: Where they go: chunks of the arena, all of one size.
+        length: Bytes wanted; the last chunk of a file may be filled in part.
     """
 
     load: int
     file: int
     index: int
     source: ChunkSource
-    chunk: memoryview
+    chunks: tuple[memoryview, ...]
     length: int
 
     @property
     def offset(self) -> int:
         """First byte in the file."""
-        return self.index * len(self.chunk)
+        return self.index * len(self.chunks[0])
+
+    @property
+    def name(self) -> str:
+        """See `Job`."""
+        return self.source.name
+
+    def run(self) -> list[ReadPart]:
+        """See `Job`."""
+        return fill_run(self.source, self.chunks, offset=self.offset, length=self.length)
 
 
-class ReadOrder:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkLanding:
+    """Chunks that arrived from outside the host and go to its disk.
+
+    Attributes:
+        read: What brought them.
+        land: Writes the chunks, given the offset in the file and the bytes; blocks.
+    """
+
+    read: ChunkRead
+    land: Callable[[Sequence[memoryview], int, int], None]
+
+    @property
+    def load(self) -> int:
+        """See `Job`."""
+        return self.read.load
+
+    @property
+    def length(self) -> int:
+        """See `Job`."""
+        return self.read.length
+
+    @property
+    def name(self) -> str:
+        """See `Job`."""
+        return f"the disk's copy of {self.read.name}"
+
+    def run(self) -> list[ReadPart]:
+        """See `Job`."""
+        self.land(self.read.chunks, self.read.offset, self.read.length)
+        return []
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class ReadOrder(Generic[JobT]):
     """The reads that wait, in order; not thread safe."""
 
     def __init__(self) -> None:
         self._waiting: dict[Urgency, deque[int]] = {urgency: deque() for urgency in Urgency}
-        self._reads: dict[int, deque[ChunkRead]] = {}
+        self._reads: dict[int, deque[JobT]] = {}
 
-    def add(self, load: int, reads: Iterable[ChunkRead], urgency: Urgency) -> None:
-        """Queue a load's reads."""
+    def add(self, load: int, reads: Iterable[JobT], urgency: Urgency) -> None:
+        """Queue reads of a load, after those of it that wait."""
+        waiting = self._reads.get(load)
+        if waiting:
+            waiting.extend(reads)
+            return
         self._reads[load] = deque(reads)
-        self._waiting[urgency].append(load)
+        if load not in self._waiting[urgency]:
+            self._waiting[urgency].append(load)
 
-    def next(self) -> ChunkRead | None:
+    def next(self) -> JobT | None:
         """Take the next read, or None when none waits."""
         for waiting in self._waiting.values():
             while waiting:
@@ -94,28 +164,29 @@ class ReadOrder:
 Outcome = list[ReadPart] | StokerError
 
 
-class Readers:
+class Readers(Generic[JobT]):
     """Threads that read chunks in the queue's order."""
 
-    def __init__(self, threads: int, done: Callable[[ChunkRead, Outcome], None]) -> None:
+    def __init__(self, threads: int, done: Callable[[JobT, Outcome], None], *, name: str = "read") -> None:
         """Start the threads.
 
         Args:
             threads: How many.
             done: Called from a reader thread after each read.
+            name: Of the threads.
         """
         self._done = done
-        self._order = ReadOrder()
+        self._order: ReadOrder[JobT] = ReadOrder()
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"read-{number}", daemon=True)
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
             for number in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def add(self, load: int, reads: Iterable[ChunkRead], urgency: Urgency) -> None:
+    def add(self, load: int, reads: Iterable[JobT], urgency: Urgency) -> None:
         """Queue a load's reads."""
         with self._changed:
             self._order.add(load, reads, urgency)
@@ -148,7 +219,7 @@ class Readers:
         while (read := self._take()) is not None:
             self._done(read, _outcome(read))
 
-    def _take(self) -> ChunkRead | None:
+    def _take(self) -> JobT | None:
         with self._changed:
             while not self._stopped:
                 read = self._order.next()
@@ -158,10 +229,10 @@ class Readers:
         return None
 
 
-def _outcome(read: ChunkRead) -> Outcome:
+def _outcome(job: Job) -> Outcome:
     try:
-        return read.source.read(read.chunk, offset=read.offset, length=read.length)
+        return job.run()
     except StokerError as error:
         return error
     except Exception as error:  # noqa: BLE001 - the boundary of the thread: a load fails, the daemon goes on
-        return LoadFailed(f"{read.source.name}: {type(error).__name__}: {error}")
+        return LoadFailed(f"{job.name}: {type(error).__name__}: {error}")

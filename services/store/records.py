@@ -25,7 +25,7 @@ def record_loaded(resident: Resident, *, read_seconds: float) -> None:
     byte_count = sum(file.size_bytes for file in resident.files)
     log.get().info(
         "checkpoint.loaded",
-        uri=str(resident.entry.index.path),
+        uri=resident.entry.uri,
         revision=resident.entry.index.revision,
         bytes=byte_count,
         seconds=round(resident.seconds, 4),
@@ -43,7 +43,7 @@ def record_dropped(resident: Resident, *, reason: str, pool_bytes: int) -> None:
     metrics.EVICTIONS.labels(reason=reason).inc()
     log.get().info(
         "checkpoint.evicted",
-        uri=str(resident.entry.index.path),
+        uri=resident.entry.uri,
         revision=resident.entry.index.revision,
         bytes=pool_bytes,
         phase=resident.phase.value,
@@ -56,7 +56,7 @@ def record_failed(resident: Resident, error: StokerError, *, seconds: float) -> 
     metrics.LOAD_FAILURES.labels(code=error.code).inc()
     log.get().warning(
         "checkpoint.load_failed",
-        uri=str(resident.entry.index.path),
+        uri=resident.entry.uri,
         revision=resident.entry.index.revision,
         seconds=round(seconds, 4),
         ready_bytes=resident.ready_bytes,

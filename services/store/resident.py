@@ -12,6 +12,8 @@ from services.store.bandwidth import Moved
 from services.store.catalog import CatalogEntry
 from services.store.chunk_source import ChunkSource
 from services.store.eviction import Uses
+from services.store.far_weights import Land
+from services.store.lanes import Lane
 from services.store.read_queue import Urgency
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import StokerError
@@ -39,6 +41,9 @@ class ResidentFile:
         chunks: Numbers of its chunks in the arena, in the order of the file.
         slot: Of its ready counter.
         source: Where it is read from; None once it is all there.
+        lane: Whose threads read it.
+        together: Chunks that are read together.
+        land: Puts what arrives from afar onto this host's disk.
         step_bytes: Bytes are ready in whole steps: what one digest covers, where digests are checked.
         arrived: A flag per chunk.
         prefix: Chunks that have arrived, counted from the start without a gap.
@@ -49,6 +54,9 @@ class ResidentFile:
     chunks: tuple[int, ...]
     slot: int
     source: ChunkSource | None
+    lane: Lane = Lane.DISK
+    together: int = 1
+    land: Land | None = None
     step_bytes: int = 1
     arrived: bytearray = field(init=False)
     prefix: int = 0
@@ -94,6 +102,7 @@ class Resident:
         phase: Where it is.
         files: Empty while it waits.
         reads_left: Reads queued or running: while there are any, its chunks may be written to.
+        landings_left: Writes to this host's disk queued or running: they read its chunks.
         leases: Attach connections.
         demand_waiters: Calls that wait for it on someone's behalf.
         superseded: Its files have changed since.
@@ -117,6 +126,7 @@ class Resident:
     phase: Phase = Phase.WAITING
     files: tuple[ResidentFile, ...] = ()
     reads_left: int = 0
+    landings_left: int = 0
     leases: int = 0
     demand_waiters: int = 0
     superseded: bool = False

@@ -14,6 +14,7 @@ from services.store.counters import ReadyCounters
 from services.store.damaged_copies import DamagedCopies
 from services.store.disk_sources import DiskSources
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
+from services.store.lanes import Lane
 from services.store.loads import Loads
 from services.store.run_folder import RunFolder
 from services.store.settings import FaultIn, StoreSettings
@@ -60,7 +61,11 @@ class StoreService:
                 VerifiedParts(settings.run_dir / VERIFIED_FOLDER_NAME),
                 DamagedCopies(None, forget=lambda _path, _damages: None),
             ),
-            read_threads=settings.read_threads,
+            threads={
+                Lane.DISK: settings.read_threads,
+                Lane.FAR: settings.far_threads,
+                Lane.LANDING: settings.landing_threads,
+            },
             clock=self._clock,
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)

@@ -70,6 +70,12 @@ class StoreSettings(ServiceSettings):
     read_threads: int = Field(default=4, ge=1, le=64)
     """Threads that read from disk, for all loads together."""
 
+    far_threads: int = Field(default=16, ge=1, le=256)
+    """Threads that read from peers and origins, for all loads together; each has one range in flight."""
+
+    landing_threads: int = Field(default=2, ge=1, le=64)
+    """Threads that write what arrives from afar to the store's own disk cache."""
+
     verify_disk: VerifyDisk = VerifyDisk.FIRST
     """When digests of converted checkpoints on disk are checked: `always`; `first`: at the first read of each
     part of a file, again when the file changes or `run_dir` was emptied; `never`."""

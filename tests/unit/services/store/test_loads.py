@@ -13,6 +13,7 @@ from services.store.catalog import Catalog
 from services.store.counters import ReadyCounters
 from services.store.damaged_copies import DamagedCopies
 from services.store.disk_sources import DiskSources
+from services.store.lanes import Lane
 from services.store.loads import Loads
 from services.store.read_queue import Urgency
 from services.store.resident import Phase
@@ -41,7 +42,7 @@ class Store:
             sources=DiskSources(
                 policy, VerifiedParts(None), DamagedCopies(None, lambda _path, _damages: None)
             ),
-            read_threads=2,
+            threads=dict.fromkeys(Lane, 2),
             clock=self.clock,
         )
 
@@ -117,7 +118,7 @@ async def test_a_leased_checkpoint_is_neither_dropped_for_room_nor_evicted(tmp_p
         with pytest.raises(CapacityError, match="held by running models"):
             await made.load(b)
         with pytest.raises(InUse, match="1 workers have it mapped"):
-            made.loads.evict(a)
+            made.loads.evict(str(a))
         made.loads.end_lease(resident)
         await made.load(b)
 
@@ -129,11 +130,11 @@ async def test_a_pinned_checkpoint_stays_until_unpinned(tmp_path):
         await made.load(a)
 
         with pytest.raises(InUse, match="pinned"):
-            made.loads.evict(a)
+            made.loads.evict(str(a))
         with pytest.raises(CapacityError):
             await made.load(b)
-        made.loads.unpin(a)
-        assert made.loads.evict(a) == 3 * CHUNK
+        made.loads.unpin(str(a))
+        assert made.loads.evict(str(a)) == 3 * CHUNK
 
 
 async def test_a_checkpoint_larger_than_the_pool_is_refused_and_leaves_nothing(tmp_path):

@@ -12,7 +12,7 @@ SOURCE = SourceFile(Path("/x"), FileSignature(inode=1, size_bytes=1, modified_ns
 
 def reads(load: int, count: int) -> list[ChunkRead]:
     return [
-        ChunkRead(load=load, file=0, index=index, source=SOURCE, chunk=memoryview(bytearray(8)), length=8)
+        ChunkRead(load=load, file=0, index=index, source=SOURCE, chunks=(memoryview(bytearray(8)),), length=8)
         for index in range(count)
     ]
 

@@ -1,0 +1,112 @@
+"""Chunks on their way: from threads back to the event loop, into ready counters, on to the host's disk.
+
+Each job that ends comes back as a call on the loop. A read moves the ready counter of its file and, where it
+came from afar, queues the landing of its chunks. Landings hold the chunks as reads do (`landings_left`), but
+nobody waits for them: a load is done when its reads are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterable, Mapping
+
+from services.store.bandwidth import RunningRates
+from services.store.counters import ReadyCounters
+from services.store.lanes import Job, Lane, Lanes
+from services.store.read_queue import ChunkLanding, ChunkRead, Outcome, Urgency
+from services.store.resident import Phase, Resident
+from stoker.checkpoint.reading import ReadPart
+from stoker.errors import StokerError
+
+
+class Transfers:
+    """All that moves; used from the event loop only."""
+
+    def __init__(
+        self,
+        threads: Mapping[Lane, int],
+        counters: ReadyCounters,
+        *,
+        failed: Callable[[Resident, StokerError], None],
+        ended: Callable[[Resident], None],
+    ) -> None:
+        """Start the threads; call inside the running loop.
+
+        Args:
+            threads: How many per lane.
+            counters: Of the files' ready bytes.
+            failed: Called when a read failed, before `ended`.
+            ended: Called after every job of a resident.
+        """
+        self.rates = RunningRates()
+        self._counters = counters
+        self._failed = failed
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # threads have none: log lines would lose theirs
+        self._lanes = Lanes(threads, self._done)
+        self._residents: dict[int, Resident] = {}
+
+    def begin(self, resident: Resident, reads: Iterable[ChunkRead]) -> None:
+        """Queue a load's reads, each in the lane of its file."""
+        self._residents[resident.key] = resident
+        by_lane: dict[Lane, list[ChunkRead]] = {}
+        for read in reads:
+            by_lane.setdefault(resident.files[read.file].lane, []).append(read)
+        resident.reads_left = sum(map(len, by_lane.values()))
+        for lane, found in by_lane.items():
+            self._lanes.add(lane, resident.key, found, resident.urgency)
+
+    def hurry(self, resident: Resident) -> None:
+        """Make a prefetch urgent."""
+        self._lanes.hurry(resident.key)
+
+    def abandon(self, resident: Resident) -> None:
+        """Forget what is queued for a resident; what runs goes on and still ends."""
+        resident.reads_left -= self._lanes.drop_reads(resident.key)
+        resident.landings_left -= self._lanes.drop_landings(resident.key)
+
+    def forget(self, resident: Resident) -> None:
+        """Let go of a resident of which nothing is queued and nothing runs."""
+        self._residents.pop(resident.key, None)
+
+    def waiting_bytes(self, lane: Lane) -> int:
+        """Return the bytes queued in a lane."""
+        return self._lanes.waiting_bytes(lane)
+
+    async def close(self, *, grace_seconds: float) -> None:
+        """End the threads."""
+        await asyncio.to_thread(self._lanes.close, grace_seconds=grace_seconds)
+
+    def _done(self, job: Job, outcome: Outcome) -> None:
+        """Called from a thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._take, job, outcome, context=self._context)
+        except RuntimeError:
+            return  # the loop is closed: the process is ending
+
+    def _take(self, job: Job, outcome: Outcome) -> None:
+        resident = self._residents[job.load]
+        if isinstance(job, ChunkLanding):
+            resident.landings_left -= 1
+        else:
+            resident.reads_left -= 1
+            if isinstance(outcome, StokerError):
+                self._failed(resident, outcome)
+            elif resident.phase is Phase.LOADING:
+                self._arrived(resident, job, outcome)
+        self._ended(resident)
+
+    def _arrived(self, resident: Resident, read: ChunkRead, parts: list[ReadPart]) -> None:
+        resident.parts += parts
+        self.rates.add(parts)
+        file = resident.files[read.file]
+        further = [file.arrive(read.index + number) for number in range(len(read.chunks))]
+        if any(further):
+            self._counters.set(file.slot, file.ready_bytes)
+            resident.tell()
+        if file.land is not None:
+            resident.landings_left += 1
+            landing = ChunkLanding(read=read, land=file.land)
+            self._lanes.add(Lane.LANDING, resident.key, [landing], Urgency.DEMAND)
