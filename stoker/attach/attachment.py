@@ -194,15 +194,21 @@ class Attachment:
             raise StokerError("the load ended without a result")
         return self._loaded
 
-    def map_pages(self, file: int) -> None:
-        """Enter the ready pages into this process's page table in one go, ahead of the first touch.
+    def map_pages(self, file: int, start: int = 0, end: int | None = None) -> None:
+        """Enter ready pages into this process's page table in one go, ahead of the first touch.
 
         Worth it before the first forward pass on 4 KiB pages; blocks without the GIL.
+
+        Args:
+            file: Which one.
+            start: First byte; its whole page is meant.
+            end: Byte after the last one; pages not wholly ready are left out. None: all that is ready.
         """
-        held = self._files[file]
-        whole_pages = self.ready_bytes(file) // mmap.PAGESIZE * mmap.PAGESIZE
-        if whole_pages:
-            held.memory.fault_in(0, whole_pages, write=False)
+        ready = self.ready_bytes(file)
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        length = (ready if end is None else min(end, ready)) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._files[file].memory.fault_in(first, length, write=False)
 
     def close(self) -> None:
         """Give up this object's share of the mapping and of the lease; idempotent.

@@ -5,6 +5,7 @@ Needs torch and transformers.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,48 +16,70 @@ from stoker.checkpoint.layout import is_padding
 from stoker.errors import CheckpointInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from stoker.models.skeleton import Skeleton
 
 _SHOWN_NAMES = 5
 
 
-def assign_weights(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def assign_weights(
+    skeleton: Skeleton,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_float32: re.Pattern[str] | None = None,
+    before_reading: Callable[[], object] = lambda: None,
+) -> nn.Module:
     """Make `tensors` the parameters of the skeleton and return the model, ready to run.
 
-    Tensors are used as they are: on the CPU the model computes from the caller's memory. Only where their
-    dtypes differ are the rarer ones cast. Where names need transformers' conversions (fused experts, renamed
-    parts), transformers' own loader is used, which copies.
+    Tensors are used as they are: on the CPU the model computes from the caller's memory. Only floating ones
+    of another dtype than the model's are cast. Where names need transformers' conversions (fused experts,
+    renamed parts), transformers' own loader is used, which copies.
 
     Args:
         skeleton: Used up by this call.
         tensors: By their names in the checkpoint; fillers are ignored. On the device the model runs on.
+        dtype: The model's; None is the one that most elements have.
+        keep_float32: Names of parameters that the model computes with in float32 whatever its dtype.
+        before_reading: Called before the content of a tensor is looked at, which only casts, conversions and
+            ties that the checkpoint stores twice need: where content may arrive later, wait for all of it.
 
     Raises:
         CheckpointInvalid: Tensors are missing, left over, or of another shape than config.json says.
     """
     given = {name: tensor for name, tensor in tensors.items() if not is_padding(name)}
-    dtype = _dominant_dtype(given.values())
+    dtype = dtype or dominant_dtype(given.values())
     expected = skeleton.model.state_dict(keep_vars=True)
     named, missing, unexpected = _match(skeleton, expected, given)
     if missing or unexpected:
+        before_reading()
         return _load_by_transformers(skeleton, given, dtype, missing, unexpected)
     _check_shapes(skeleton.architecture, expected, named)
     modules = dict(skeleton.model.named_modules())
+    wanted = {name: dtype for name, tensor in named.items() if tensor.is_floating_point()}
+    if keep_float32 is not None:
+        wanted.update((name, torch.float32) for name in wanted if keep_float32.search(name))
+    if any(named[name].dtype != each for name, each in wanted.items()):
+        before_reading()
     for name, tensor in named.items():
         owner, _, leaf = name.rpartition(".")
-        value = tensor if tensor.dtype == dtype or not tensor.is_floating_point() else tensor.to(dtype)
+        value = tensor.to(wanted.get(name, tensor.dtype))  # the tensor itself where nothing changes
         if leaf in modules[owner]._parameters:  # noqa: SLF001 - setattr would cost 10 µs for each of 272
             modules[owner]._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # noqa: SLF001 - as above
         else:
             modules[owner]._buffers[leaf] = value  # noqa: SLF001 - as above
-    _tie(skeleton, modules, named)
+    _tie(skeleton, modules, named, before_reading)
     skeleton.model.config.dtype = dtype
     return skeleton.model  # type: ignore[no-any-return]
 
 
-def _dominant_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+def dominant_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """Return the floating point dtype that most elements have; what a model made of these computes in.
+
+    Raises:
+        CheckpointInvalid: There are no floating point tensors.
+    """
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         if tensor.is_floating_point():
@@ -90,8 +113,6 @@ def _is_ignorable(model: Any, name: str) -> bool:
     """Say whether older checkpoints hold a tensor of this name that the model computes by itself."""
     if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")):
         return True
-    import re  # noqa: PLC0415 - a rare path
-
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - transformers' own list
     return any(re.search(pattern, name) for pattern in patterns)
 
@@ -111,20 +132,28 @@ def _check_shapes(
         )
 
 
-def _tie(skeleton: Skeleton, modules: Mapping[str, nn.Module], named: Mapping[str, torch.Tensor]) -> None:
+def _tie(
+    skeleton: Skeleton,
+    modules: Mapping[str, nn.Module],
+    named: Mapping[str, torch.Tensor],
+    before_reading: Callable[[], object],
+) -> None:
     """Give tied parameters that the checkpoint holds once (or twice) one and the same tensor."""
     for target, source in skeleton.tied.items():
         holder, needer = (source, target) if source in named else (target, source)
         owner, _, leaf = holder.rpartition(".")
         parameter = modules[owner]._parameters[leaf]  # noqa: SLF001 - see assign_weights
-        if needer in named and not _is_same(named[needer], named[holder]):
+        if needer in named and not _is_same(named[needer], named[holder], before_reading):
             continue  # the checkpoint says otherwise than the config: both keep their own, as in transformers
         owner, _, leaf = needer.rpartition(".")
         modules[owner]._parameters[leaf] = parameter  # noqa: SLF001 - see assign_weights
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+def _is_same(one: torch.Tensor, other: torch.Tensor, before_reading: Callable[[], object]) -> bool:
+    if one.data_ptr() == other.data_ptr():
+        return True
+    before_reading()
+    return torch.equal(one, other)
 
 
 def _load_by_transformers(
