@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from stoker.attach.attachment import Attachment, Tensor
-from stoker.checkpoint.dtypes import TORCH_NAMES
-from stoker.errors import CheckpointInvalid
-
-_PACKED = {"F4": 2}
-"""Elements per item of torch's type, where that is not one."""
+from stoker.attach.attachment import Attachment
+from stoker.checkpoint.torch_views import shaped, torch_dtype, torch_shape
 
 
 def tensor(attachment: Attachment, name: str) -> torch.Tensor:
@@ -27,15 +23,13 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
         LoadFailed: A tensor that must be copied did not arrive.
     """
     place = attachment.tensors[name]
-    dtype = _torch_dtype(place)
-    shape = _torch_shape(place)
+    dtype = torch_dtype(place.dtype, name=name)
     if place.nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    raw = _bytes(attachment.buffer(place.file, place.offset, place.nbytes))
+        return torch.empty(torch_shape(place.dtype, place.shape, name=name), dtype=dtype)
     if place.offset % dtype.itemsize:
         attachment.wait_tensor(name)
-        raw = raw.clone()
-    return raw.view(dtype).reshape(shape)
+    raw = torch.frombuffer(attachment.buffer(place.file, place.offset, place.nbytes), dtype=torch.uint8)
+    return shaped(raw, dtype=place.dtype, shape=place.shape, name=name)
 
 
 def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
@@ -44,29 +38,3 @@ def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
     for stored, *others in attachment.tied:
         found.update(dict.fromkeys(others, found[stored]))
     return found
-
-
-def _bytes(buffer: memoryview) -> torch.Tensor:
-    return torch.frombuffer(buffer, dtype=torch.uint8)
-
-
-def _torch_dtype(place: Tensor) -> torch.dtype:
-    dtype = getattr(torch, TORCH_NAMES.get(place.dtype, ""), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointInvalid(
-            f"tensor {place.name!r} is {place.dtype}, which torch {torch.__version__} does not have; "
-            "convert the checkpoint to another dtype"
-        )
-    return dtype
-
-
-def _torch_shape(place: Tensor) -> tuple[int, ...]:
-    items = _PACKED.get(place.dtype, 1)
-    if items == 1:
-        return place.shape
-    if not place.shape or place.shape[-1] % items:
-        raise CheckpointInvalid(
-            f"tensor {place.name!r}: {place.dtype} {list(place.shape)} does not pack by {items} along its "
-            "last dimension, as torch needs"
-        )
-    return (*place.shape[:-1], place.shape[-1] // items)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from stoker.checkpoint.digests import Digest
 from stoker.errors import CheckpointInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
+    from types import TracebackType
 
-    from stoker.checkpoint.plan import FilePlan
+    from stoker.checkpoint.plan import FilePlan, PlannedEntry
 
 
 class ChunkDigests:
@@ -47,20 +49,75 @@ class ChunkDigests:
         self._left_bytes = self._chunk_bytes
 
 
+class WeightsWriter:
+    """A planned file under construction, written front to back; a context manager that closes it."""
+
+    def __init__(self, path: Path, plan: FilePlan, *, chunk_bytes: int) -> None:
+        """Create the file, which must not exist, with its header; takes its whole space on the disk."""
+        self._path = path
+        self._plan = plan
+        self._digests = ChunkDigests(chunk_bytes)
+        self.written_bytes = 0
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            _reserve(self._descriptor, plan.size_bytes)
+            self.write(memoryview(plan.header))
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        _write_all(self._descriptor, data)
+        self._digests.update(data)
+        self.written_bytes += len(data)
+
+    def expect(self, offset: int) -> None:
+        """Check that everything before `offset` is written.
+
+        Raises:
+            CheckpointInvalid: A tensor had more or fewer bytes than planned.
+        """
+        if self.written_bytes != offset:
+            raise CheckpointInvalid(
+                f"{self._path}: the source gave {self.written_bytes - offset:+,} bytes against its own table "
+                f"before byte {offset:,}; it changed while it was read, convert again."
+            )
+
+    def finish(self) -> tuple[str, ...]:
+        """Make the file durable and return its chunk digests.
+
+        Raises:
+            CheckpointInvalid: It is not complete.
+        """
+        self.expect(self._plan.size_bytes)
+        os.fsync(self._descriptor)
+        return self._digests.finish()
+
+
 def write_weights(
-    path: Path,
+    paths: Sequence[Path],
     plan: FilePlan,
-    read: Callable[[str], Iterable[memoryview]],
+    read: Callable[[str], Iterable[tuple[int | None, memoryview]]],
     *,
     chunk_bytes: int,
     progress: Callable[[int, int], None],
-) -> tuple[str, ...]:
-    """Write the planned file durably and return its chunk digests; blocks.
+) -> tuple[tuple[str, ...], ...]:
+    """Write the planned file for every rank, durably, in one pass; return each one's chunk digests; blocks.
 
     Args:
-        path: Must not exist.
+        paths: One for each rank; must not exist. All ranks' files have the same plan.
         plan: What to write.
-        read: Yields a tensor's bytes in order, by its name.
+        read: Yields the pieces of a tensor, by its name, each with its rank (None: every rank gets it), in
+            each rank's order.
         chunk_bytes: What one digest covers.
         progress: Told the bytes written and the bytes to write, after each slice.
 
@@ -68,26 +125,19 @@ def write_weights(
         CheckpointInvalid: A tensor had more or fewer bytes than planned.
         OSError: The disk refused.
     """
-    chunk_digests = ChunkDigests(chunk_bytes)
-    written = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        _reserve(descriptor, plan.size_bytes)
-        for offset, parts in _stream(plan, read):
-            if written != offset:
-                raise CheckpointInvalid(
-                    f"{path}: the source gave {written - offset:+,} bytes against its own table before byte "
-                    f"{offset:,}; it changed while it was read, convert again."
-                )
-            for part in parts:
-                _write_all(descriptor, part)
-                chunk_digests.update(part)
-                written += len(part)
-                progress(written, plan.size_bytes)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return chunk_digests.finish()
+    total = plan.size_bytes * len(paths)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(WeightsWriter(path, plan, chunk_bytes=chunk_bytes)) for path in paths]
+        for entry in plan.entries:
+            for writer in writers:
+                writer.expect(entry.offset)
+            for rank, part in _entry_parts(entry, read):
+                for writer in writers if rank is None else (writers[rank],):
+                    writer.write(part)
+                progress(sum(writer.written_bytes for writer in writers), total)
+        finished = tuple(writer.finish() for writer in writers)
+        progress(total, total)
+    return finished
 
 
 def write_small(path: Path, data: bytes) -> None:
@@ -100,17 +150,12 @@ def write_small(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _stream(
-    plan: FilePlan, read: Callable[[str], Iterable[memoryview]]
-) -> Iterable[tuple[int, Iterable[memoryview]]]:
-    """Yield offset and bytes of the header, of every entry, and of nothing at the file's end."""
-    yield 0, (memoryview(plan.header),)
-    for entry in plan.entries:
-        if entry.is_filler:
-            yield entry.offset, (memoryview(bytes(entry.tensor.nbytes)),)
-        else:
-            yield entry.offset, (part.cast("B") for part in read(entry.tensor.name))
-    yield plan.size_bytes, ()
+def _entry_parts(
+    entry: PlannedEntry, read: Callable[[str], Iterable[tuple[int | None, memoryview]]]
+) -> Iterable[tuple[int | None, memoryview]]:
+    if entry.is_filler:
+        return ((None, memoryview(bytes(entry.tensor.nbytes))),)
+    return ((rank, part.cast("B")) for rank, part in read(entry.tensor.name))
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from stoker.checkpoint import digests, manifest
+from stoker.checkpoint.cuts import Cut
 from stoker.checkpoint.execution_order import execution_order
 from stoker.checkpoint.folder import open_regular, read_bounded, read_exactly, resolve_file, resolve_folder
 from stoker.checkpoint.layout import (
@@ -29,10 +30,11 @@ from stoker.checkpoint.model_facts import MAX_CONFIG_BYTES, ModelFacts, read_fac
 from stoker.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header
 from stoker.checkpoint.shards import find_shards
 from stoker.checkpoint.small_files import find_small_files
-from stoker.errors import CheckpointInvalid
+from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.ids import Revision
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from stoker.checkpoint.safetensors_header import SafetensorsHeader
@@ -71,6 +73,9 @@ class CheckpointIndex:
         small_files: Names of the small files present.
         chunk_bytes: What one chunk of a file has.
         facts: What `config.json` says.
+        rank: Which tensor-parallel rank this is, from 0.
+        ranks: How many there are; files and tensors are this one's.
+        cuts: How tensors of a checkpoint of several ranks are cut; those not listed are whole.
     """
 
     path: Path
@@ -82,6 +87,9 @@ class CheckpointIndex:
     small_files: tuple[str, ...]
     chunk_bytes: int
     facts: ModelFacts
+    rank: int = 0
+    ranks: int = 1
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -112,17 +120,25 @@ class CheckpointIndex:
         return next(iter(self.bytes_by_dtype), None)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointIndex:
+def open_checkpoint(path: str | os.PathLike[str], *, rank: int | None = None) -> CheckpointIndex:
     """Return the index of the checkpoint in the folder `path`; blocks for a few small reads.
+
+    Args:
+        path: A folder, converted or in place.
+        rank: Which rank of a checkpoint that is cut for tensor parallelism; None or 0 for one that isn't.
 
     Raises:
         NotFound: There is no such folder.
+        InvalidRequest: There is no such rank.
         CheckpointInvalid: Files are missing, truncated, hostile, or of a format that must be converted.
     """
     folder = resolve_folder(path)
     manifest_path = resolve_file(folder, MANIFEST_NAME)
     if manifest_path is not None:
-        return _open_converted(folder, read_manifest(folder))
+        found = read_manifest(folder)
+        _check_rank(folder, rank, found.ranks)
+        return _open_converted(folder, found, rank or 0)
+    _check_rank(folder, rank, 1)
     return _open_in_place(folder)
 
 
@@ -176,11 +192,28 @@ def weights_path(folder: Path, file: manifest.WeightsFile) -> Path:
     return path
 
 
-def _open_converted(folder: Path, found: manifest.Manifest) -> CheckpointIndex:
+def _check_rank(folder: Path, rank: int | None, ranks: int) -> None:
+    if rank is None and ranks > 1:
+        raise CheckpointInvalid(
+            f"{folder} is cut for {ranks} tensor-parallel ranks: no single process can run it. Load it in "
+            f"{ranks} processes with tp_size={ranks}, or convert the original without --tensor-parallel."
+        )
+    if rank is not None and not 0 <= rank < ranks:
+        raise InvalidRequest(
+            f"{folder} has no rank {rank}: it is cut for {ranks}; convert the original with "
+            "--tensor-parallel to cut it otherwise.",
+            param="rank",
+        )
+
+
+def _open_converted(folder: Path, found: manifest.Manifest, rank: int) -> CheckpointIndex:
     files = []
-    records: dict[str, TensorRecord] = {tensor.name: tensor for tensor in found.tensors}
+    own = found.files if found.ranks == 1 else (found.files[rank],)
+    names = {file.name for file in own}
+    tensors = tuple(tensor for tensor in found.tensors if tensor.file in names)
+    records: dict[str, TensorRecord] = {tensor.name: tensor for tensor in tensors}
     stored = 0
-    for file in found.files:
+    for file in own:
         path = weights_path(folder, file)
         header, _, _ = read_header(path)
         for entry in header.tensors:
@@ -216,14 +249,21 @@ def _open_converted(folder: Path, found: manifest.Manifest) -> CheckpointIndex:
     return CheckpointIndex(
         path=folder,
         layout="converted",
-        revision=found.revision,
+        revision=found.revision if found.ranks == 1 else _revision_of_rank(found.revision, rank),
         files=tuple(files),
-        tensors=found.tensors,
+        tensors=tensors,
         tied_groups=found.tied_groups,
         small_files=tuple(small),
         chunk_bytes=found.chunk_bytes,
         facts=facts,
+        rank=rank,
+        ranks=found.ranks,
+        cuts={cut.name: Cut(dim=cut.dim, blocks=cut.blocks) for cut in found.cuts},
     )
+
+
+def _revision_of_rank(revision: str, rank: int) -> Revision:
+    return Revision(digests.digest_of_texts([revision, "rank", str(rank)]))
 
 
 def _open_in_place(folder: Path) -> CheckpointIndex:

@@ -13,6 +13,14 @@ MANIFEST_NAME = "stoker.json"
 WEIGHTS_NAME = "model.safetensors"
 """The weights of a checkpoint that has one rank; `from_pretrained` opens the folder as it is."""
 
+
+def weights_names(ranks: int) -> tuple[str, ...]:
+    """Return the names of the weights files of a converted checkpoint, by rank."""
+    if ranks == 1:
+        return (WEIGHTS_NAME,)
+    return tuple(f"rank-{rank}-of-{ranks}.safetensors" for rank in range(ranks))
+
+
 SHARD_INDEX_NAME = "model.safetensors.index.json"
 """Where Hugging Face lists the shards of a checkpoint that has several files."""
 

@@ -23,6 +23,7 @@ from stoker.units import GIB, KIB
 MAX_MANIFEST_BYTES = 256 * 1024 * KIB
 _WEIGHT_FILE = re.compile(r"model\.safetensors|rank-\d{1,5}-of-\d{1,5}\.safetensors")
 _SMALL_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+MAX_RANKS = 1024
 _CONVERT_AGAIN = "convert the checkpoint again."
 
 
@@ -91,8 +92,20 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorCut:
+    """How a tensor was cut for the ranks; see `cuts.Cut`."""
+
+    name: str
+    dim: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The content of `stoker.json`.
+
+    A checkpoint that is cut for tensor-parallel ranks lists each tensor once per rank, as that rank holds it;
+    the last two attributes stand in the file only then.
 
     Attributes:
         revision: Digest over the content: files, small files, tied groups.
@@ -102,6 +115,8 @@ class Manifest:
         tied_groups: Names that share one stored tensor; the first is the stored one.
         small_files: By name.
         source: What it was made from.
+        ranks: Tensor-parallel ranks; each has one of the files, in their order.
+        cuts: The tensors that are cut; every rank holds the others whole.
     """
 
     revision: Revision
@@ -111,6 +126,8 @@ class Manifest:
     tied_groups: tuple[tuple[str, ...], ...]
     small_files: tuple[SmallFile, ...]
     source: Source
+    ranks: int = 1
+    cuts: tuple[TensorCut, ...] = ()
 
 
 def content_revision(
@@ -119,6 +136,7 @@ def content_revision(
     small_files: tuple[SmallFile, ...],
     tied_groups: tuple[tuple[str, ...], ...],
     chunk_bytes: int,
+    cuts: tuple[TensorCut, ...] = (),
 ) -> Revision:
     """Return 32 hex digits that change when any byte of the checkpoint's files does."""
     texts = [str(LAYOUT_VERSION), str(chunk_bytes)]
@@ -128,12 +146,16 @@ def content_revision(
         texts += ["small", small.name, str(small.size_bytes), small.digest]
     for group in tied_groups:
         texts += ["tied", *group]
+    for cut in cuts:
+        texts += ["cut", cut.name, str(cut.dim), str(cut.blocks)]
     return Revision(digests.digest_of_texts(texts))
 
 
 def render(manifest: Manifest) -> bytes:
     """Return the JSON text of `manifest`."""
     value = {"layout_version": LAYOUT_VERSION, **asdict(manifest)}
+    if manifest.ranks == 1:
+        del value["ranks"], value["cuts"]
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -150,6 +172,7 @@ def parse(text: bytes, *, where: str) -> Manifest:
             f"{where}: layout version {str(version)[:40]}, this program reads {LAYOUT_VERSION}; "
             f"{_CONVERT_AGAIN}"
         )
+    value = {"ranks": 1, "cuts": [], **value}
     fields = hostile_json.require_fields(value, _MANIFEST_FIELDS, where=where, field="stoker.json")
     chunk_bytes = hostile_json.require_int(
         fields["chunk_bytes"], where=where, field="chunk_bytes", low=4 * KIB, high=GIB
@@ -163,16 +186,19 @@ def parse(text: bytes, *, where: str) -> Manifest:
         tied_groups=tuple(_group(item, where) for item in _items(fields, "tied_groups", where)),
         small_files=tuple(_small(item, where) for item in _items(fields, "small_files", where)),
         source=_source(fields["source"], where),
+        ranks=hostile_json.require_int(fields["ranks"], where=where, field="ranks", low=1, high=MAX_RANKS),
+        cuts=tuple(_cut(item, where) for item in _items(fields, "cuts", where)),
     )
     _check(manifest, where)
     return manifest
 
 
 _MANIFEST_FIELDS = frozenset(
-    {"revision", "chunk_bytes", "files", "tensors", "tied_groups", "small_files", "source"}
+    {"revision", "chunk_bytes", "files", "tensors", "tied_groups", "small_files", "source", "ranks", "cuts"}
 )
 _FILE_FIELDS = frozenset({"name", "size_bytes", "chunk_digests"})
 _TENSOR_FIELDS = frozenset({"name", "dtype", "shape", "file", "offset", "nbytes", "layer"})
+_CUT_FIELDS = frozenset({"name", "dim", "blocks"})
 _SMALL_FIELDS = frozenset({"name", "size_bytes", "digest"})
 _SOURCE_FIELDS = frozenset({"uri", "format", "fingerprint", "dtype"})
 
@@ -233,6 +259,18 @@ def _tensor(value: object, where: str) -> TensorRecord:
     )
 
 
+def _cut(value: object, where: str) -> TensorCut:
+    fields = hostile_json.require_fields(value, _CUT_FIELDS, where=where, field="cuts")
+    name = hostile_json.require_str(fields["name"], where=where, field="cuts.name")
+    return TensorCut(
+        name=name,
+        dim=hostile_json.require_int(fields["dim"], where=where, field=f"{name}.dim", high=31),
+        blocks=hostile_json.require_int(
+            fields["blocks"], where=where, field=f"{name}.blocks", low=1, high=64
+        ),
+    )
+
+
 def _group(value: object, where: str) -> tuple[str, ...]:
     names = hostile_json.require_list(value, where=where, field="tied_groups")
     return tuple(hostile_json.require_str(name, where=where, field="tied_groups") for name in names)
@@ -269,16 +307,24 @@ def _check(manifest: Manifest, where: str) -> None:
     if len(sizes) != len(manifest.files) or not sizes:
         raise CheckpointInvalid(f"{where}: no weights file, or one listed twice; {_CONVERT_AGAIN}")
     ends = dict.fromkeys(sizes, 0)
-    names: set[str] = set()
+    if manifest.ranks not in {1, len(sizes)}:
+        raise CheckpointInvalid(f"{where}: {len(sizes)} files for {manifest.ranks} ranks; {_CONVERT_AGAIN}")
+    seen: set[tuple[str, str]] = set()
     for tensor in sorted(manifest.tensors, key=lambda tensor: (tensor.file, tensor.offset, tensor.nbytes)):
         end = tensor.offset + tensor.nbytes
-        if tensor.name in names or tensor.offset < ends.get(tensor.file, end + 1) or end > sizes[tensor.file]:
+        key = (tensor.file if manifest.ranks > 1 else "", tensor.name)
+        if key in seen or tensor.offset < ends.get(tensor.file, end + 1) or end > sizes[tensor.file]:
             raise CheckpointInvalid(
                 f"{where}: tensor {tensor.name!r} is listed twice, overlaps another one, or lies outside "
                 f"{tensor.file[:100]!r}; {_CONVERT_AGAIN}"
             )
         ends[tensor.file] = end
-        names.add(tensor.name)
+        seen.add(key)
+    names = {name for _, name in seen}
+    if len(seen) != len(names) * (max(1, manifest.ranks)):
+        raise CheckpointInvalid(f"{where}: a rank lacks a tensor that others have; {_CONVERT_AGAIN}")
+    if not names.issuperset(cut.name for cut in manifest.cuts):
+        raise CheckpointInvalid(f"{where}: a tensor is cut that is not there; {_CONVERT_AGAIN}")
     for group in manifest.tied_groups:
         if len(group) < 2 or group[0] not in names or names.intersection(group[1:]):  # noqa: PLR2004 - a pair
             raise CheckpointInvalid(
@@ -289,6 +335,7 @@ def _check(manifest: Manifest, where: str) -> None:
         small_files=manifest.small_files,
         tied_groups=manifest.tied_groups,
         chunk_bytes=manifest.chunk_bytes,
+        cuts=manifest.cuts,
     )
     if manifest.revision != expected:
         raise CheckpointInvalid(

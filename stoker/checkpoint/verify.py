@@ -125,8 +125,8 @@ def verify(
     ) as pool:
         found = [bad for bad in pool.map(lambda part: _check(part, tally), parts) if bad is not None]
     found += [bad for small in manifest.small_files if (bad := _check_small(folder, small)) is not None]
-    if not found:
-        open_checkpoint(folder)
+    for rank in range(manifest.ranks) if not found else ():
+        open_checkpoint(folder, rank=rank)
     return VerifyReport(
         path=folder,
         revision=manifest.revision,

@@ -18,7 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from stoker.checkpoint.convert import DTYPES, convert
+from stoker.checkpoint.content import DTYPES
+from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
 from stoker.checkpoint.verify import verify
 from stoker.cli.output import Format, FormatOption, console, errors, print_json

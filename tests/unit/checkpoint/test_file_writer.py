@@ -37,16 +37,18 @@ def test_a_digest_names_its_algorithm() -> None:
 
 @pytest.mark.parametrize("count", [9, 11, 0])
 def test_a_source_that_gives_other_than_planned_is_refused(tmp_path: Path, count: int) -> None:
-    def read(_name: str) -> Iterator[memoryview]:
-        yield memoryview(bytes(count))
+    def read(_name: str) -> Iterator[tuple[None, memoryview]]:
+        yield None, memoryview(bytes(count))
 
     with pytest.raises(CheckpointInvalid, match="changed while it was read"):
-        write_weights(tmp_path / "f", PLAN, read, chunk_bytes=4096, progress=lambda _done, _total: None)
+        write_weights([tmp_path / "f"], PLAN, read, chunk_bytes=4096, progress=lambda _done, _total: None)
 
 
 def test_an_existing_file_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
 
     with pytest.raises(FileExistsError):
-        write_weights(tmp_path / "f", PLAN, lambda _name: (), chunk_bytes=4096, progress=lambda _d, _t: None)
+        write_weights(
+            [tmp_path / "f"], PLAN, lambda _name: (), chunk_bytes=4096, progress=lambda _d, _t: None
+        )
     assert (tmp_path / "f").read_text() == "mine"
