@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import openai
 import psutil
 import pytest
 
@@ -73,25 +73,57 @@ def _until_answers(up: StokerUp, service: str) -> None:
     raise AssertionError(f"{service} did not come back")
 
 
-def test_a_worker_killed_while_it_generates_ends_the_stream_with_an_error_object(
-    up: StokerUp, tiny_model: Path
+@pytest.mark.parametrize("victim", ["worker", "node_agent", "store"])
+def test_whoever_is_killed_while_it_generates_the_client_sees_the_same_bytes(
+    up: StokerUp, tiny_model: Path, victim: str
 ) -> None:
     _deploy(up, tiny_model)
-    before = _ask(up)
+    wanted = _stream(up)
+
+    def kill() -> None:
+        if victim == "worker":
+            for pid in _worker_pids(up):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            up.service(victim).kill()
+
+    assert _stream(up, after_first=kill) == wanted
+    _until_answers(up, "node_agent")
+    _until_answers(up, "store")
+
+
+def _stream(up: StokerUp, after_first: Callable[[], None] = lambda: None) -> list[object]:
+    """Return all of three sampled answers with their log probabilities; call back after the first token."""
+    seen: dict[int, list[object]] = {}
+    usage = None
     with up.openai() as client:
-        stream = client.chat.completions.create(
-            model="m", messages=QUESTION, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
+        chunks = client.chat.completions.create(
+            model="m",
+            messages=QUESTION,
+            max_tokens=60,
+            n=3,
+            seed=5,
+            temperature=0.8,
+            frequency_penalty=0.3,
+            logprobs=True,
+            top_logprobs=2,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
         )
-        chunks = iter(stream)
-        next(chunks)
-        for pid in _worker_pids(up):
-            os.kill(pid, signal.SIGKILL)
-
-        with pytest.raises(openai.APIError, match=r"(?i)worker"):
-            for _ in chunks:
-                pass
-
-    assert _ask(up) == before
+        for number, chunk in enumerate(chunks):
+            if number == 5:
+                after_first()
+            for choice in chunk.choices:
+                scored = choice.logprobs.content if choice.logprobs else ()
+                kept = seen.setdefault(choice.index, ["", [], None])
+                kept[0] += choice.delta.content or ""
+                kept[1] += [
+                    (t.token, t.logprob, [(o.token, o.logprob) for o in t.top_logprobs]) for t in scored
+                ]
+                kept[2] = choice.finish_reason or kept[2]
+            usage = chunk.usage or usage
+    return [seen, usage.completion_tokens, usage.prompt_tokens]
 
 
 def test_sigterm_leaves_no_process_port_or_socket(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,0 +1,141 @@
+"""The oracle: whatever dies, and whenever, the client sees the bits of the run in which nothing died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.gateway.text.model_text import ModelText
+from services.worker.engine import Sampling, Submit
+from services.worker.transformers_engine import TransformersEngine
+from stoker.ids import SessionId
+from stoker.v1 import session_pb2
+from tests.integration.streams.engines import LIMITS, Answer, Replicas, answer, engine_model, text_of
+from tests.integration.tiny_model import make_tiny_model
+
+POSITIONS = 64
+PROMPT = [(7 * i) % 200 + 20 for i in range(21)]
+GREEDY = {"temperature": 0.0}
+SAMPLED = {
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 50,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.2,
+    "min_tokens": 5,
+    "logit_bias": {30: 1.5, 31: -2.0},
+}
+BESIDE = tuple(
+    Submit(
+        session_id=SessionId(f"other-{number}"),
+        prompt_token_ids=[(13 * i + number) % 200 + 20 for i in range(5 + 30 * number)],
+        sampling=Sampling(temperature=0.5 * number, seed=number, max_tokens=200, ignore_eos=True),
+    )
+    for number in range(3)
+)
+
+NewEngine = Callable[[], TransformersEngine]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("oracle") / "tiny", layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> ModelText:
+    return text_of(folder)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def new_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
+    model = engine_model(folder, getattr(torch, request.param))
+    return lambda: TransformersEngine(model, LIMITS)
+
+
+async def faultless(new_engine: NewEngine, text: ModelText, **how: object) -> Answer:
+    return await answer(Replicas(new_engine), text, PROMPT, **how)
+
+
+@pytest.mark.parametrize("beside", [(), BESIDE], ids=["alone", "mixed"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+async def test_a_kill_after_every_token_of_one_stream_changes_nothing(
+    new_engine: NewEngine, text: ModelText, sampling: dict, beside: tuple[Submit, ...]
+) -> None:
+    how = sampling | {"max_tokens": POSITIONS + 2, "top_logprobs": 3, "ignore_eos": True}
+    wanted = await faultless(new_engine, text, **how)
+    # Beside others every second position, odd or even: `make oracle` takes all of them.
+    kills = range(POSITIONS + 1) if not beside else range(int(sampling is SAMPLED), POSITIONS + 1, 2)
+    replicas = Replicas(new_engine, tuple(kills), beside)
+
+    found = await answer(replicas, text, PROMPT, **how)
+
+    assert found == wanted
+    assert len(wanted.token_ids) == POSITIONS + 2
+    assert [order.epoch for order in replicas.orders] == list(range(len(kills) + 1))
+    assert [len(order.generated_token_ids) for order in replicas.orders] == [0, *kills]
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 31, 63])
+async def test_a_single_kill_changes_nothing(new_engine: NewEngine, text: ModelText, position: int) -> None:
+    how = SAMPLED | {"max_tokens": POSITIONS + 2, "top_logprobs": 20, "ignore_eos": True}
+    wanted = await faultless(new_engine, text, **how)
+
+    found = await answer(Replicas(new_engine, (position,), BESIDE), text, PROMPT, **how)
+
+    assert found == wanted
+
+
+async def test_a_stop_token_and_a_stop_string_end_a_resumed_answer_where_they_ended_it(
+    new_engine: NewEngine, text: ModelText
+) -> None:
+    how = SAMPLED | {"max_tokens": 48, "top_logprobs": 1}
+    ids = (await faultless(new_engine, text, **how, ignore_eos=True)).token_ids
+    stop_id = ids[20]
+    first = ids.index(stop_id)
+    by_token = how | {"stop_token_ids": [stop_id], "min_tokens": 0}
+    whole = await faultless(new_engine, text, **how, ignore_eos=True)
+    by_string = how | {"ignore_eos": True, "stop": (whole.text[12:16],), "min_tokens": 0}
+
+    for ended in (by_token, by_string):
+        wanted = await faultless(new_engine, text, **ended)
+        for position in range(0, first + 1, 7):
+            assert await answer(Replicas(new_engine, (position,)), text, PROMPT, **ended) == wanted
+        assert wanted.finish_reason == "stop"
+
+
+async def test_a_replica_that_dies_while_it_prefills_a_long_prompt_changes_nothing(
+    new_engine: NewEngine, text: ModelText
+) -> None:
+    prompt, how = [(5 * i) % 200 + 20 for i in range(150)], SAMPLED | {"max_tokens": 8, "ignore_eos": True}
+    wanted = await answer(Replicas(new_engine), text, prompt, **how)
+
+    found = await answer(Replicas(new_engine, (0, 0, 0, 2)), text, prompt, **how)
+
+    assert found == wanted
+
+
+async def test_fast_resume_is_asked_for_where_the_model_says_so_and_counts_the_same(
+    new_engine: NewEngine, text: ModelText
+) -> None:
+    how = GREEDY | {"max_tokens": 24, "ignore_eos": True}
+    replicas = Replicas(new_engine, (9,))
+
+    found = await answer(replicas, text, PROMPT, resume="fast", **how)
+
+    assert replicas.orders[1].resume_mode == session_pb2.RESUME_MODE_FAST
+    assert len(found.token_ids) == 24
+    assert found.token_ids[:9] == (await faultless(new_engine, text, **how)).token_ids[:9]
+
+
+async def test_a_session_that_came_complete_only_gets_its_end(new_engine: NewEngine, text: ModelText) -> None:
+    how = GREEDY | {"max_tokens": 6, "ignore_eos": True}
+    wanted = await faultless(new_engine, text, **how)
+
+    found = await answer(Replicas(new_engine, (6,), drop_finish=True), text, PROMPT, **how)
+
+    assert found == wanted
