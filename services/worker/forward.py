@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
-from services.worker.row_linear import make_rows_uniform
+from services.worker.row_linear import PROOFS, make_rows_uniform
 from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
 
@@ -122,7 +122,9 @@ class ModelRunner:
         plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
         tokens = [token for _, _, token in rows] + padding
         positions = [index for _, index, _ in rows] + padding
-        return self._run(plan, tokens, positions, logits_of)
+        logits = self._run(plan, tokens, positions, logits_of)
+        PROOFS.prove_next()  # after decode passes only, so never in a cold start
+        return logits
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[Floats | None]:
         """Feed consecutive tokens of some sessions; more than one only if `packs_prefill`.

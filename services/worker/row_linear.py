@@ -3,7 +3,8 @@
 The bits of `x @ W` depend on the number of rows of `x`: libraries choose another kernel, with another order
 of summation, for 1, 2, 3 … rows. So in a decode step every product is made on exactly `group_rows` rows at a
 time, padded with zeros, whatever the batch. That costs little or nothing: MKL on AVX-512 works through 3 rows
-at a time anyway (docs/decisions/0002-engine.md has the numbers).
+at a time anyway (docs/decisions/0002-engine.md has the numbers). Where `row_proof` found that a larger
+product has the same bits on this host, one takes the place of several.
 
 Inputs are flattened to two dimensions, in prefill too: for bfloat16 on the CPU torch takes a path that is 5
 to 20 times slower when `linear` gets three.
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import active_plan
+from services.worker.row_proof import MAX_ROWS, ProductShape, RowProofs, product
 from stoker.units import MIB
 
 
@@ -36,10 +38,11 @@ class RowConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
         return _by_groups(x, self.weight, self.bias)
 
 
-FEW_ROWS = 16
-"""Up to here a product is bound by reading its weight."""
 BLOCK_BYTES = 8 * MIB
 """Of a weight, multiplied with all groups of rows before the next part is read from memory."""
+CACHE_LINE_BYTES = 64
+PROOFS = RowProofs()
+"""Facts of this host and process, whatever the model."""
 
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear, Conv1D: RowConv1D}
 _ROW_LOCAL = (nn.Linear, Conv1D, nn.Embedding)
@@ -69,24 +72,52 @@ def _by_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     plan = active_plan()
     rows = x.reshape(-1, x.shape[-1])
     count, columns = rows.shape[0], weight.shape[1]
-    group = plan.group_of(count) if plan is not None else 0
-    if group == 0:
-        group = count
+    group = (plan.group_of(count) if plan is not None else 0) or count
     missing = -count % group
     if missing:  # rare: passes are made of whole groups
         rows = pad(rows, (0, 0, 0, missing))
+    step = _block_columns(weight)
+    at_once = _rows_at_once(rows, group, weight, step, has_bias=bias is not None)
+    if at_once == count and step >= columns:
+        out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        return out.view(*x.shape[:-1], columns)
     out = rows.new_empty((count + missing, columns))
-    step = columns if group > FEW_ROWS else _block_columns(weight)
     for left in range(0, columns, step):
         block = weight[:, left : left + step]
         block_bias = None if bias is None else bias[left : left + step]
-        for top in range(0, count, group):
-            target = out[top : top + group, left : left + step]
-            if block_bias is None:
-                torch.mm(rows[top : top + group], block, out=target)
-            else:
-                torch.addmm(block_bias, rows[top : top + group], block, out=target)
+        for top in range(0, count, at_once):
+            product(
+                rows[top : top + at_once], block, block_bias, out[top : top + at_once, left : left + step]
+            )
     return out[:count].view(*x.shape[:-1], columns)
+
+
+def _rows_at_once(rows: torch.Tensor, group: int, weight: torch.Tensor, step: int, *, has_bias: bool) -> int:
+    """Return how many rows each product may take: all, if proven for all blocks, else those of a group."""
+    count, columns = rows.shape[0], weight.shape[1]
+    if count == group or count > MAX_ROWS or rows.device.type != "cpu":
+        return group
+    is_transposed, offset_bytes = weight.stride(0) == 1, weight.data_ptr() % CACHE_LINE_BYTES
+    widths = {min(step, columns), columns % step or step} if step < columns else {columns}
+    # Every width is asked for, so that all that lack a proof get one.
+    proofs = [
+        PROOFS.holds(
+            ProductShape(
+                rows=count,
+                group=group,
+                terms=rows.shape[1],
+                columns=width,
+                dtype=rows.dtype,
+                is_transposed=is_transposed,
+                has_bias=has_bias,
+                is_strided=step < columns,
+                offset_bytes=offset_bytes,
+                threads=torch.get_num_threads(),
+            )
+        )
+        for width in widths
+    ]
+    return count if all(proofs) else group
 
 
 def _block_columns(weight: torch.Tensor) -> int:
