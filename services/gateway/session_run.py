@@ -113,7 +113,7 @@ class SessionRun:
                     if event.tokens and not self._has_first_token:
                         self._note_first_token()
                     if choice == 0 and event.HasField("timings"):
-                        job.trace.worker = event.timings
+                        job.trace.note_timings(event.timings)
                     await sink.delta(choice, delta)
                     if session.finish_reason is not None:
                         return

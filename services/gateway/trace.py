@@ -51,6 +51,14 @@ class Trace:
     finish: str = "running"
     """`stop`, `length`, `cancelled` (the client left), or an error's code."""
 
+    def note_timings(self, timings: session_pb2.SessionTimings) -> None:
+        """Take a session's times in its worker, and those of the start whose end it waited for."""
+        self.worker = session_pb2.SessionTimings()
+        self.worker.CopyFrom(timings)
+        if timings.HasField("start"):
+            self.start = timings.start
+            self.worker.ClearField("start")
+
     @property
     def tokens_per_second(self) -> float | None:
         """Return the rate after the first token; None before there are two."""

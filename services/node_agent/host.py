@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.node_agent import metrics
+from services.node_agent.awaited_start import AwaitedStart
 from services.node_agent.background import Background
 from services.node_agent.host_state import (
     DrainOrdered,
@@ -31,6 +32,8 @@ from services.node_agent.host_state import (
     StopOrdered,
     Tick,
     WakeAt,
+    WeightsArrived,
+    WeightsLost,
     WorkerExited,
     WorkerWarm,
 )
@@ -80,6 +83,7 @@ class Host:
             devices=tuple(device.index for device in devices),
             worker_prefix=f"{os.getpid()}-{secrets.token_hex(3)}",
             prestarted_workers=settings.prestarted_workers,
+            refill_pause_seconds=settings.refill_pause_seconds,
             spawn_timeout_seconds=settings.spawn_timeout_seconds,
         )
         self._link_options = LinkOptions(
@@ -138,6 +142,10 @@ class Host:
             yield session
         finally:
             link.relay.close(session)
+
+    def awaited_start(self, replica_id: str) -> AwaitedStart:
+        """Return a watch on a replica's start, for a session that begins now."""
+        return AwaitedStart(lambda: self.state.replicas.get(ReplicaId(replica_id)))
 
     def loads(self) -> dict[ReplicaId, Load]:
         """Return what each replica's worker is doing."""
@@ -302,16 +310,19 @@ class Host:
             case WorkerExited(worker_id=worker_id, reason=reason):
                 metrics.WORKER_EXITS.inc()
                 log.get().info("worker.ended", worker_id=worker_id, reason=reason)
-            case LoadSucceeded(worker_id=worker_id):
+            case LoadSucceeded(worker_id=worker_id) | WeightsArrived(worker_id=worker_id):
                 self._log_start(worker_id)
-            case LoadRefused(worker_id=worker_id, error_code=code, error_message=message):
+            case (
+                LoadRefused(worker_id=worker_id, error_code=code, error_message=message)
+                | WeightsLost(worker_id=worker_id, error_code=code, error_message=message)
+            ):
                 metrics.FAILED_STARTS.inc()
                 log.get().warning("replica.failed", worker_id=worker_id, error_code=code, message=message)
         metrics.show(self.state)
 
     def _log_start(self, worker_id: WorkerId) -> None:
         for hosted in self.state.replicas.values():
-            if hosted.worker_id == worker_id and hosted.loaded is not None:
+            if hosted.worker_id == worker_id and hosted.loaded is not None and not hosted.is_loading:
                 timings = start_timings(hosted)
                 metrics.observe_start(timings)
                 log.get().info("replica.loaded", **_start_line(hosted), **metrics.stages(timings))

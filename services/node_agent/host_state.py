@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelResponse
 
 
@@ -24,6 +25,8 @@ class Policy:
     """Worker ids are this, a dash and a number: unique over restarts of the agent."""
     prestarted_workers: int = 1
     """Workers kept warm without a model, also while every slot is taken: a swap needs one."""
+    refill_pause_seconds: float = 0.0
+    """After a load: a replica's first forward pass touches all its weights, and a request waits for it."""
     first_backoff_seconds: float = 0.5
     """Pause after the first worker in a row that ended in the pool; doubles with each further one."""
     longest_backoff_seconds: float = 30.0
@@ -81,8 +84,11 @@ class Hosted:
     handed_seconds: float = 0.0
     """When a worker got it."""
     ready_seconds: float = 0.0
+    """When it began to take sessions."""
+    complete_seconds: float = 0.0
+    """When all its weights were there, if that was later."""
     loaded: LoadModelResponse | None = None
-    """What its worker said when it was READY."""
+    """What its worker said when it was READY; its timings follow when all weights are there."""
     stop_at_seconds: float = 0.0
     """When STOPPING: end of the grace of its sessions."""
     error_code: str = ""
@@ -92,6 +98,11 @@ class Hosted:
     def replica_id(self) -> ReplicaId:
         """Return the id it was ordered under."""
         return ReplicaId(self.order.replica_id)
+
+    @property
+    def is_loading(self) -> bool:
+        """Tell whether it takes sessions while weights are still on their way."""
+        return self.loaded is not None and self.loaded.loading
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -110,6 +121,8 @@ class HostState:
     pool_failures: int = 0
     """Workers in a row that ended in the pool."""
     spawn_not_before_seconds: float = 0.0
+    refill_not_before_seconds: float = 0.0
+    """For workers that no order waits for."""
     highest_fence: int = 0
     retired: tuple[ReplicaId, ...] = ()
     """Ids of replicas stopped lately, oldest first."""
@@ -167,7 +180,7 @@ class WorkerExited:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSucceeded:
-    """A worker can serve its model."""
+    """A worker takes sessions; its weights may still be on their way."""
 
     worker_id: WorkerId
     response: LoadModelResponse
@@ -176,6 +189,24 @@ class LoadSucceeded:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRefused:
     """A worker could not load its model."""
+
+    worker_id: WorkerId
+    error_code: str
+    error_message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsArrived:
+    """A worker that took sessions early has all its weights."""
+
+    worker_id: WorkerId
+    timings: StartTimings
+    """The worker's, complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsLost:
+    """A worker that took sessions early will not get all its weights."""
 
     worker_id: WorkerId
     error_code: str
@@ -207,6 +238,8 @@ Event = (
     | WorkerExited
     | LoadSucceeded
     | LoadRefused
+    | WeightsArrived
+    | WeightsLost
     | SessionsEnded
     | DrainOrdered
     | Tick

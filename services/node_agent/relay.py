@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
 from stoker.rpc import cancelled_after, translated
 from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
-from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
+from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent
 
 if TYPE_CHECKING:
     from stoker.v1.worker_pb2_grpc import WorkerAsyncStub
@@ -77,9 +77,10 @@ class SessionRelay:
         max_sessions: More are refused.
         on_change: Called when the number of running or waiting sessions changed.
         now_seconds: The clock.
+        on_load_end: Called before the first token of a worker that took sessions while its weights arrived.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it joins
         self,
         stub: WorkerAsyncStub,
         *,
@@ -87,12 +88,14 @@ class SessionRelay:
         max_sessions: int,
         on_change: Callable[[], None],
         now_seconds: Callable[[], float],
+        on_load_end: Callable[[LoadEnd], None] = lambda _: None,
     ) -> None:
         self._stub = stub
         self._peer = peer
         self._max_sessions = max_sessions
         self._on_change = on_change
         self._now_seconds = now_seconds
+        self._on_load_end = on_load_end
         self._sessions: dict[str, RelayedSession] = {}
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()  # bounded: two per session at most
         self._error: StokerError | None = None
@@ -164,6 +167,8 @@ class SessionRelay:
         self._idle_since_seconds = self._now_seconds()
         with translated(self._peer), cancelled_after(self._stub.Run(self._submitted())) as steps:
             async for step in steps:
+                if step.HasField("load_end"):
+                    self._on_load_end(step.load_end)
                 for item in step.sessions:
                     session = self._sessions.get(item.session_id)
                     if session is not None:

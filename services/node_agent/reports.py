@@ -108,7 +108,8 @@ def _replica(node_id: str, hosted: Hosted, seen: Observed) -> Replica:
         replica.max_batch = hosted.loaded.max_batch
         replica.numerics = hosted.loaded.numerics
         replica.ready_unix_seconds = hosted.ready_seconds + seen.unix_minus_monotonic_seconds
-        replica.loaded_fraction = 1.0
+        replica.loading = hosted.is_loading
+        replica.loaded_fraction = loaded_fraction(hosted, seen.store) if hosted.is_loading else 1.0
     elif hosted.phase is ReplicaPhase.STARTING:
         replica.loaded_fraction = loaded_fraction(hosted, seen.store)
     return replica
@@ -119,7 +120,10 @@ def start_timings(hosted: Hosted) -> StartTimings:
     timings = StartTimings()
     if hosted.loaded is not None:
         timings.CopyFrom(hosted.loaded.timings)
-        timings.total_seconds = hosted.order.placement_seconds + hosted.ready_seconds - hosted.ordered_seconds
+        began_seconds = hosted.ordered_seconds - hosted.order.placement_seconds
+        timings.ready_seconds = hosted.ready_seconds - began_seconds
+        if not hosted.is_loading:
+            timings.total_seconds = max(hosted.ready_seconds, hosted.complete_seconds) - began_seconds
     if hosted.worker_id is not None:
         timings.worker_seconds = hosted.handed_seconds - hosted.ordered_seconds
     timings.placement_seconds = hosted.order.placement_seconds

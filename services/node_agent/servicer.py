@@ -64,8 +64,10 @@ class Servicer(NodeAgentServicer):
         """See node_agent.proto."""
         with log.bind(request_id=request.request_id, session_id=request.session_id):
             async with self._host.session(request) as session:
+                start = self._host.awaited_start(request.replica_id)
                 while True:
                     event = await session.next()
+                    start.add_to(event)
                     await context.write(event)
                     if event.finish_reason:
                         return

@@ -62,6 +62,9 @@ class NodeAgentSettings(ServiceSettings):
     pool_niceness: int = Field(default=10, ge=0, le=19)
     """How much a worker that no order waits for gives way while it imports: nice(1), 0 = not at all."""
 
+    refill_pause_seconds: float = Field(default=1.0, ge=0)
+    """After a load, before the next worker is pre-started; one that an order waits for starts at once."""
+
     worker_env: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of workers; a JSON object."""
 

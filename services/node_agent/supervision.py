@@ -5,9 +5,11 @@ Rules:
 2. A worker loads one model in its life; a worker that failed or lost its replica is ended and replaced.
 3. Orders are idempotent by replica id; an order with a lower fence than the highest seen is refused.
 4. A failed replica stays, and is reported, until it is ordered to stop.
-5. The pool is refilled only while nothing loads, and at low priority: importing an engine takes the processor
-   from cold starts and running sessions.
-6. Workers that keep ending in the pool are replaced more and more slowly.
+5. The pool is refilled only while nothing loads, and a pause after it, and at low priority: importing an
+   engine takes the processor from cold starts and running sessions.
+6. A replica may take sessions before its weights are there; until then it counts as loading, and it fails
+   with its load.
+7. Workers that keep ending in the pool are replaced more and more slowly.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from services.node_agent.host_state import (
     StopOrdered,
     Tick,
     WakeAt,
+    WeightsArrived,
+    WeightsLost,
     Worker,
     WorkerExited,
     WorkerPhase,
@@ -51,6 +55,7 @@ from stoker.errors import (
     WorkerDied,
 )
 from stoker.ids import ReplicaId, WorkerId
+from stoker.v1.worker_pb2 import LoadModelResponse
 
 POOL = (WorkerPhase.SPAWNING, WorkerPhase.WARM)
 
@@ -104,7 +109,7 @@ class _Turn:
         state = replace(self._state, workers=self._workers, replicas=self._replicas)
         return state, tuple(self._effects)
 
-    def take(self, event: Event) -> None:  # noqa: C901 - one case per event, one line each
+    def take(self, event: Event) -> None:  # noqa: C901, PLR0912 - one case per event, one line each
         match event:
             case StartOrdered(order=order):
                 self._check_fence(order.fence)
@@ -125,6 +130,10 @@ class _Turn:
                 if self._phase(worker_id) is WorkerPhase.LOADING:
                     self._fail_replica_of(self._workers[worker_id], code, message)
                     self._end(worker_id)
+            case WeightsArrived():
+                self._weights_arrived(event)
+            case WeightsLost():
+                self._weights_lost(event)
             case SessionsEnded(replica_id=replica_id):
                 self._sessions_ended(replica_id)
             case DrainOrdered():
@@ -203,8 +212,44 @@ class _Turn:
         hosted = self._replica_of(self._workers[event.worker_id])
         if hosted is not None:
             self._replicas[hosted.replica_id] = replace(
-                hosted, phase=ReplicaPhase.READY, ready_seconds=self._now, loaded=event.response
+                hosted,
+                phase=ReplicaPhase.READY,
+                ready_seconds=self._now,
+                loaded=event.response,
             )
+        if not event.response.loading:
+            self._pause_refill()
+
+    def _weights_arrived(self, event: WeightsArrived) -> None:
+        hosted = self._loading_replica(event.worker_id)
+        if hosted is None or hosted.loaded is None:
+            return
+        loaded = LoadModelResponse()
+        loaded.CopyFrom(hosted.loaded)
+        loaded.timings.CopyFrom(event.timings)
+        loaded.loading = False
+        self._replicas[hosted.replica_id] = replace(hosted, loaded=loaded, complete_seconds=self._now)
+        self._pause_refill()
+
+    def _weights_lost(self, event: WeightsLost) -> None:
+        hosted = self._loading_replica(event.worker_id)
+        if hosted is None:
+            return
+        worker = self._workers[event.worker_id]
+        message = f"replica {hosted.replica_id} lost its load: {event.error_message}"
+        self._fail_sessions(worker, WorkerDied.code, message)
+        if hosted.phase is ReplicaPhase.READY:
+            self._fail(hosted, event.error_code, event.error_message)
+        self._end(event.worker_id)
+
+    def _loading_replica(self, worker_id: WorkerId) -> Hosted | None:
+        worker = self._workers.get(worker_id)
+        hosted = self._replica_of(worker) if worker is not None else None
+        return hosted if hosted is not None and hosted.is_loading else None
+
+    def _pause_refill(self) -> None:
+        pause_ends_seconds = self._now + self._policy.refill_pause_seconds
+        self._state = replace(self._state, refill_not_before_seconds=pause_ends_seconds)
 
     def _exited(self, event: WorkerExited) -> None:
         worker = self._workers.pop(event.worker_id, None)
@@ -300,6 +345,8 @@ class _Turn:
         ]
         if self._state.spawn_not_before_seconds > self._now and self._missing_workers():
             deadlines.append(self._state.spawn_not_before_seconds)
+        if self._state.refill_not_before_seconds > self._now:
+            deadlines.append(self._state.refill_not_before_seconds)
         earliest = min(deadlines, default=math.inf)
         if earliest < math.inf:
             self._effects.append(WakeAt(at_seconds=earliest))
@@ -307,7 +354,11 @@ class _Turn:
     def _missing_workers(self) -> int:
         """Return how many workers to start: for waiting orders always, for the pool while nothing loads."""
         is_loading = any(worker.phase is WorkerPhase.LOADING for worker in self._workers.values())
-        idle_pool = 0 if self._state.draining or is_loading else self._pool_target()
+        is_arriving = any(
+            hosted.is_loading and hosted.phase is ReplicaPhase.READY for hosted in self._replicas.values()
+        )
+        is_paused = is_loading or is_arriving or self._state.refill_not_before_seconds > self._now
+        idle_pool = 0 if self._state.draining or is_paused else self._pool_target()
         return max(0, len(self._waiting()) + idle_pool - self._at_hand())
 
     def _at_hand(self) -> int:

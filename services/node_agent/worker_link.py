@@ -8,15 +8,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.node_agent.host_state import Event, LoadRefused, LoadSucceeded, WorkerExited, WorkerWarm
+from services.node_agent.host_state import (
+    Event,
+    LoadRefused,
+    LoadSucceeded,
+    WeightsArrived,
+    WeightsLost,
+    WorkerExited,
+    WorkerWarm,
+)
 from services.node_agent.relay import SessionRelay
 from services.node_agent.worker_process import WorkerProcess
 from stoker import log
-from stoker.errors import PeerError, StokerError, WorkerDied
+from stoker.errors import DeadlineExceeded, PeerError, StokerError, WorkerDied
 from stoker.ids import WorkerId
 from stoker.rpc import connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
-from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadModelRequest, WorkerDescription
+from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadEnd, LoadModelRequest, WorkerDescription
 from stoker.v1.worker_pb2_grpc import WorkerStub
 
 EXIT_GRACE_SECONDS = 1.0
@@ -60,6 +68,7 @@ class WorkerLink:
         self._began_seconds = time.monotonic()
         self.start_seconds = 0.0
         self._exited = asyncio.Event()
+        self._late: asyncio.TimerHandle | None = None
         self._channel = connect(f"unix:{process.socket}")
         self._stub = WorkerStub(self._channel)
         self.relay = SessionRelay(
@@ -68,6 +77,7 @@ class WorkerLink:
             max_sessions=options.max_sessions,
             on_change=on_sessions_change,
             now_seconds=time.monotonic,
+            on_load_end=self._end_load,
         )
 
     @property
@@ -105,7 +115,13 @@ class WorkerLink:
             self._refuse(error)
         else:
             self._emit(LoadSucceeded(worker_id=self.worker_id, response=response))
-            await self._relay()
+            if response.loading:
+                timeout_seconds = self._options.load_timeout_seconds
+                self._late = asyncio.get_running_loop().call_later(timeout_seconds, self._give_up_weights)
+            try:
+                await self._relay()
+            finally:
+                self._cancel_late()
 
     async def _greet(self) -> None:
         try:
@@ -132,6 +148,26 @@ class WorkerLink:
         if not await self._ends_by_itself():
             log.get().warning("worker.unresponsive", worker_id=self.worker_id, message=message)
             await self.process.end()
+
+    def _end_load(self, end: LoadEnd) -> None:
+        self._cancel_late()
+        if end.error_code:
+            self._lose_weights(end.error_code, end.error_message)
+        else:
+            self._emit(WeightsArrived(worker_id=self.worker_id, timings=end.timings))
+
+    def _give_up_weights(self) -> None:
+        """Called when the time is up."""
+        seconds = self._options.load_timeout_seconds
+        self._lose_weights(DeadlineExceeded.code, f"not all weights were there after {seconds:g} s")
+
+    def _cancel_late(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _lose_weights(self, error_code: str, error_message: str) -> None:
+        self._emit(WeightsLost(worker_id=self.worker_id, error_code=error_code, error_message=error_message))
 
     def _refuse(self, error: StokerError) -> None:
         refused = LoadRefused(worker_id=self.worker_id, error_code=error.code, error_message=error.message)

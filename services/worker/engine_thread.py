@@ -28,6 +28,8 @@ class EngineThread:
         on_outputs: Gets each step's outputs, in the engine's thread; must be quick and must not raise.
         on_failure: Gets the error that ended the thread: a step failed as a whole and the engine's state is
             unknown. The sessions get nothing further; the process should end.
+        interrupt: Ends a step's wait for weights that are still arriving, so that the thread can do what it
+            was asked to; the step is made again.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class EngineThread:
         *,
         on_outputs: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._on_outputs = on_outputs
         self._on_failure = on_failure
+        self._interrupt = interrupt
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._closing = False
@@ -72,6 +76,7 @@ class EngineThread:
         """End a session within one step; its `Finished` comes through `on_outputs`."""
         self._engine.cancel(session_id)
         self._wake()
+        self._interrupt()
 
     def snapshot(self, session_id: SessionId, *, with_kv: bool = False) -> Future[Snapshot]:
         """Return a future of the session's snapshot, taken between two steps."""
@@ -95,6 +100,7 @@ class EngineThread:
             else:
                 self._calls.append(run)
                 self._changed.notify()
+        self._interrupt()
         return future
 
     def close(self, timeout_seconds: float = 5.0) -> bool:
@@ -102,6 +108,7 @@ class EngineThread:
         with self._changed:
             self._closing = True
             self._changed.notify()
+        self._interrupt()
         if self._thread.ident is None:
             self._engine.close()
             return True

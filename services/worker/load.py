@@ -1,28 +1,33 @@
 """Load a model: attach to the store, build the skeleton while the store reads, put the tensors in.
 
-Runs in a thread of its own; every step is measured, and every failure names what is wrong with what.
+Tensors are put in before their bytes are there: the engine takes sessions from then on, and its first passes
+wait, module by module, for what has not arrived (`weights_gate`). Runs in a thread of its own; every step is
+measured, and every failure names what is wrong with what.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from services.worker.arrival import Arrival
+from services.worker.arrival_order import arrival_order
 from services.worker.engine import Engine, EngineLimits
 from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
 from services.worker.model_loading import build_skeleton
+from services.worker.module_waits import wait_for_weights
+from services.worker.placed_weights import PlacedWeights
 from services.worker.settings import WorkerSettings
 from services.worker.transformers_engine import TransformersEngine
+from services.worker.weights_gate import WeightsGate
 from stoker.attach import Attachment, Loaded, attach
-from stoker.attach.tensors import tensors
-from stoker.errors import CheckpointInvalid, DoesNotFit, InvalidRequest
-from stoker.models.skeleton import Skeleton
+from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.models.weights import assign_weights
 from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelRequest
@@ -33,14 +38,28 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """An engine that can serve, and what its load cost."""
+    """An engine that takes sessions, and what its load cost so far.
+
+    Attributes:
+        engine: Its passes wait at the gate for weights that are not there yet.
+        timings: Of the stages that are over; `completed` adds the others.
+        gate: Opens as weights arrive.
+        needs_stages: How many of its stages must be open before there can be a token.
+        loaded: Done when all weights are there, or will not come.
+    """
 
     engine: Engine
     timings: StartTimings
+    gate: WeightsGate
+    needs_stages: int
+    loaded: Future[Loaded]
 
 
 def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedModel:
-    """Return an engine that serves the model. Blocks until its weights are there.
+    """Return an engine that takes sessions; its weights may still be arriving.
+
+    Blocks until the engine is made; until its weights are there, too, where they must be converted as a
+    whole, or where the settings say so.
 
     Raises:
         InvalidRequest: The spec asks for an engine or dtype this worker doesn't have.
@@ -65,19 +84,41 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
     )
     timings.attach_seconds = time.monotonic() - began
     refuse_what_cannot_fit(spec, attachment.checkpoint, device)
-    with ThreadPoolExecutor(1, "stoker-weights") as receiver:
-        receiving = receiver.submit(_receive, attachment, device)
-        began = time.monotonic()
-        skeleton = build_skeleton(_config(attachment), device=device)
-        timings.skeleton_seconds = time.monotonic() - began
-        loaded = receiving.result()
-    timings.weights_seconds = loaded.seconds
-    timings.transfers.extend(loaded.transfers)
+    order = arrival_order(attachment.tensors.values(), files=attachment.file_count)
+    gate = WeightsGate(order.stages)
+    weights = PlacedWeights(attachment, order, device=device, dtype=dtype)
+    arrival = Arrival(attachment, order, weights, gate)
+    arrival.start()
     began = time.monotonic()
-    model = _assign(skeleton, attachment, device, dtype)
+    skeleton = build_skeleton(_config(attachment), device=device)
+    timings.skeleton_seconds = time.monotonic() - began
+    if not settings.execute_while_loading:
+        arrival.loaded.result()
+    began = time.monotonic()
+    model = assign_weights(skeleton, weights.tensors, before_reading=arrival.loaded.result)
+    needs_stages = wait_for_weights(model, weights.tensors, order.stage_of, gate)
     engine = TransformersEngine(model, limits_for(request, settings, model, device))
     timings.assign_seconds = time.monotonic() - began
-    return LoadedModel(engine=engine, timings=timings)
+    return LoadedModel(
+        engine=engine, timings=timings, gate=gate, needs_stages=needs_stages, loaded=arrival.loaded
+    )
+
+
+def completed(model: LoadedModel) -> StartTimings:
+    """Return the timings of a load all of whose weights are there.
+
+    Raises:
+        StokerError: They will not come: why.
+    """
+    loaded = model.loaded.result()
+    timings = StartTimings(
+        weights_seconds=loaded.seconds,
+        transfers=loaded.transfers,
+        overlap_seconds=model.gate.overlap_seconds(),
+        stall_seconds=model.gate.stall_seconds(),
+    )
+    timings.MergeFrom(model.timings)
+    return timings
 
 
 def limits_for(
@@ -119,14 +160,6 @@ def dtype_named(name: str) -> torch.dtype | None:
     return known[name]
 
 
-def _receive(attachment: Attachment, device: torch.device) -> Loaded:
-    loaded = attachment.wait_all()
-    if device.type == "cpu":
-        for file in range(attachment.file_count):
-            attachment.map_pages(file)
-    return loaded
-
-
 def _config(attachment: Attachment) -> dict[str, Any]:
     content = attachment.small_files.get(CONFIG_FILE)
     uri = attachment.checkpoint.uri
@@ -139,27 +172,3 @@ def _config(attachment: Attachment) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointInvalid(f"{uri}/{CONFIG_FILE} is not a JSON object")
     return config
-
-
-def _assign(
-    skeleton: Skeleton, attachment: Attachment, device: torch.device, dtype: torch.dtype | None
-) -> torch.nn.Module:
-    named = tensors(attachment)
-    try:
-        if device.type != "cpu" or dtype is not None:
-            named = _moved(named, device, dtype)
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFit(f"{attachment.checkpoint.uri} does not fit on {device}: {error}") from error
-    return assign_weights(skeleton, named)
-
-
-def _moved(
-    named: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """Return copies on the device and in the dtype; names that share a tensor share its copy."""
-    copies: dict[int, torch.Tensor] = {}
-    for tensor in named.values():
-        if id(tensor) not in copies:
-            wanted = dtype if tensor.is_floating_point() else None
-            copies[id(tensor)] = tensor.to(device=device, dtype=wanted)
-    return {name: copies[id(tensor)] for name, tensor in named.items()}

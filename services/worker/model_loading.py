@@ -1,12 +1,7 @@
-"""From a `config.json` to a transformers model that this worker's engine can run, loaded layer by layer.
+"""From a `config.json` to a transformers model that this worker's engine can run, as yet without weights.
 
-Three steps, so that the first can run while weights are still on their way:
-
-1. `build_skeleton`: modules without weights (on the meta device), small computed buffers made for real;
-   what the engine can't run is refused.
-2. `stoker.models.weights.assign_weights`: the tensors become the modules' parameters as they are.
-3. `wait_for_layers`: while the tail of the weights is still being read, each decoder layer's first forward
-   pass waits for its own; after one complete pass nothing waits any more.
+`build_skeleton` makes the modules (on the meta device) and small computed buffers; what the engine can't run
+is refused. `stoker.models.weights.assign_weights` then makes tensors the modules' parameters as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from stoker.errors import CheckpointInvalid
 from stoker.models.skeleton import Skeleton, empty_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 BATCH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
@@ -75,33 +70,6 @@ def build_skeleton(config_json: Mapping[str, Any], *, device: torch.device | Non
     config._attn_implementation = ATTENTION_NAME  # noqa: SLF001 - transformers gives it no other name
     config.use_cache = False
     return empty_model(model_class, config, device=device)
-
-
-def wait_for_layers(model: nn.Module, wait_for: Callable[[int | None], None]) -> None:
-    """Make the model's first forward pass wait for weights just before it needs them.
-
-    Args:
-        model: From `assign_weights`.
-        wait_for: Called with i before decoder layer i runs (0 also before the embedding): must return when
-            all tensors up to that layer, in execution order, are there. Called with None before the rest
-            (final norm, head): all tensors. May raise, which ends the pass.
-    """
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def before(index: int | None) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, _arguments: wait_for(index)
-
-    def done(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-        wait_for(None)
-        for handle in handles:
-            handle.remove()
-
-    layers = decoder_layers(model)
-    base: nn.Module = model.base_model  # type: ignore[assignment]
-    handles.append(base.register_forward_pre_hook(before(0)))
-    handles.extend(layer.register_forward_pre_hook(before(i)) for i, layer in enumerate(layers))
-    # The final norm is small and close to the last layer, the head often tied: one wait for both is enough.
-    handles.append(layers[-1].register_forward_hook(done))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from stoker import log
 from stoker.errors import AlreadyExists, StokerError
 from stoker.ids import SessionId
 from stoker.v1.session_pb2 import GenerateRequest
-from stoker.v1.worker_pb2 import RunCommand, StepEvent
+from stoker.v1.worker_pb2 import LoadEnd, RunCommand, StepEvent
 
 
 class RunStream:
@@ -53,6 +53,11 @@ class RunStream:
         self._add(wire.errors_for(owners, error), [])
 
     # --- in the event loop ---
+
+    def announce(self, load_end: LoadEnd) -> None:
+        """Tell the agent how the rest of the load went."""
+        self._waiting.load_end.CopyFrom(load_end)
+        self._news.set()
 
     def take(self, command: RunCommand, engine: EngineThread) -> None:
         """Do what the agent wants; a refusal becomes the session's last event."""
@@ -108,14 +113,14 @@ class RunStream:
 
     def is_flushed(self) -> bool:
         """Tell whether nothing waits to be read."""
-        return not self._waiting.sessions
+        return not self._waiting.sessions and not self._waiting.HasField("load_end")
 
     def _add(self, step: StepEvent, finished: list[SessionId]) -> None:
         for engine_id in finished:
             self._release(engine_id)
         if not step.sessions:
             return
-        if self._waiting.sessions:
+        if self._waiting.sessions or self._waiting.HasField("load_end"):
             self._waiting.sessions.MergeFrom(step.sessions)
         else:
             self._waiting = step

@@ -31,6 +31,9 @@ class WorkerSettings(ServiceSettings):
     warm_up_niceness: int = Field(default=0, ge=0, le=19)
     """How much the imports give way to other processes, as nice(1)."""
 
+    execute_while_loading: bool = True
+    """Take sessions before all weights are there; their first passes wait layer by layer."""
+
     drain_seconds: float = 0.0
     """The node agent drains sessions; its worker ends at once."""
 

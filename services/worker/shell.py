@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from services.worker import wire
+from services.worker.engine import TokenOut
 from services.worker.engine_thread import EngineThread
 from services.worker.run_stream import RunStream
 from services.worker.settings import WorkerSettings
@@ -21,6 +22,7 @@ from stoker.errors import InvalidRequest, ReplicaGone, StokerError
 from stoker.rpc import Server
 from stoker.v1.worker_pb2 import (
     DescribeWorkerRequest,
+    LoadEnd,
     LoadModelRequest,
     LoadModelResponse,
     RunCommand,
@@ -30,6 +32,9 @@ from stoker.v1.worker_pb2 import (
 from stoker.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
 if TYPE_CHECKING:
+    from services.worker.engine import Output
+    from services.worker.load import LoadedModel
+
     Context = grpc.aio.ServicerContext[Any, Any]
 
 SWITCH_SECONDS = 0.0005
@@ -52,6 +57,7 @@ class WorkerShell(WorkerServicer):
         self._warm: asyncio.Future[list[str]] | None = None
         self._stream = RunStream(self._loop)
         self._engine: EngineThread | None = None
+        self._loaded: LoadedModel | None = None
         self._load_began = False
 
     async def start(self) -> None:
@@ -98,17 +104,28 @@ class WorkerShell(WorkerServicer):
             raise InvalidRequest(f"worker {self._settings.worker_id} has had its model: start another one")
         self._load_began = True
         await self._until_warm()
-        from services.worker.load import load_model  # noqa: PLC0415 - imports torch: only once it is warm
+        from services.worker.load import completed, load_model  # noqa: PLC0415 - torch: only once it is warm
 
         with log.bind(replica_id=request.replica_id, model=request.spec.name):
             loaded = await self._loop.run_in_executor(self._thread, load_model, request, self._settings)
+        is_loading = not loaded.loaded.done()
+        timings = loaded.timings if is_loading else completed(loaded)
+        if is_loading:
+            loaded.loaded.add_done_callback(
+                lambda _: self._loop.call_soon_threadsafe(self._on_load_end, loaded)
+            )
+        self._loaded = loaded
         self._engine = EngineThread(
-            loaded.engine, on_outputs=self._stream.on_outputs, on_failure=self._on_engine_failure
+            loaded.engine,
+            on_outputs=self._on_outputs,
+            on_failure=self._on_engine_failure,
+            interrupt=loaded.gate.interrupt,
         )
         self._engine.start()
         limits = loaded.engine.limits
         return LoadModelResponse(
-            timings=loaded.timings,
+            timings=timings,
+            loading=is_loading,
             max_context_tokens=limits.max_context_tokens,
             kv_cache_tokens=limits.max_kv_tokens,
             max_batch=limits.max_batch,
@@ -164,8 +181,30 @@ class WorkerShell(WorkerServicer):
             log.get().error("worker.warm_up_failed", exc_info=error)
             self._ended_within.set()
 
+    def _on_outputs(self, outputs: list[Output]) -> None:
+        """Called in the engine's thread."""
+        loaded = self._loaded
+        if loaded is not None and not loaded.gate.has_opened(loaded.needs_stages):
+            tokens = [output for output in outputs if isinstance(output, TokenOut)]
+            if tokens:
+                raise AssertionError("a token was made before the weights it needs were there")
+        self._stream.on_outputs(outputs)
+
+    def _on_load_end(self, loaded: LoadedModel) -> None:
+        """Tell the agent how the rest of the load went; a replica without weights is over."""
+        from services.worker.load import completed  # noqa: PLC0415 - as in LoadModel
+
+        try:
+            self._stream.announce(LoadEnd(timings=completed(loaded)))
+        except StokerError as error:
+            log.get().error("weights.lost", error_code=error.code, message=error.message)
+            self._stream.announce(LoadEnd(error_code=error.code, error_message=error.message))
+            self._loop.call_later(FLUSH_SECONDS, self._ended_within.set)
+
     def _on_engine_failure(self, cause: BaseException) -> None:
         """Called in the engine's thread, which is its last act."""
+        if self._loaded is not None and cause is self._loaded.gate.error:
+            return  # `_on_load_end` tells
         log.get().error("engine.failed", exc_info=cause)
         self._loop.call_soon_threadsafe(self._fail_sessions, wire.engine_failed(cause))
 

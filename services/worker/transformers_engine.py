@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ from services.worker.kv_store import KvBudget, SessionKv
 from services.worker.numerics import numerics
 from services.worker.sampling import LogitsNotFinite, TokenChooser, log_probabilities
 from services.worker.session import Session, prefill_token_count
+from services.worker.weights_gate import PassInterrupted
 from stoker.errors import ContextLengthExceeded, InvalidRequest, NotFound, QueueFull
 
 if TYPE_CHECKING:
@@ -147,7 +149,7 @@ class TransformersEngine:
         self._cancel(outputs)
         self._admit(outputs)
         decoding = self._with_room([session for session in self._running if not session.is_prefilling])
-        with torch.inference_mode():
+        with suppress(PassInterrupted), torch.inference_mode():  # what was given up, a later step does again
             self._decode(decoding, outputs)
             self._prefill(outputs)
         self._stats.step_count += 1

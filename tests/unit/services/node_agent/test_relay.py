@@ -12,7 +12,7 @@ from services.node_agent import relay as relay_module
 from services.node_agent.relay import RelayedSession, SessionRelay
 from stoker.errors import CapacityError, Fenced, QueueFull, StokerError, WorkerDied
 from stoker.v1.session_pb2 import FINISH_REASON_LENGTH, GenerateEvent, GenerateRequest, Token
-from stoker.v1.worker_pb2 import RunCommand, SessionError, SessionEvent, StepEvent
+from stoker.v1.worker_pb2 import LoadEnd, RunCommand, SessionError, SessionEvent, StepEvent
 
 
 class PlayedCall:
@@ -68,6 +68,7 @@ class Scene:
     def __init__(self, max_sessions: int = 8) -> None:
         self.now = 50.0
         self.changes = 0
+        self.load_ends: list[LoadEnd] = []
         self.worker = PlayedWorker()
         self.relay = SessionRelay(
             self.worker,  # type: ignore[arg-type]
@@ -75,6 +76,7 @@ class Scene:
             max_sessions=max_sessions,
             on_change=self._count,
             now_seconds=lambda: self.now,
+            on_load_end=self.load_ends.append,
         )
 
     def _count(self) -> None:
@@ -218,3 +220,15 @@ async def read_all(session: RelayedSession, into: list[int]) -> None:
 def played_error(session: RelayedSession) -> StokerError | None:
     """Return how the session ended, if it has."""
     return session._error
+
+
+async def test_the_end_of_a_load_is_known_before_the_tokens_it_came_with() -> None:
+    async with scene() as played:
+        session = played.open()
+        step = StepEvent(load_end=LoadEnd(error_code="x"))
+        token = GenerateEvent(epoch=1, tokens=[Token(id=1)])
+        step.sessions.append(SessionEvent(session_id="ses-1", event=token))
+        played.worker.steps.put_nowait(step)
+        await session.next()
+
+        assert [end.error_code for end in played.load_ends] == ["x"]

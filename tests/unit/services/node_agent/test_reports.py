@@ -97,6 +97,30 @@ def test_a_ready_replica_reports_every_stage_and_the_total_from_the_decision_on(
     assert (replica.running_sessions, replica.waiting_sessions, replica.worker_pid) == (2, 1, 7)
 
 
+def test_a_replica_that_takes_sessions_while_it_loads_says_how_far_it_is() -> None:
+    loaded = LoadModelResponse(loading=True)
+    replica = report(replace(STARTING, phase=ReplicaPhase.READY, loaded=loaded, ready_seconds=11.0)).replicas[
+        0
+    ]
+
+    assert (replica.state, replica.loading, replica.loaded_fraction) == (REPLICA_STATE_READY, True, 0.25)
+    assert (replica.timings.ready_seconds, replica.timings.total_seconds) == (1.25, 0.0)
+
+
+def test_the_total_of_such_a_replica_ends_with_its_last_weights() -> None:
+    ready = replace(
+        STARTING,
+        phase=ReplicaPhase.READY,
+        loaded=LoadModelResponse(),
+        ready_seconds=11.0,
+        complete_seconds=13.0,
+    )
+
+    timings = report(ready).replicas[0].timings
+
+    assert (timings.ready_seconds, timings.total_seconds) == (1.25, 3.25)
+
+
 def test_a_failed_replica_says_why() -> None:
     replica = report(
         replace(STARTING, phase=ReplicaPhase.FAILED, error_code="load_failed", error_message="broken")

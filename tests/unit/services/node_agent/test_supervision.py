@@ -27,6 +27,8 @@ from services.node_agent.host_state import (
     StopOrdered,
     Tick,
     WakeAt,
+    WeightsArrived,
+    WeightsLost,
     WorkerExited,
     WorkerPhase,
     WorkerWarm,
@@ -35,6 +37,7 @@ from services.node_agent.supervision import backoff_seconds, handle
 from stoker.errors import CapacityError, Fenced, InvalidRequest, ReplicaBusy, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelResponse
 
 
@@ -72,10 +75,28 @@ class Desk:
         """A worker was killed."""
         return self.take(WorkerExited(worker_id=WorkerId(worker), reason="killed by SIGKILL"), **when)
 
-    def loaded(self, worker: str) -> tuple[Effect, ...]:
-        """A worker has loaded."""
-        response = LoadModelResponse(max_batch=8)
+    def loaded(self, worker: str, *, loading: bool = False) -> tuple[Effect, ...]:
+        """A worker has loaded, or takes sessions while it does."""
+        response = LoadModelResponse(max_batch=8, loading=loading)
         return self.take(LoadSucceeded(worker_id=WorkerId(worker), response=response))
+
+    def loading(self) -> None:
+        """Bring replica rep-1 to where it takes sessions while its weights arrive at worker w-1."""
+        self.take(Tick())
+        self.warm("w-1")
+        self.start("rep-1")
+        self.loaded("w-1", loading=True)
+
+    def arrived(self, worker: str, **when: Any) -> tuple[Effect, ...]:
+        """All weights are there."""
+        timings = StartTimings(weights_seconds=2.0)
+        return self.take(WeightsArrived(worker_id=WorkerId(worker), timings=timings), **when)
+
+    def lost(self, worker: str) -> tuple[Effect, ...]:
+        """The weights will not come."""
+        return self.take(
+            WeightsLost(worker_id=WorkerId(worker), error_code="load_failed", error_message="disk broke")
+        )
 
     def ready(self, replica: str = "rep-1", device: int = 0) -> str:
         """Bring a replica up with a warm worker; returns the worker."""
@@ -515,3 +536,90 @@ def test_no_order_of_events_breaks_an_invariant(events: list[tuple[str, int, int
                     desk.take(Tick(), after=float(other))
         except StokerError:
             continue
+
+
+# --- replicas that take sessions while their weights arrive ---
+
+
+def test_a_replica_takes_sessions_before_its_weights_are_there() -> None:
+    desk = Desk()
+    desk.loading()
+
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.phase, hosted.is_loading) == (ReplicaPhase.READY, True)
+
+
+def test_the_timings_follow_when_the_weights_are_there() -> None:
+    desk = Desk()
+    desk.loading()
+    desk.arrived("w-1", after=2.0)
+
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.is_loading, hosted.loaded.timings.weights_seconds, hosted.loaded.max_batch) == (
+        False,
+        2.0,
+        8,
+    )
+    assert hosted.complete_seconds == hosted.ready_seconds + 2.0
+
+
+def test_the_pool_is_refilled_a_pause_after_the_last_weights() -> None:
+    desk = Desk(refill_pause_seconds=1.0)
+    desk.loading()
+    assert not [effect for effect in desk.effects if isinstance(effect, SpawnWorker)]
+
+    wake = desk.arrived("w-1")[-1]
+    assert wake == WakeAt(at_seconds=desk.now + 1.0)
+
+    assert SpawnWorker(worker_id=WorkerId("w-2")) in desk.take(Tick(), after=1.0)
+
+
+def test_an_order_gets_its_worker_during_the_pause() -> None:
+    desk = Desk(refill_pause_seconds=1.0)
+    desk.loading()
+
+    assert SpawnWorker(worker_id=WorkerId("w-2"), is_awaited=True) in desk.start("rep-2", 1)
+
+
+def test_weights_that_will_not_come_fail_the_replica_its_sessions_and_its_worker() -> None:
+    desk = Desk()
+    desk.loading()
+    effects = desk.lost("w-1")
+
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.phase, hosted.error_code, hosted.error_message) == (
+        ReplicaPhase.FAILED,
+        "load_failed",
+        "disk broke",
+    )
+    failed = next(effect for effect in effects if isinstance(effect, FailSessions))
+    assert failed.error_code == "worker_died"
+    assert "disk broke" in failed.error_message
+    assert EndWorker(worker_id=WorkerId("w-1")) in effects
+
+
+def test_weights_that_are_lost_after_they_came_are_no_news() -> None:
+    desk = Desk()
+    desk.loading()
+    desk.arrived("w-1")
+
+    assert not [effect for effect in desk.lost("w-1") if isinstance(effect, EndWorker | FailSessions)]
+    assert desk.state.replicas[ReplicaId("rep-1")].phase is ReplicaPhase.READY
+
+
+def test_a_replica_that_loads_can_be_stopped_at_once() -> None:
+    desk = Desk()
+    desk.loading()
+
+    assert EndWorker(worker_id=WorkerId("w-1")) in desk.stop("rep-1")
+    desk.exit("w-1")
+    assert ReplicaId("rep-1") not in desk.state.replicas
+
+
+def test_a_replica_that_is_being_stopped_is_not_failed_by_its_load() -> None:
+    desk = Desk()
+    desk.loading()
+    desk.stop("rep-1", grace_seconds=5.0, session_count=1)
+
+    assert EndWorker(worker_id=WorkerId("w-1")) in desk.lost("w-1")
+    assert desk.state.replicas[ReplicaId("rep-1")].phase is ReplicaPhase.STOPPING

@@ -3,16 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.worker.engine import EngineLimits
 from services.worker.model_loading import (
     build_skeleton,
     supported_architectures,
-    wait_for_layers,
 )
-from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import CheckpointInvalid
 from stoker.models.weights import assign_weights
-from tests.unit.services.worker.tiny_models import CONFIGS, config_json, ids, reference, request, run
+from tests.unit.services.worker.tiny_models import CONFIGS, config_json, reference
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
@@ -126,19 +123,3 @@ def test_what_the_engine_cannot_serve_is_refused_with_its_reason(change, reason)
 
 def test_the_popular_architectures_are_supported() -> None:
     assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"} <= supported_architectures()
-
-
-def test_the_first_pass_waits_for_each_layer_in_turn_and_later_ones_for_none() -> None:
-    model = reference("llama")
-    loaded = assign_weights(build_skeleton(config_json(model)), tensors_of(model))
-    waits: list[int | None] = []
-    wait_for_layers(loaded, waits.append)
-    engine = TransformersEngine(loaded, EngineLimits())
-
-    tokens, _ = run(engine, [request()])
-
-    assert waits == [0, 0, 1, 2, None]
-    plain = TransformersEngine(
-        assign_weights(build_skeleton(config_json(model)), tensors_of(model)), EngineLimits()
-    )
-    assert ids(tokens["s"]) == ids(run(plain, [request()])[0]["s"])

@@ -58,6 +58,7 @@ class Arriving:
         self.gate.open(stage + 1)
 
     def bring_all(self) -> None:
+        """Let everything arrive, in order."""
         for stage in range(len(self.stages)):
             self.bring(stage)
 

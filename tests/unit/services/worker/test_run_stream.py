@@ -11,7 +11,8 @@ from services.worker.run_stream import RunStream
 from stoker.errors import AlreadyExists, QueueFull, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1.session_pb2 import GenerateRequest, Sampling
-from stoker.v1.worker_pb2 import CancelSession, RunCommand, SessionEvent
+from stoker.v1.start_pb2 import StartTimings
+from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent, StepEvent
 
 
 class PlayedEngine:
@@ -63,7 +64,11 @@ class Scene:
 
     async def read(self) -> list[SessionEvent]:
         """Return the next message's events."""
-        return list((await anext(self._events)).sessions)
+        return list((await self.read_step()).sessions)
+
+    async def read_step(self) -> StepEvent:
+        """Return the next message."""
+        return await anext(self._events)
 
 
 async def test_steps_that_nobody_read_yet_travel_together_in_order() -> None:
@@ -179,3 +184,28 @@ async def test_there_is_one_reader_at_a_time() -> None:
 
     with pytest.raises(AlreadyExists):
         await anext(scene.stream.events())
+
+
+async def test_the_end_of_a_load_travels_before_or_with_the_first_token() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.stream.announce(LoadEnd(timings=StartTimings(weights_seconds=2.0)))
+    assert not scene.stream.is_flushed()
+    scene.step(0)
+    await asyncio.sleep(0)
+
+    step = await scene.read_step()
+    assert step.load_end.timings.weights_seconds == 2.0
+    assert [item.event.position for item in step.sessions] == [0]
+    assert scene.stream.is_flushed()
+
+
+async def test_the_end_of_a_load_does_not_overwrite_what_waits() -> None:
+    scene = Scene()
+    scene.submit()
+    scene.step(0)
+    await asyncio.sleep(0)
+    scene.stream.announce(LoadEnd(error_code="load_failed"))
+
+    step = await scene.read_step()
+    assert (step.load_end.error_code, len(step.sessions)) == ("load_failed", 1)
