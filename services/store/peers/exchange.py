@@ -141,9 +141,9 @@ class Exchange:
                 me=self.me, chunks=identity.chunks, joined_seconds=now_seconds, have=0
             )
             for peer in self._linked:
-                swarm.expect(peer, now_seconds)
+                swarm.expect(peer)
             for peer in file.loading_peers:
-                swarm.interested(peer, now_seconds, loading=True)
+                swarm.interested(peer, loading=True)
         self._tell(identity.file_id)
         return swarm
 
@@ -209,7 +209,7 @@ class Exchange:
             self._linked[peer] = self._linked.get(peer, 0) + 1
             for file in self._files.values():
                 if file.swarm is not None:
-                    file.swarm.expect(peer, self.now())
+                    file.swarm.expect(peer)
 
     def unlinked(self, peer: StoreId) -> None:
         """A peer can't be asked any more: what it had and claimed counts no longer."""
@@ -222,7 +222,7 @@ class Exchange:
                 if file.swarm is not None:
                     file.swarm.gone(peer)
                     if peer in file.loading_peers:  # it still asks here
-                        file.swarm.interested(peer, self.now(), loading=True)
+                        file.swarm.interested(peer, loading=True)
             self.changed.notify_all()
 
     def loading(self) -> list[FileIdentity]:
@@ -236,9 +236,7 @@ class Exchange:
             file = self._files.get(state.file_id)
             if file is None or file.swarm is None or state.chunks != file.identity.chunks:
                 return
-            file.swarm.update(
-                peer, self.now(), have=state.have, fetching=state.fetching, loading=state.loading
-            )
+            file.swarm.update(peer, have=state.have, fetching=state.fetching, loading=state.loading)
             self.changed.notify_all()
 
     def subscribe(self, peer: StoreId, identity: FileIdentity, *, loading: bool) -> State | None:
@@ -253,7 +251,7 @@ class Exchange:
             if loading:
                 file.loading_peers.add(peer)
             if file.swarm is not None:
-                file.swarm.interested(peer, self.now(), loading=loading)
+                file.swarm.interested(peer, loading=loading)
             return _state(file)
 
     def unsubscribe(self, peer: StoreId, file_id: FileId) -> None:
@@ -265,7 +263,7 @@ class Exchange:
             file.subscribers -= 1
             file.loading_peers.discard(peer)
             if file.swarm is not None:
-                file.swarm.interested(peer, self.now(), loading=False)
+                file.swarm.interested(peer, loading=False)
                 self.changed.notify_all()
             self._forget_unneeded(file)
 

@@ -108,6 +108,8 @@ class Links:
             while address not in self._own and (address in self._listed or failures < _LEARNT_TRIES):
                 woken.clear()
                 linked, message = await self._try(address)
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    return  # a task group loses the cancellation when a child fails at the same time
                 if linked:
                     retry_seconds, failures, said = limits.first_retry_seconds, 0, ""
                 else:

@@ -58,6 +58,7 @@ class PeerServer:
         self._listener: socket.socket | None = None
         self._controls: dict[_Control, None] = {}
         self._senders: dict[socket.socket, threading.Thread] = {}
+        self._connections: set[socket.socket] = set()
         self._greeting = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.port = 0
@@ -85,22 +86,33 @@ class PeerServer:
         """Accept until cancelled; ends all connections then."""
         if self._listener is None:
             raise ConfigError("the peer server is not bound")
-        loop = self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._exchange.listen(self._changed)
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    try:
-                        connection, address = await loop.sock_accept(self._listener)
-                    except OSError as error:  # too many open files: those there go on
-                        log.get().error("peer.accept_failed", message=str(error))
+                    await _readable(self._listener)
+                    if not self._accept(self._listener, group):
                         await self._clock.sleep(1.0)
-                        continue
-                    group.create_task(self._serve_one(connection, str(address[0])))
         finally:
             self._listener.close()
+            for connection in self._connections:  # of tasks that were cancelled before they began
+                connection.close()
             for sender in list(self._senders):
                 _shut(sender)
+
+    def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> bool:
+        """Take one connection in, without a moment at which a cancellation could lose it."""
+        try:
+            connection, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return True  # it left
+        except OSError as error:  # too many open files: those there go on
+            log.get().error("peer.accept_failed", message=str(error))
+            return False
+        self._connections.add(connection)
+        group.create_task(self._serve_one(connection, str(address[0])))
+        return True
 
     async def _serve_one(self, connection: socket.socket, host: str) -> None:
         connection.setblocking(False)
@@ -110,13 +122,14 @@ class PeerServer:
             if hello.purpose is Purpose.CONTROL:
                 await self._control(connection, hello, host)
             else:
-                sending = True
                 self._start_sender(connection)
+                sending = True
         except (OSError, PeerError, TimeoutError) as error:
             log.get().info("peer.broken", peer_host=host, message=str(error) or "it said nothing in time")
         except Exception as error:  # noqa: BLE001 - the boundary of a connection's task
             log.get().error("peer.crashed", peer_host=host, exc_info=error)
         finally:
+            self._connections.discard(connection)
             if not sending:
                 connection.close()
 
@@ -263,6 +276,17 @@ class _Control:
         """Forget what the peer asked."""
         for file_id in list(self._files):
             self._drop(file_id)
+
+
+async def _readable(listener: socket.socket) -> None:
+    """Return when somebody wants to come in."""
+    loop = asyncio.get_running_loop()
+    someone = loop.create_future()
+    loop.add_reader(listener, lambda: None if someone.done() else someone.set_result(None))
+    try:
+        await someone
+    finally:
+        loop.remove_reader(listener)
 
 
 def _shut(connection: socket.socket) -> None:

@@ -12,8 +12,8 @@ newcomer into account from then on. Everyone else gets the chunk from whichever 
 3. I own it: first copy, from the least busy seed, else from the origin.
 4. A rival owns it: wait.
 
-A rival that gets nowhere for `patience_seconds` loses its claims and its shares (2, 4), in the eyes of those
-who wait for it; so does one that is gone. One that lies or is too slow is not asked again (`drop`).
+A rival that gets nowhere while others wait for it loses its shares and, later, its claims (4, 2) in their
+eyes, until it moves again; so does one that is gone. One that lies or is too slow is let go (`drop`).
 
 Order: a prefix of the file is worth more than its rest (execution starts on it), so chunks count in blocks of
 `BLOCK_CHUNKS`; inside a block own shares go first until `FIRST_COPIES` are under way, then the rarest.
@@ -43,10 +43,10 @@ SETTLE_SECONDS = 1.0
 """Longest wait for the answers of peers before the first chunk is fetched."""
 
 PATIENCE_SECONDS = 10.0
-"""A chunk that a rival claims may take this long, or four times what mine take."""
+"""A chunk that a rival claims may take this long, or four times what first copies take here."""
 
 UNCLAIMED_PATIENCE_SECONDS = 2.0
-"""A rival that neither gets nor claims anything for so long leaves its shares to those who wait."""
+"""A rival that neither gets nor claims anything for so long loses its shares to those who wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +74,7 @@ class PeerView:
         loading: It is loading, as it says.
         interested: It asked what this store has, because it is loading.
         answered: It has told its state.
-        progressed_seconds: When it last had a chunk more; at first, when it was first heard of.
-        changed_seconds: When it last told anything new.
+        waited_since_seconds: When this store began to wait for it, since its last news; None = it doesn't.
         unusable_until_seconds: Not asked, waited for or reckoned with before.
         in_flight: Requests of this store to it.
     """
@@ -85,8 +84,7 @@ class PeerView:
     loading: bool = False
     interested: bool = False
     answered: bool = False
-    progressed_seconds: float
-    changed_seconds: float
+    waited_since_seconds: float | None = None
     unusable_until_seconds: float = float("-inf")
     in_flight: int = 0
 
@@ -119,24 +117,19 @@ class FileSwarm:
 
     # --- what is learnt ---
 
-    def expect(self, peer: StoreId, now_seconds: float) -> None:
+    def expect(self, peer: StoreId) -> None:
         """Reckon with an answer of a peer that is being asked."""
-        self._view(peer, now_seconds)
+        self.peers.setdefault(peer, PeerView())
 
-    def interested(self, peer: StoreId, now_seconds: float, *, loading: bool) -> None:
+    def interested(self, peer: StoreId, *, loading: bool) -> None:
         """Take note that a peer asked what is here; a loading one is a rival from now on."""
-        view = self._view(peer, now_seconds)
-        if loading and not (view.interested or view.loading):
-            view.progressed_seconds = view.changed_seconds = now_seconds
-        view.interested = loading
+        self.peers.setdefault(peer, PeerView()).interested = loading
 
-    def update(self, peer: StoreId, now_seconds: float, *, have: int, fetching: int, loading: bool) -> None:
+    def update(self, peer: StoreId, *, have: int, fetching: int, loading: bool) -> None:
         """Take over what a peer says."""
-        view = self._view(peer, now_seconds)
-        if have & ~view.have:
-            view.progressed_seconds = now_seconds
+        view = self.peers.setdefault(peer, PeerView())
         if (have, fetching, loading) != (view.have, view.fetching, view.loading):
-            view.changed_seconds = now_seconds
+            view.waited_since_seconds = None
         view.have, view.fetching, view.loading, view.answered = have, fetching, loading, True
 
     def gone(self, peer: StoreId) -> None:
@@ -220,10 +213,8 @@ class FileSwarm:
         rivals = [(peer, view) for peer, view in usable if view.loading or view.interested]
         if not any(view.loading for _, view in holders):
             for peer, view in rivals:
-                if view.fetching & bit:
-                    if not self._stalled(view, now_seconds):
-                        return None, 0
-                elif not self._idle(view, now_seconds) and self._outranks(peer, index):
+                claims = bool(view.fetching & bit)
+                if (claims or self._outranks(peer, index)) and self._waits_for(view, now_seconds, claims):
                     return None, 0
             if not holders:
                 return Choice(index=index, peer=None, first_copy=True), 0
@@ -240,27 +231,22 @@ class FileSwarm:
     def _outranks(self, peer: StoreId, index: int) -> bool:
         return (_rank(peer, index), peer) > (_rank(self.me, index), self.me)
 
-    def _stalled(self, view: PeerView, now_seconds: float) -> bool:
-        oldest = min((taken.since_seconds for taken in self._taken.values()), default=now_seconds)
-        patience = max(PATIENCE_SECONDS, 4 * self._first_copy_seconds, 2 * (now_seconds - oldest))
-        return now_seconds - max(view.progressed_seconds, view.changed_seconds) > patience
-
-    def _idle(self, view: PeerView, now_seconds: float) -> bool:
-        """Tell whether a rival leaves its shares lying: it gets nothing, and claims nothing new."""
-        return now_seconds - max(view.changed_seconds, self.joined_seconds) > max(
-            UNCLAIMED_PATIENCE_SECONDS, 2 * self._first_copy_seconds
-        )
+    def _waits_for(self, view: PeerView, now_seconds: float, claims: bool) -> bool:  # noqa: FBT001 - of rule 2
+        """Tell whether there is patience left with a rival that claims a chunk, or owns it."""
+        if view.waited_since_seconds is None:
+            view.waited_since_seconds = now_seconds
+        if claims:  # an origin that is slow for me may be slow for it
+            oldest = min((taken.since_seconds for taken in self._taken.values()), default=now_seconds)
+            patience = max(PATIENCE_SECONDS, 4 * self._first_copy_seconds, 2 * (now_seconds - oldest))
+        else:
+            patience = max(UNCLAIMED_PATIENCE_SECONDS, 2 * self._first_copy_seconds)
+        return now_seconds - view.waited_since_seconds <= patience
 
     def _take(self, choice: Choice, now_seconds: float) -> Choice:
         self._taken[choice.index] = _Taken(choice=choice, since_seconds=now_seconds)
         if choice.peer is not None:
             self.peers[choice.peer].in_flight += 1
         return choice
-
-    def _view(self, peer: StoreId, now_seconds: float) -> PeerView:
-        return self.peers.setdefault(
-            peer, PeerView(progressed_seconds=now_seconds, changed_seconds=now_seconds)
-        )
 
 
 def _rank(store: StoreId, index: int, salt: str = "") -> int:

@@ -65,7 +65,7 @@ class Fleet:
             if peer != name and not self.nodes[peer].dead:
                 self._ask(name, peer)
         for peer, loading in node.asked_by.items():
-            node.swarm.interested(peer, self.now, loading=loading)
+            node.swarm.interested(peer, loading=loading)
             self._tell(name, peer)
         self._work(name)
         self.at(self.now + STEP_SECONDS, lambda: self._tick(name))
@@ -96,7 +96,7 @@ class Fleet:
         node = self.nodes[name]
         if node.swarm is not None and peer not in node.asks:
             node.asks.add(peer)
-            node.swarm.expect(peer, self.now)
+            node.swarm.expect(peer)
             self.message(name, peer, lambda: self._asked(peer, name))
 
     def _asked(self, name: str, asker: str) -> None:
@@ -104,7 +104,7 @@ class Fleet:
         self._ask(name, asker)  # whoever comes in is dialled back
         node.asked_by[asker] = True
         if node.swarm is not None:
-            node.swarm.interested(asker, self.now, loading=True)
+            node.swarm.interested(asker, loading=True)
         self._tell(name, asker)
 
     def _tell(self, name: str, asker: str) -> None:
@@ -121,7 +121,7 @@ class Fleet:
     def _told(self, name: str, peer: str, **state) -> None:
         swarm = self.nodes[name].swarm
         if swarm is not None:
-            swarm.update(peer, self.now, **state)
+            swarm.update(peer, **state)
             self._work(name)
 
     def _noticed(self, name: str, dead: str) -> None:
