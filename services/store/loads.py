@@ -28,9 +28,10 @@ from services.store.lanes import Lane
 from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, is_held, pool_as_seen
 from services.store.origins.source import REMOTE
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
-from services.store.read_queue import Urgency
+from services.store.read_queue import ChunkRead, Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
+from services.store.sharing import Sharing
 from services.store.transfers import Transfers
 from stoker.checkpoint.reading import DISK
 from stoker.clock import Clock
@@ -43,7 +44,7 @@ _STOPPING = "the checkpoint store is being stopped"
 class Loads:
     """The residents of the pool; used from the event loop only."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts it joins
         self,
         arena: Arena,
         counters: ReadyCounters,
@@ -51,15 +52,19 @@ class Loads:
         sources: DiskSources,
         threads: Mapping[Lane, int],
         clock: Clock,
+        sharing: Sharing | None = None,
     ) -> None:
-        """Start the reader threads; call inside the running loop."""
+        """Start the reader threads; call inside the running loop. `sharing` gives chunks to other stores."""
         self.arena = arena
         self.chunks = ChunkPool(arena.chunk_count)
         self.counters = counters
         self._sources = sources
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self.transfers = Transfers(threads, counters, failed=self._fail, ended=self._transfer_ended)
+        self._sharing = sharing
+        self.transfers = Transfers(
+            threads, counters, arrived=self._arrived, failed=self._fail, ended=self._transfer_ended
+        )
         self._keys = itertools.count(1)
         self._residents: dict[int, Resident] = {}
         self._by_identity: dict[tuple[str, str], Resident] = {}
@@ -300,6 +305,10 @@ class Loads:
         if not reads:
             self._complete(resident)
 
+    def _arrived(self, resident: Resident, read: ChunkRead) -> None:
+        if self._sharing is not None:
+            self._sharing.arrived(resident, read)
+
     def _transfer_ended(self, resident: Resident) -> None:
         if resident.phase is Phase.LOADING and resident.reads_left == 0:
             self._complete(resident)
@@ -363,12 +372,21 @@ class Loads:
     def _settle_if_gone(self, resident: Resident) -> None:
         """Give back what a resident took, if it is gone and nobody reads or writes it."""
         busy = resident.reads_left or resident.landings_left or resident.leases
-        if resident.phase is not Phase.GONE or busy or self._residents.pop(resident.key, None) is None:
+        if resident.phase is not Phase.GONE or busy or resident.key not in self._residents:
             return
+        if self._sharing is not None and not self._sharing.withdrawn(resident, lambda: self._sent(resident)):
+            return
+        del self._residents[resident.key]
         self.transfers.forget(resident)
         self._close_sources(resident)
         self.chunks.give_back(resident.chunk_numbers)
         self.counters.give_back(tuple(file.slot for file in resident.files))
+
+    def _sent(self, resident: Resident) -> None:
+        """Go on when the last chunk of a resident that is gone has been sent to a peer."""
+        self._settle_if_gone(resident)
+        self._admit_waiting()
+        self._changed()
 
     def _close_sources(self, resident: Resident) -> None:
         for file in resident.files:

@@ -28,6 +28,7 @@ class Transfers:
         threads: Mapping[Lane, int],
         counters: ReadyCounters,
         *,
+        arrived: Callable[[Resident, ChunkRead], None],
         failed: Callable[[Resident, StokerError], None],
         ended: Callable[[Resident], None],
     ) -> None:
@@ -36,11 +37,13 @@ class Transfers:
         Args:
             threads: How many per lane.
             counters: Of the files' ready bytes.
+            arrived: Called when a read has filled its chunks, before `ended`.
             failed: Called when a read failed, before `ended`.
             ended: Called after every job of a resident.
         """
         self.rates = RunningRates()
         self._counters = counters
+        self._told_arrived = arrived
         self._failed = failed
         self._ended = ended
         self._loop = asyncio.get_running_loop()
@@ -102,6 +105,7 @@ class Transfers:
         resident.parts += parts
         self.rates.add(parts)
         file = resident.files[read.file]
+        self._told_arrived(resident, read)
         further = [file.arrive(read.index + number) for number in range(len(read.chunks))]
         if any(further):
             self._counters.set(file.slot, file.ready_bytes)

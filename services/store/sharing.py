@@ -1,0 +1,59 @@
+"""What the pool shares with other stores: chunks as they arrive, until their room is wanted.
+
+A chunk that is being sent keeps its room: a resident that is gone is settled when the last of its chunks has
+been sent, which the senders' deadlines bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from services.store.peers.exchange import Exchange
+from services.store.peers.wire import FileIdentity
+from services.store.read_queue import ChunkRead
+from services.store.resident import Resident
+
+
+class Sharing:
+    """Between the loads and the exchange; used from the event loop only."""
+
+    def __init__(self, exchange: Exchange, *, chunk_bytes: int) -> None:
+        """Args: exchange: where peers find chunks. chunk_bytes: of the pool."""
+        self._exchange = exchange
+        self._chunk_bytes = chunk_bytes
+        self._loop = asyncio.get_running_loop()
+
+    def arrived(self, resident: Resident, read: ChunkRead) -> None:
+        """Share the chunks of a read that has ended well."""
+        identity = self._identity(resident, read.file)
+        for number, chunk in enumerate(read.chunks):
+            self._exchange.put(identity, resident.key, read.index + number, chunk)
+
+    def withdrawn(self, resident: Resident, idle: Callable[[], None]) -> bool:
+        """Share a resident no more; True when none of its chunks is being sent.
+
+        Args:
+            resident: Who is gone.
+            idle: Called on the loop when a file's last chunk was sent, if some are being sent now.
+        """
+        quiet = True
+        for number in range(len(resident.files)):
+            file_id = self._identity(resident, number).file_id
+            quiet &= self._exchange.withdraw(file_id, resident.key, lambda: self._call(idle))
+        return quiet
+
+    def _call(self, idle: Callable[[], None]) -> None:
+        """Called from a sender's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(idle)
+
+    def _identity(self, resident: Resident, number: int) -> FileIdentity:
+        index = resident.entry.index
+        file = index.files[number]
+        return FileIdentity(
+            revision=index.revision,
+            name=file.name,
+            size_bytes=file.size_bytes,
+            chunk_bytes=self._chunk_bytes,
+        )
