@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.controller.estimate import Estimate
-from services.controller.fold import (
+from services.controller.events import (
+    ForecastMissed,
+    MoveGivenUp,
     NodeForgotten,
     NodeUnreachable,
     RefusalLifted,
@@ -13,7 +15,8 @@ from services.controller.fold import (
     ReplicaLost,
     StartFailed,
 )
-from services.controller.place import Option
+from services.controller.options import Option
+from services.controller.place import Decision
 from services.controller.view import Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -57,7 +60,43 @@ class Release:
     reason: str
 
 
-Noted = NodeUnreachable | NodeForgotten | ReplicaLost | StartFailed | Refused | RefusalLifted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrate:
+    """Move a replica: reserve and start it anew at the destination; its sessions follow when that is ready.
+
+    Attributes:
+        replica_id: Which moves.
+        model: Its model.
+        node_id: Where it runs now.
+        to_node_id: Where it goes.
+        to_devices: Slots it gets there.
+        runtime: Its model's.
+        estimate: Of the start at the destination.
+        move_seconds: Expected for its sessions, after that.
+        for_model: Who gets its room.
+    """
+
+    replica_id: ReplicaId
+    model: ModelName
+    node_id: NodeId
+    to_node_id: NodeId
+    to_devices: tuple[int, ...]
+    runtime: str
+    estimate: Estimate
+    move_seconds: float
+    for_model: ModelName
+
+
+Noted = (
+    NodeUnreachable
+    | NodeForgotten
+    | ReplicaLost
+    | StartFailed
+    | Refused
+    | RefusalLifted
+    | MoveGivenUp
+    | ForecastMissed
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +106,7 @@ class Note:
     event: Noted
 
 
-Action = Start | Stop | Release | Note
+Action = Start | Stop | Migrate | Release | Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +115,8 @@ class Plan:
 
     actions: tuple[Action, ...]
     next_due_seconds: float | None
+    decisions: tuple[tuple[ModelName, Decision], ...] = ()
+    """What was decided about each model that wanted a replica, for explanations."""
 
 
 def backoff_seconds(failures_in_a_row: int, policy: Policy) -> float:

@@ -82,7 +82,7 @@ def answer(view: View, name: ModelName, *, since_seconds: float, now_seconds: fl
     back-off is not over; a placement that can never succeed; waiting, with the reason.
     """
     if name not in view.models:
-        return Unknown(near=near_names(name, view.models.keys()))
+        return Unknown(near=near_names(name, list(view.models)))
     members = members_of(view, name)
     ready = [found for found in members if is_offered(view, found)]
     if ready:

@@ -14,24 +14,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.controller import metrics
-from services.controller.actions import Action, Note, Release, Start, Stop, start_failed
-from services.controller.fold import (
+from services.controller.actions import Action, Migrate, Note, Release, Start, Stop, start_failed
+from services.controller.decision_log import DecisionLog
+from services.controller.event_log import EventLog
+from services.controller.events import (
     Demanded,
     DemandEnded,
     Distrusted,
     Event,
     ModelDeleted,
     ModelPut,
+    MoveOrdered,
     NodeDisconnected,
     NodeForgotten,
     NodeReported,
     Released,
     Releasing,
     Reserved,
+    SchedulingSet,
     StopOrdered,
     StopRefused,
-    fold,
 )
+from services.controller.fold import fold
 from services.controller.ledger import Ledger
 from services.controller.orders import Orders
 from services.controller.records import ModelRecord, ReservationRecord
@@ -39,7 +43,7 @@ from services.controller.routes import Routes
 from services.controller.scaling import reconcile
 from services.controller.settings import ControllerSettings
 from services.controller.touched import touched
-from services.controller.view import Reservation, View
+from services.controller.view import Reservation, Scheduling, View
 from services.controller.wire import model_of, node_of
 from stoker import log
 from stoker.background import Background, background
@@ -71,6 +75,9 @@ class Cluster:
         self.clock = clock
         self._settings = settings
         self._policy = settings.policy()
+        self.decisions = DecisionLog()
+        self.events = EventLog()
+        self._requests: dict[ModelName, set[str]] = defaultdict(set)
         self._dirty = asyncio.Event()
         self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
         self._waiting = 0
@@ -90,6 +97,8 @@ class Cluster:
         now_seconds = self.clock.now_seconds()
         for record in recorded.reservations:
             self.apply(Reserved(reservation=_reservation(record, now_seconds, adopted=True)))
+        for node_id, scheduling in recorded.scheduling.items():
+            self.apply(SchedulingSet(node_id=node_id, scheduling=scheduling))
 
     async def run(self) -> None:
         """Decide and act until cancelled.
@@ -104,6 +113,9 @@ class Cluster:
                 self._dirty.clear()
                 now_seconds = self.clock.now_seconds()
                 plan = reconcile(self.view, now_seconds, self._policy)
+                for name, decision in plan.decisions:
+                    waiting = self._requests.get(name, set())
+                    self.decisions.add(name, decision, waiting, self.clock.unix_seconds())
                 for action in plan.actions:
                     self._act(action, tasks)
                 timer = None
@@ -116,6 +128,7 @@ class Cluster:
     def end(self) -> None:
         """Wake everybody who waits; they learn that this term is over."""
         self._ended = True
+        self.events.end()
         for events in self._waiters.values():
             for event in events:
                 event.set()
@@ -158,7 +171,7 @@ class Cluster:
         node_id = NodeId(report.node_id)
         before = self.view.nodes.get(node_id)
         if before is None or node_id not in self.reports:
-            log.get().info("node.joined", node_id=node_id, agent_address=report.agent_address)
+            self.tell("node.joined", node_id=node_id, agent_address=report.agent_address)
         self.reports[node_id] = report
         self.apply(NodeReported(node=node_of(report, self.clock.now_seconds())))
         was_ready = {
@@ -167,17 +180,36 @@ class Cluster:
             if replica.ready_since_seconds is not None
         }
         for replica in report.replicas:
-            if replica.state == node_agent_pb2.REPLICA_STATE_READY and replica.replica_id not in was_ready:
+            is_ready = replica.state == node_agent_pb2.REPLICA_STATE_READY and not replica.loading
+            if is_ready and replica.replica_id not in was_ready:
                 self._log_ready(replica, node_id)
 
     def disconnected(self, node_id: NodeId) -> None:
         """An agent's report stream ended."""
         if node_id in self.view.nodes:
-            log.get().warning("node.disconnected", node_id=node_id)
+            self.tell("node.disconnected", node_id=node_id)
             self.apply(NodeDisconnected(node_id=node_id))
 
+    async def set_scheduling(self, node_id: NodeId, scheduling: Scheduling) -> None:
+        """Open, cordon or drain a node, for this term and later ones.
+
+        Raises:
+            StateUnavailable: No answer; it may have been written or not.
+            Fenced: This controller no longer leads.
+        """
+        await self.ledger.set_scheduling(node_id, scheduling)
+        self.apply(SchedulingSet(node_id=node_id, scheduling=scheduling))
+        self.tell("node.scheduling_set", node_id=node_id, scheduling=scheduling.value)
+
+    def tell(self, kind: str, **fields: object) -> None:
+        """Log an event, and keep it for operators."""
+        log.get().info(kind, **fields)
+        self.events.add(kind, self.clock.unix_seconds(), **fields)
+
     @contextmanager
-    def waiting(self, name: ModelName, failed: frozenset[ReplicaId]) -> Iterator[asyncio.Event]:
+    def waiting(
+        self, name: ModelName, failed: frozenset[ReplicaId], request_id: str = ""
+    ) -> Iterator[asyncio.Event]:
         """Count a request that waits for `name`; yields an event that is set whenever to look again.
 
         Raises:
@@ -192,7 +224,9 @@ class Cluster:
         self._waiting += 1
         metrics.WAITERS.set(self._waiting)
         self._waiters[name].add(woken)
-        known = failed & self.view.reservations.keys()
+        if request_id:
+            self._requests[name].add(request_id)
+        known = frozenset(found for found in failed if found in self.view.reservations)
         now_seconds = self.clock.now_seconds()
         self.apply(
             *([Distrusted(replica_ids=known)] if known else []), Demanded(model=name, now_seconds=now_seconds)
@@ -203,6 +237,10 @@ class Cluster:
             self._waiting -= 1
             metrics.WAITERS.set(self._waiting)
             self._waiters[name].discard(woken)
+            if request_id:
+                self._requests[name].discard(request_id)
+                if not self._requests[name]:
+                    del self._requests[name]
             if not self._waiters[name]:
                 del self._waiters[name]
             self.apply(DemandEnded(model=name))
@@ -213,7 +251,8 @@ class Cluster:
             return
         timings = replica.timings
         metrics.observe_start(timings, reservation.predicted_seconds)
-        log.get().info(
+        self.decisions.ready(reservation.replica_id, timings)
+        self.tell(
             "replica.ready",
             replica_id=replica.replica_id,
             model=replica.model,
@@ -234,19 +273,40 @@ class Cluster:
             case Note(event=event):
                 if isinstance(event, NodeForgotten):
                     self.reports.pop(event.node_id, None)
-                    log.get().warning("node.forgotten", node_id=event.node_id)
+                    self.tell("node.forgotten", node_id=event.node_id)
                 self.apply(event)
             case Start():
-                self._begin_start(action, tasks)
-            case Stop(replica_id=replica_id, for_model=for_model):
+                replica_id = self._begin_start(action, tasks)
+                self.decisions.started(action.model, replica_id)
+            case Migrate():
+                self._begin_move(action, tasks)
+            case Stop(replica_id=replica_id, node_id=node_id, for_model=for_model):
                 now_seconds = self.clock.now_seconds()
-                self.apply(StopOrdered(replica_id=replica_id, now_seconds=now_seconds, for_model=for_model))
+                self.apply(
+                    StopOrdered(
+                        replica_id=replica_id, now_seconds=now_seconds, for_model=for_model, node_id=node_id
+                    )
+                )
                 tasks.start(self._stop(action), name=f"stop-{replica_id}")
             case Release(replica_id=replica_id, reason=reason):
                 self.apply(Releasing(replica_id=replica_id))
                 tasks.start(self._release(replica_id, reason), name=f"release-{replica_id}")
 
-    def _begin_start(self, start: Start, tasks: Background) -> None:
+    def _begin_move(self, move: Migrate, tasks: Background) -> None:
+        """Start the replica anew at its destination; `reconcile` drains the source once that is ready."""
+        start = Start(
+            model=move.model,
+            node_id=move.to_node_id,
+            devices=move.to_devices,
+            runtime=move.runtime,
+            estimate=move.estimate,
+            options=(),
+        )
+        to = self._begin_start(start, tasks)
+        self.apply(MoveOrdered(replica_id=move.replica_id, to=to, for_model=move.for_model))
+        self.tell("replica.moving", replica_id=move.replica_id, to=to, to_node_id=move.to_node_id)
+
+    def _begin_start(self, start: Start, tasks: Background) -> ReplicaId:
         record = ReservationRecord(
             replica_id=ReplicaId(new_id("rep")),
             model=start.model,
@@ -262,6 +322,7 @@ class Cluster:
             self._start(start, record, self.records[start.model], decided_seconds),
             name=f"start-{record.replica_id}",
         )
+        return record.replica_id
 
     async def _start(
         self, start: Start, record: ReservationRecord, model: ModelRecord, decided_seconds: float
@@ -270,7 +331,7 @@ class Cluster:
         placement_seconds = self.clock.now_seconds() - decided_seconds
         metrics.ORDER_SECONDS.observe(placement_seconds)
         metrics.PLACEMENTS.labels(outcome="placed").inc()
-        log.get().info(
+        self.tell(
             "replica.placed",
             replica_id=record.replica_id,
             model=record.model,
@@ -296,7 +357,8 @@ class Cluster:
     async def _start_refused(self, record: ReservationRecord, error: StokerError) -> None:
         """Give the slots back; the model rests only when the refusal was about it and not about the node."""
         metrics.PLACEMENTS.labels(outcome="refused_by_agent").inc()
-        log.get().warning(
+        self.decisions.failed(record.replica_id)
+        self.tell(
             "replica.order_failed",
             replica_id=record.replica_id,
             model=record.model,
@@ -343,14 +405,12 @@ class Cluster:
                     message=error.message,
                 )
         else:
-            log.get().info(
-                "replica.stopped", replica_id=stop.replica_id, node_id=stop.node_id, reason=stop.reason
-            )
+            self.tell("replica.stopped", replica_id=stop.replica_id, node_id=stop.node_id, reason=stop.reason)
 
     async def _release(self, replica_id: ReplicaId, reason: str) -> None:
         await self.ledger.release(replica_id)
         self.apply(Released(replica_id=replica_id))
-        log.get().info("reservation.released", replica_id=replica_id, reason=reason)
+        self.tell("reservation.released", replica_id=replica_id, reason=reason)
 
 
 def _is_about_the_node(error: StokerError) -> bool:

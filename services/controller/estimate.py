@@ -1,10 +1,12 @@
 """How long a start would take: DESIGN section 5, as pure functions that keep their parts for the explanation.
 
     load(n, m)  = max over pipeline stages s of (queue_bytes(n, s) + B) / bandwidth(n, s)
-    start(n, m) = worker(n) + max(load(n, m), skeleton(m)) + first_forward(m)
+    start(n, m) = worker(n) + max(load(n, m), skeleton(m) + first_forward(m)) + overhead(m)
 
-Stages overlap, so a load is as slow as its slowest stage, not their sum. Skeleton and first forward are the
-medians of the model's last measured starts; until there is one, seeds stand in.
+Stages overlap, so a load is as slow as its slowest stage, not their sum; the first forward pass runs over the
+layers that are there while the rest is on its way. Where an engine does not overlap them, the difference is
+in `overhead`, which is learnt: what the other terms left unexplained. Skeleton, first forward and overhead
+are medians of the model's last measured starts; until there is one, seeds stand in.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from services.controller.view import Held, Model, Node, Stage, StartStages, View
-from stoker.ids import NodeId
+from services.controller.bandwidth import SURE_WEIGHT, rate_of
+from services.controller.view import Held, Model, Node, Stage, StartStages
 from stoker.units import GB
 
 SEED_BYTES_PER_SECOND: Mapping[str, float] = {
@@ -45,7 +47,7 @@ class Estimate:
         first_forward_seconds: The warm-up pass.
         stop_seconds: Before all that: freeing the slot; 0 when one is free.
         overhead_seconds: What the parts above have not explained in earlier starts (attaching, reporting).
-        tier: Best tier that holds all of the checkpoint there: `dram` or `disk`.
+        tier: Best tier that gives all of the checkpoint there: `dram`, `disk`, `peer` or `remote`.
     """
 
     worker_seconds: float
@@ -67,8 +69,7 @@ class Estimate:
         return (
             self.stop_seconds
             + self.worker_seconds
-            + max(self.load_seconds, self.skeleton_seconds)
-            + self.first_forward_seconds
+            + max(self.load_seconds, self.skeleton_seconds + self.first_forward_seconds)
             + self.overhead_seconds
         )
 
@@ -81,6 +82,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
     loading_bytes: int,
     starting_workers: int,
     stop_seconds: float = 0.0,
+    has_peer: bool = False,
 ) -> Estimate:
     """Estimate the start of `model` on `node`.
 
@@ -91,12 +93,43 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
         loading_bytes: Bytes other replicas that start on the node still read from its slowest tier.
         starting_workers: Replicas ordered there that may take a warm worker first.
         stop_seconds: What must be waited for before.
+        has_peer: Another node holds all of the checkpoint.
     """
-    held = node.held.get((model.checkpoint_uri, model.revision), Held())
+    held = node.held.get(model.checkpoint, Held())
     missing_bytes = max(0, model.file_bytes - held.dram_bytes)
+    source = source_of(model, held, has_peer=has_peer) if missing_bytes else ""
+    learnt = learnt_parts(model, measured)
     return Estimate(
-        worker_seconds=_worker_seconds(node, starting_workers),
-        stage_seconds=_load_stages(model, node, missing_bytes, loading_bytes),
+        worker_seconds=0.0 if node.warm_workers > starting_workers else worker_start_seconds(node),
+        stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
+        skeleton_seconds=learnt.skeleton_seconds,
+        first_forward_seconds=learnt.first_forward_seconds,
+        stop_seconds=stop_seconds,
+        overhead_seconds=learnt.overhead_seconds,
+        tier=source or "dram",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearntParts:
+    """The parts of a start that depend on the model alone."""
+
+    skeleton_seconds: float
+    first_forward_seconds: float
+    overhead_seconds: float
+
+    def start_seconds(self, before_seconds: float, load_seconds: float) -> float:
+        """Return a start's total, given what must be waited for before it and its load."""
+        return (
+            before_seconds
+            + max(load_seconds, self.skeleton_seconds + self.first_forward_seconds)
+            + self.overhead_seconds
+        )
+
+
+def learnt_parts(model: Model, measured: tuple[StartStages, ...]) -> LearntParts:
+    """Return the medians of the model's last starts, or seeds."""
+    return LearntParts(
         skeleton_seconds=_learnt(
             [start.skeleton_seconds for start in measured],
             SEED_SKELETON_SECONDS + SEED_SKELETON_SECONDS_PER_LAYER * model.layers,
@@ -104,63 +137,59 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
         first_forward_seconds=_learnt(
             [start.first_forward_seconds for start in measured], SEED_FIRST_FORWARD_SECONDS
         ),
-        stop_seconds=stop_seconds,
         overhead_seconds=_learnt([_unexplained_seconds(start) for start in measured], SEED_OVERHEAD_SECONDS),
-        tier="dram" if missing_bytes == 0 else "disk",
     )
 
 
-def loading_bytes_by_node(view: View) -> Mapping[NodeId, int]:
-    """Return what the replicas that are not ready yet must still read, by node."""
-    waiting: dict[NodeId, int] = {}
-    for reservation in view.reservations.values():
-        model, node = view.models.get(reservation.model), view.nodes.get(reservation.node_id)
-        if model is None or node is None:
-            continue
-        replica = node.replicas.get(reservation.replica_id)
-        if replica is not None and replica.ready_since_seconds is not None:
-            continue
-        held = node.held.get((model.checkpoint_uri, model.revision), Held())
-        missing_bytes = max(0, model.file_bytes - held.dram_bytes)
-        waiting[reservation.node_id] = waiting.get(reservation.node_id, 0) + missing_bytes
-    return waiting
+def source_of(model: Model, held: Held, *, has_peer: bool) -> str:
+    """Return the tier that the bytes missing from a node's memory come from."""
+    if model.origin == "disk" or held.disk_bytes >= model.file_bytes:
+        return "disk"
+    return "peer" if has_peer else "remote"
+
+
+def worker_start_seconds(node: Node) -> float:
+    """Return how long a worker takes to be spawned, to two digits: what differs less is the same."""
+    return float(f"{node.worker_start_seconds or SEED_WORKER_SECONDS:.2g}")
+
+
+def bytes_per_second(node: Node, stage: str) -> float:
+    """Return a stage's rate: learnt from starts, else as its store says, else a seed."""
+    learnt = node.learnt.get(stage)
+    if learnt is not None and learnt.weight >= SURE_WEIGHT:
+        return rate_of(learnt)
+    reported = node.stages.get(stage)
+    if reported is not None and reported.bytes_per_second > 0:
+        return reported.bytes_per_second
+    return rate_of(learnt) if learnt is not None else SEED_BYTES_PER_SECOND[stage]
+
+
+def has_own_memory(node: Node) -> bool:
+    """Tell whether weights must be copied to a device; on a CPU the tensors are the pool's memory."""
+    return any(device.kind != "cpu" for device in node.devices)
 
 
 def _unexplained_seconds(start: StartStages) -> float:
-    explained = (
-        start.worker_seconds
-        + max(start.weights_seconds, start.skeleton_seconds)
-        + start.first_forward_seconds
+    explained = start.worker_seconds + max(
+        start.weights_seconds, start.skeleton_seconds + start.first_forward_seconds
     )
     return max(0.0, start.total_seconds - explained)
 
 
-def _worker_seconds(node: Node, starting_workers: int) -> float:
-    if node.warm_workers > starting_workers:
-        return 0.0
-    return node.worker_start_seconds or SEED_WORKER_SECONDS
-
-
-def _load_stages(model: Model, node: Node, missing_bytes: int, loading_bytes: int) -> dict[str, float]:
+def _load_stages(
+    model: Model, node: Node, source: str, missing_bytes: int, loading_bytes: int
+) -> dict[str, float]:
     stages: dict[str, float] = {}
-    if missing_bytes:
-        disk = _stage(node, "disk")
-        queued_bytes = max(disk.queued_bytes, loading_bytes)
-        stages["disk"] = (queued_bytes + missing_bytes) / disk.bytes_per_second
-    if any(device.kind != "cpu" for device in node.devices):  # on a CPU the tensors are the pool's memory
-        device = _stage(node, "device")
-        stages["device"] = (device.queued_bytes + model.file_bytes) / device.bytes_per_second
+    if source:
+        queued_bytes = max(node.stages.get(source, NOTHING).queued_bytes, loading_bytes)
+        stages[source] = (queued_bytes + missing_bytes) / bytes_per_second(node, source)
+    if has_own_memory(node):
+        queued_bytes = node.stages.get("device", NOTHING).queued_bytes
+        stages["device"] = (queued_bytes + model.file_bytes) / bytes_per_second(node, "device")
     return stages
 
 
-def _stage(node: Node, name: str) -> Stage:
-    stage = node.stages.get(name)
-    if stage is None or stage.bytes_per_second <= 0:
-        return Stage(
-            bytes_per_second=SEED_BYTES_PER_SECOND[name],
-            queued_bytes=stage.queued_bytes if stage else 0,
-        )
-    return stage
+NOTHING = Stage(bytes_per_second=0.0)
 
 
 def _learnt(values: list[float], seed: float) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.controller.view import Node, Phase, Replica, Reservation, View
-from stoker.ids import ModelName, NodeId
+from stoker.ids import ModelName
 
 
 class Standing(Enum):
@@ -60,22 +60,15 @@ def members_by_model(view: View) -> Mapping[ModelName, tuple[Member, ...]]:
 
 def members_of(view: View, name: ModelName) -> tuple[Member, ...]:
     """Return the reserved replicas of one model, in the order of their ids."""
+    if view.index is not None:
+        return tuple(
+            member(view, view.reservations[replica_id]) for replica_id in view.index.of_model.get(name, ())
+        )
     mine = sorted(
         (reservation for reservation in view.reservations.values() if reservation.model == name),
         key=lambda reservation: reservation.replica_id,
     )
     return tuple(member(view, reservation) for reservation in mine)
-
-
-def taken_devices(view: View) -> Mapping[NodeId, frozenset[int]]:
-    """Return the slots nobody may be placed on: reserved, or occupied by something that runs anyway."""
-    taken: dict[NodeId, set[int]] = defaultdict(set)
-    for reservation in view.reservations.values():
-        taken[reservation.node_id].update(reservation.devices)
-    for node in view.nodes.values():
-        for replica in node.replicas.values():
-            taken[node.node_id].update(replica.devices)
-    return {node_id: frozenset(devices) for node_id, devices in taken.items()}
 
 
 def is_idle(member: Member) -> bool:

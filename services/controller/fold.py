@@ -6,18 +6,51 @@ The shell turns reports, commits, requests and its own orders into events; nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
+from immutables import Map
+
+from services.controller.bandwidth import learn
+from services.controller.estimate import NOTHING
+from services.controller.events import (
+    Demanded,
+    DemandEnded,
+    Distrusted,
+    Event,
+    ForecastMissed,
+    ModelDeleted,
+    ModelPut,
+    MoveGivenUp,
+    MoveOrdered,
+    NodeDisconnected,
+    NodeForgotten,
+    NodeReported,
+    NodeUnreachable,
+    RefusalLifted,
+    Refused,
+    Released,
+    Releasing,
+    ReplicaLost,
+    Reserved,
+    SchedulingSet,
+    StartFailed,
+    StopOrdered,
+    StopRefused,
+)
+from services.controller.forecast import arrived
+from services.controller.index import indexed, reindexed
+from services.controller.moves import learn_move
 from services.controller.view import (
     Demand,
     Failure,
+    Learnt,
     Model,
+    Moved,
     Node,
     Phase,
-    Refusal,
     Replica,
-    Reservation,
+    Scheduling,
     View,
 )
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -29,165 +62,99 @@ MEASURED_STARTS = 9
 """Starts remembered per model: a median of nine shrugs off four outliers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPut:
-    """A model was deployed or changed."""
-
-    model: Model
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDeleted:
-    """A model was deleted."""
-
-    name: ModelName
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
-    """A reservation was decided, or read from the state."""
-
-    reservation: Reservation
+def fold(view: View, event: Event) -> View:
+    """Return the view after `event`, its index current. Events about things that are gone change nothing."""
+    before = indexed(view)
+    after = _after(before, event)
+    if after is before:
+        return before
+    replicas = _replicas_of(event) | _replicas_changed(before, event)
+    reserved = [
+        found
+        for replica_id in replicas
+        if (found := before.reservations.get(replica_id) or after.reservations.get(replica_id)) is not None
+    ]
+    models = {found.model for found in reserved} | _models_of(before, after, event)
+    nodes = {found.node_id for found in reserved} | _nodes_of(before, after, event)
+    return reindexed(before, after, nodes=nodes, models=models, reservations=replicas)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Releasing:
-    """The deletion of a reservation was begun; its slots stay taken until `Released`."""
-
-    replica_id: ReplicaId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Released:
-    """A reservation is gone."""
-
-    replica_id: ReplicaId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeReported:
-    """An agent reported; `node` is whole."""
-
-    node: Node
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeDisconnected:
-    """A report stream ended, or an order could not be delivered: suspect, its warm replicas still count."""
-
-    node_id: NodeId
+def _replicas_of(event: Event) -> set[ReplicaId]:
+    match event:
+        case Reserved(reservation=reservation):
+            return {reservation.replica_id}
+        case (
+            Releasing(replica_id=replica_id)
+            | Released(replica_id=replica_id)
+            | ReplicaLost(replica_id=replica_id)
+            | StopOrdered(replica_id=replica_id)
+            | StopRefused(replica_id=replica_id)
+            | MoveOrdered(replica_id=replica_id)
+            | MoveGivenUp(replica_id=replica_id)
+        ):
+            return {replica_id}
+        case Distrusted(replica_ids=replica_ids):
+            return set(replica_ids)
+        case _:
+            return set()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeUnreachable:
-    """A node was silent for too long."""
-
-    node_id: NodeId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeForgotten:
-    """A node was silent for so long that it is no longer part of the cluster."""
-
-    node_id: NodeId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLost:
-    """A reserved replica's node was waited for, and did not come."""
-
-    replica_id: ReplicaId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopOrdered:
-    """It was decided to stop a replica."""
-
-    replica_id: ReplicaId
-    now_seconds: float
-    for_model: ModelName | None = None
+def _replicas_changed(before: View, event: Event) -> set[ReplicaId]:
+    """Return the reserved replicas whose standing an event about a node or a model may change."""
+    index = before.index
+    if index is None:
+        return set()
+    match event:
+        case (
+            NodeReported(node=Node(node_id=node_id))
+            | NodeDisconnected(node_id=node_id)
+            | NodeUnreachable(node_id=node_id)
+            | NodeForgotten(node_id=node_id)
+            | SchedulingSet(node_id=node_id)
+        ):
+            return set(index.on_node.get(node_id, ()))
+        case ModelPut(model=Model(name=name)) | ModelDeleted(name=name):
+            return set(index.of_model.get(name, ()))
+        case _:
+            return set()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopRefused:
-    """The replica stays: it turned out to be busy, or its agent did not answer."""
-
-    replica_id: ReplicaId
-    busy: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demanded:
-    """A request begins to wait for a model."""
-
-    model: ModelName
-    now_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemandEnded:
-    """A request waits no longer: served, refused or gone."""
-
-    model: ModelName
+def _models_of(before: View, after: View, event: Event) -> set[ModelName]:
+    match event:
+        case ModelPut(model=Model(name=name)) | ModelDeleted(name=name):
+            return {name}
+        case (
+            Demanded(model=name)
+            | DemandEnded(model=name)
+            | StartFailed(model=name)
+            | Refused(model=name)
+            | RefusalLifted(model=name)
+            | ForecastMissed(model=name)
+        ):
+            return {name}
+        case NodeReported(node=node):
+            seen = (before.nodes.get(node.node_id), after.nodes.get(node.node_id))
+            return {replica.model for found in seen if found for replica in found.replicas.values()}
+        case _:
+            return set()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartFailed:
-    """A start failed for a reason that lies in the model or its order."""
-
-    model: ModelName
-    now_seconds: float
-    retry_at_seconds: float
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """A wanted replica could not be placed."""
-
-    model: ModelName
-    refusal: Refusal
+def _nodes_of(before: View, after: View, event: Event) -> set[NodeId]:
+    match event:
+        case NodeReported(node=Node(node_id=node_id)) | StopOrdered(node_id=node_id) if node_id is not None:
+            return {node_id}
+        case (
+            NodeDisconnected(node_id=node_id)
+            | NodeUnreachable(node_id=node_id)
+            | NodeForgotten(node_id=node_id)
+            | SchedulingSet(node_id=node_id)
+        ):
+            return {node_id} if node_id in before.nodes or node_id in after.nodes else set()
+        case _:
+            return set()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefusalLifted:
-    """The replica was placed after all, or is no longer wanted."""
-
-    model: ModelName
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distrusted:
-    """A gateway found these replicas broken."""
-
-    replica_ids: frozenset[ReplicaId]
-
-
-Event = (
-    ModelPut
-    | ModelDeleted
-    | Reserved
-    | Releasing
-    | Released
-    | NodeReported
-    | NodeDisconnected
-    | NodeUnreachable
-    | NodeForgotten
-    | ReplicaLost
-    | StopOrdered
-    | StopRefused
-    | Demanded
-    | DemandEnded
-    | StartFailed
-    | Refused
-    | RefusalLifted
-    | Distrusted
-)
-
-
-def fold(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - one line per event: a table
-    """Return the view after `event`. Events about things that are gone change nothing."""
+def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - one line per event: a table
     match event:
         case ModelPut(model=model):
             return _model_put(view, model)
@@ -211,6 +178,14 @@ def fold(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - on
             return _reservation(view, replica_id, lost=True)
         case StopOrdered():
             return _stop_ordered(view, event)
+        case MoveOrdered(replica_id=replica_id, to=to, for_model=for_model):
+            return _reservation(view, replica_id, moving_to=to, stopping_for=for_model)
+        case MoveGivenUp(replica_id=replica_id):
+            return _reservation(view, replica_id, moving_to=None, stopping_for=None)
+        case SchedulingSet(node_id=node_id, scheduling=Scheduling.OPEN):
+            return replace(view, scheduling=_without(view.scheduling, node_id))
+        case SchedulingSet(node_id=node_id, scheduling=scheduling):
+            return replace(view, scheduling=_with(view.scheduling, node_id, scheduling))
         case StopRefused(replica_id=replica_id, busy=busy):
             return _stop_refused(view, replica_id, busy=busy)
         case Demanded(model=model_name, now_seconds=now_seconds):
@@ -221,6 +196,8 @@ def fold(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - on
             return _start_failed(view, event)
         case Refused(model=model_name, refusal=refusal):
             return replace(view, refusals=_with(view.refusals, model_name, refusal))
+        case ForecastMissed(model=model_name):
+            return _missed(view, model_name)
         case RefusalLifted(model=model_name):
             return replace(view, refusals=_without(view.refusals, model_name))
         case Distrusted(replica_ids=replica_ids):
@@ -255,6 +232,7 @@ def _model_deleted(view: View, name: ModelName) -> View:
         failures=_without(view.failures, name),
         refusals=_without(view.refusals, name),
         measured=_without(view.measured, name),
+        arrivals=_without(view.arrivals, name),
         always=view.always - {name},
     )
 
@@ -266,32 +244,86 @@ def _node_reported(view: View, node: Node) -> View:
         replica_id: _remembered(replica, seen.get(replica_id), node.last_seen_seconds)
         for replica_id, replica in node.replicas.items()
     }
-    node = replace(node, replicas=replicas, connected=True, reachable=True)
+    node = replace(
+        node,
+        replicas=replicas,
+        learnt=_learnt(node, before, replicas),
+        connected=True,
+        reachable=True,
+    )
     view = replace(
         view,
         nodes=_with(view.nodes, node.node_id, node),
         distrusted=view.distrusted - seen.keys() - replicas.keys(),
     )
-    for reservation in view.reservations.values():
-        if reservation.lost and reservation.node_id == node.node_id:
-            view = _reservation(view, reservation.replica_id, lost=False)
+    for replica_id in view.index.on_node.get(node.node_id, ()) if view.index else ():
+        if view.reservations[replica_id].lost:
+            view = _reservation(view, replica_id, lost=False)
+    for moved in _new_moves(node, before):
+        key = (moved.model, moved.path)
+        view = replace(view, moves=_with(view.moves, key, learn_move(view.moves.get(key), moved)))
     for replica in replicas.values():
         mine = view.reservations.get(replica.replica_id)
         if mine is not None and not mine.reported:
             view = _reservation(view, replica.replica_id, reported=True)
         was = seen.get(replica.replica_id)
-        if replica.phase is Phase.READY and (was is None or was.phase is not Phase.READY):
+        if _is_complete(replica) and (was is None or not _is_complete(was)):
             view = _started(view, replica)
+        if replica.sessions and was is not None and was.phase is Phase.READY and not was.sessions:
+            view = _arrived(view, replica.model, node.last_seen_seconds)
     return view
+
+
+def _learnt(node: Node, before: Node | None, replicas: Mapping[ReplicaId, Replica]) -> Mapping[str, Learnt]:
+    """Return the node's rates after the starts this report tells of, if they had the stages to themselves."""
+    learnt = dict(before.learnt) if before else {}
+    seen = before.replicas if before else {}
+    loading = sum(not _is_complete(found) and found.phase is not Phase.FAILED for found in seen.values())
+    if loading > 1:
+        return learnt  # they shared the stages: what one of them measured is no rate
+    for replica_id, replica in replicas.items():
+        was = seen.get(replica_id)
+        if was is None or _is_complete(was) or not _is_complete(replica):
+            continue
+        for transferred in replica.stages.transfers:
+            seed = node.stages.get(transferred.tier, NOTHING).bytes_per_second
+            learnt[transferred.tier] = learn(
+                learnt.get(transferred.tier), transferred, node.last_seen_seconds, seed=seed
+            )
+    return learnt
+
+
+def _new_moves(node: Node, before: Node | None) -> list[Moved]:
+    known = {moved.migration_id for moved in before.moved} if before else set()
+    return [moved for moved in node.moved if moved.migration_id not in known]
+
+
+def _arrived(view: View, name: ModelName, now_seconds: float) -> View:
+    if name not in view.models:
+        return view
+    return replace(view, arrivals=_with(view.arrivals, name, arrived(view.arrivals.get(name), now_seconds)))
 
 
 def _remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
     """Carry over since when this controller has known what the replica is."""
     ready_since_seconds = before.ready_since_seconds if before else None
-    if ready_since_seconds is None and replica.phase is Phase.READY:
+    if ready_since_seconds is None and _is_complete(replica):
         ready_since_seconds = now_seconds
     first_seen_seconds = before.first_seen_seconds if before else now_seconds
-    return replace(replica, first_seen_seconds=first_seen_seconds, ready_since_seconds=ready_since_seconds)
+    waiting_since_seconds = (
+        before.waiting_since_seconds if before and before.waiting_sessions else now_seconds
+    )
+    return replace(
+        replica,
+        first_seen_seconds=first_seen_seconds,
+        ready_since_seconds=ready_since_seconds,
+        waiting_since_seconds=waiting_since_seconds if replica.waiting_sessions else None,
+    )
+
+
+def _is_complete(replica: Replica) -> bool:
+    """Tell whether a start has succeeded: one that takes sessions while it loads may still fail."""
+    return replica.phase is Phase.READY and not replica.loading
 
 
 def _started(view: View, replica: Replica) -> View:
@@ -315,12 +347,12 @@ def _stop_ordered(view: View, event: StopOrdered) -> View:
             stopping_since_seconds=event.now_seconds,
             stopping_for=event.for_model,
         )
-    for node in view.nodes.values():
-        if replica_id in node.replicas:
-            orphan = replace(node.replicas[replica_id], phase=Phase.STOPPING)
-            node = replace(node, replicas=_with(node.replicas, replica_id, orphan))  # noqa: PLW2901 - new value
-            return replace(view, nodes=_with(view.nodes, node.node_id, node))
-    return view
+    node = view.nodes.get(event.node_id) if event.node_id is not None else None
+    if node is None or replica_id not in node.replicas:
+        return view
+    orphan = replace(node.replicas[replica_id], phase=Phase.STOPPING)
+    node = replace(node, replicas={**node.replicas, replica_id: orphan})
+    return replace(view, nodes=_with(view.nodes, node.node_id, node))
 
 
 def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
@@ -332,7 +364,7 @@ def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
     if not busy or node is None or replica is None:
         return view
     replica = replace(replica, sessions=max(1, replica.sessions), idle_since_seconds=None)
-    node = replace(node, replicas=_with(node.replicas, replica_id, replica))
+    node = replace(node, replicas={**node.replicas, replica_id: replica})
     return replace(view, nodes=_with(view.nodes, node.node_id, node))
 
 
@@ -343,7 +375,15 @@ def _demanded(view: View, name: ModelName, now_seconds: float) -> View:
         if before
         else Demand(since_seconds=now_seconds, waiters=1)
     )
-    return replace(view, demands=_with(view.demands, name, demand))
+    view = replace(view, demands=_with(view.demands, name, demand))
+    return view if before else _arrived(view, name, now_seconds)
+
+
+def _missed(view: View, name: ModelName) -> View:
+    before = view.arrivals.get(name)
+    if before is None:
+        return view
+    return replace(view, arrivals=_with(view.arrivals, name, replace(before, missed=True)))
 
 
 def _demand_ended(view: View, name: ModelName) -> View:
@@ -388,10 +428,13 @@ def _node(view: View, node_id: NodeId, **changes: bool) -> View:
 
 
 def _with(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
-    return {**mapping, key: value}
+    return _shared(mapping).set(key, value)
 
 
 def _without(mapping: Mapping[K, V], key: K) -> Mapping[K, V]:
-    if key not in mapping:
-        return mapping
-    return {k: v for k, v in mapping.items() if k != key}
+    return _shared(mapping).delete(key) if key in mapping else mapping
+
+
+def _shared(mapping: Mapping[K, V]) -> Map[K, V]:
+    """Return the mapping as one whose changed copies share all that did not change."""
+    return mapping if isinstance(mapping, Map) else Map(mapping)

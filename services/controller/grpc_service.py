@@ -12,12 +12,14 @@ import grpc
 from services.controller.answer import Answer, Failed, Queued, Ready, Starting, Unknown, answer, near_names
 from services.controller.cluster import Cluster
 from services.controller.fleet import Member
+from services.controller.index import index_of, reservations_on
 from services.controller.leadership import Leadership
 from services.controller.registry import model_not_found
 from services.controller.settings import ControllerSettings
+from services.controller.view import Scheduling
 from services.controller.wire import model_message, route_replica
 from stoker import __version__
-from stoker.errors import BY_CODE, DeadlineExceeded, InvalidRequest, LoadFailed, StokerError
+from stoker.errors import BY_CODE, DeadlineExceeded, InvalidRequest, LoadFailed, NotFound, StokerError
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import controller_pb2 as pb
 from stoker.v1 import controller_pb2_grpc, node_agent_pb2, start_pb2
@@ -26,6 +28,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 RETRY_AFTER_LIMIT_SECONDS = 60.0
 """Clients obey no longer `Retry-After` (openai-python)."""
 MAX_FAILED_REPLICAS = 64
+SCHEDULINGS = {
+    Scheduling.OPEN: pb.NODE_SCHEDULING_OPEN,
+    Scheduling.CORDONED: pb.NODE_SCHEDULING_CORDONED,
+    Scheduling.DRAINED: pb.NODE_SCHEDULING_DRAINED,
+}
 
 
 class ControllerService(controller_pb2_grpc.ControllerServicer):
@@ -91,8 +98,9 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
                     report=cluster.reports[node_id],
                     reachable=cluster.view.nodes[node_id].reachable,
                     last_seen_seconds=now_seconds - cluster.view.nodes[node_id].last_seen_seconds,
+                    scheduling=SCHEDULINGS[cluster.view.scheduling.get(node_id, Scheduling.OPEN)],
                 )
-                for node_id in sorted(cluster.reports.keys() & cluster.view.nodes.keys())
+                for node_id in sorted(found for found in cluster.reports if found in cluster.view.nodes)
             ]
         )
 
@@ -113,6 +121,46 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
             status.nodes = len(cluster.view.nodes)
             status.replicas = sum(len(node.replicas) for node in cluster.view.nodes.values())
         return status
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # noqa: N802 - named by the proto
+        """See the proto."""
+        del context
+        cluster = self._leadership.term().cluster
+        decisions = cluster.decisions.explain(request.subject, request.limit)
+        if not decisions and request.subject not in cluster.records:
+            raise NotFound(
+                f"no decision about a model or for a request {request.subject[:140]!r} is remembered; "
+                "a request that found its model ready needed none",
+                param="subject",
+            )
+        return pb.ExplainResponse(decisions=decisions)
+
+    async def SetNodeScheduling(  # noqa: N802 - named by the proto
+        self, request: pb.SetNodeSchedulingRequest, context: Context
+    ) -> pb.SetNodeSchedulingResponse:
+        """See the proto."""
+        del context
+        cluster = self._leadership.term().cluster
+        if not request.node_id or "/" in request.node_id:
+            raise InvalidRequest(f"node_id {request.node_id!r} names no node", param="node_id")
+        scheduling = next(
+            (ours for ours, theirs in SCHEDULINGS.items() if theirs == request.scheduling), Scheduling.OPEN
+        )
+        node_id = NodeId(request.node_id)
+        await cluster.set_scheduling(node_id, scheduling)
+        return pb.SetNodeSchedulingResponse(
+            replicas=len(reservations_on(cluster.view, index_of(cluster.view), node_id))
+        )
+
+    async def WatchEvents(  # noqa: N802 - named by the proto
+        self, request: pb.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[pb.ClusterEvent]:
+        """See the proto."""
+        del context
+        cluster = self._leadership.term().cluster
+        async with aclosing(cluster.events.read(request.limit, follow=request.follow)) as events:
+            async for event in events:
+                yield event
 
     async def WatchRoutes(  # noqa: N802 - named by the proto
         self, request: pb.WatchRoutesRequest, context: Context
@@ -173,7 +221,7 @@ async def _acquire(
     failed = frozenset(ReplicaId(replica_id) for replica_id in request.failed_replica_ids)
     told: pb.AcquireEvent | None = None
     waited = False
-    with cluster.waiting(name, failed) as woken:
+    with cluster.waiting(name, failed, request.request_id) as woken:
         while True:
             woken.clear()
             cluster.check_leading()

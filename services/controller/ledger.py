@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from services.controller.records import (
     DEVICES,
     MODELS,
+    NODES,
     RESERVATIONS,
     ModelRecord,
     ReservationRecord,
     decode_model,
     decode_reservation,
+    decode_scheduling,
     device_key,
     encode_model,
     encode_reservation,
+    encode_scheduling,
     model_key,
+    node_key,
     reservation_key,
 )
+from services.controller.view import Scheduling
 from stoker.errors import PeerError
-from stoker.ids import ReplicaId
+from stoker.ids import NodeId, ReplicaId
 from stoker.state import (
     Compare,
     Conflict,
@@ -43,6 +49,7 @@ class Recorded:
 
     models: tuple[ModelRecord, ...]
     reservations: tuple[ReservationRecord, ...]
+    scheduling: Mapping[NodeId, Scheduling]
 
 
 class Ledger:
@@ -76,7 +83,11 @@ class Ledger:
         for item in (await store.list(DEVICES)).items:
             if ReplicaId(item.value.decode()) not in self._reservations:
                 await self._write([ValueIs(key=item.key, value=item.value)], [Delete(key=item.key)])
-        return Recorded(models=tuple(models), reservations=tuple(reservations))
+        scheduling = {
+            NodeId(item.key.removeprefix(NODES)): decode_scheduling(item.key, item.value)
+            for item in (await store.list(NODES)).items
+        }
+        return Recorded(models=tuple(models), reservations=tuple(reservations), scheduling=scheduling)
 
     async def reserve(self, record: ReservationRecord) -> None:
         """Write a reservation, if all its device slots are free.
@@ -114,6 +125,21 @@ class Ledger:
             [Delete(key=reservation_key(replica_id)), *(Delete(key=slot) for slot in slots)],
         )
         self._reservations.pop(replica_id, None)
+
+    async def set_scheduling(self, node_id: NodeId, scheduling: Scheduling) -> None:
+        """Write what an operator wants of a node.
+
+        Raises:
+            StateUnavailable: No answer; it may have been written or not.
+            Fenced: This controller no longer leads.
+        """
+        key = node_key(node_id)
+        write: Write = (
+            Delete(key=key)
+            if scheduling is Scheduling.OPEN
+            else Put(key=key, value=encode_scheduling(scheduling))
+        )
+        await self._write([], [write])
 
     async def put_model(self, record: ModelRecord) -> ModelRecord:
         """Write a model record over the revision it was made from; returns it with its new revision.

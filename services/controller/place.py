@@ -2,66 +2,46 @@
 
 The decision, in this order:
 
-1. A node can never take the model (its engines don't know the architecture; a device or the pool is too
-   small): it is out. All nodes are: `Unplaceable`, with every node's reason.
+1. A node can never take the model (its engines don't know the architecture, a device or the pool is too
+   small, a required label is missing): it is out. All nodes are: `Unplaceable`, with every node's reason.
 2. A node has free slots and room in its pool: an option at its estimated start time.
-3. A node has not, but idle replicas there can be stopped: an option at the estimate plus the time to stop,
-   and the victims' worth (the time to bring them back, likely soon or not) counts against it.
-4. The smallest sum wins; within `tie_seconds` the smaller disturbance does, then the node's name.
+3. A node has not, but could have: idle replicas there are stopped, running ones moved to where there is room
+   (`may_migrate`), or, for who has waited beyond `waiting_bound_seconds`, drained. Of all sets of victims
+   the cheapest (`options`), their worth counted `hysteresis_ratio` times against it.
+4. The smallest sum wins; in equal steps of `tie_seconds` the smaller disturbance does, then the node with
+   more preferred labels, then the node's name. A pinned model's replicas are never victims.
 5. No option: `Wait`, and why. Room that is being made already is waited for, never made twice.
 
-Migrating running replicas will be one more kind of option (DESIGN section 5, option 3).
+Nodes are looked at best first until no other can be better (`search`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
-from services.controller.estimate import Estimate, start_estimate
-from services.controller.fleet import Member, Standing, is_idle
+from services.controller.estimate import Estimate
+from services.controller.fleet import is_idle
+from services.controller.options import Move, Option, residency_ends_seconds, room_is_being_made
 from services.controller.room import (
     Never,
     Situation,
     devices_needed,
-    enough,
     free_devices,
     never_fits,
     on_node,
-    pool_has_room,
     situation_of,
 )
-from services.controller.view import Model, Node, Policy, View
+from services.controller.search import search
+from services.controller.view import Model, Node, Policy, Pool, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
 
 MAX_REASONS = 5
 """Nodes named in a message; the rest are counted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One way to start the model.
-
-    Attributes:
-        node_id: Where.
-        devices: Slots it would get; those of its victims included.
-        victims: Idle replicas to stop first, sorted.
-        estimate: Until ready.
-        disturbance_seconds: What stopping the victims is expected to cost others.
-    """
-
-    node_id: NodeId
-    devices: tuple[int, ...]
-    victims: tuple[ReplicaId, ...]
-    estimate: Estimate
-    disturbance_seconds: float
-
-    @property
-    def cost_seconds(self) -> float:
-        """What options are compared by."""
-        return self.estimate.total_seconds + self.disturbance_seconds
+MAX_RESIDENCIES = 64
+"""Nodes asked when their idle replicas may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +56,24 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopIdle:
-    """Stop these replicas, if they are still idle then; decide again once their slots are free."""
+    """Stop these replicas, if they are still idle then; decide again once their slots are free.
+
+    Those in `drained` serve sessions: they are drained because who waits has waited beyond the bound.
+    """
 
     node_id: NodeId
+    victims: tuple[ReplicaId, ...]
+    estimate: Estimate
+    options: tuple[Option, ...]
+    drained: frozenset[ReplicaId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrate:
+    """Move these replicas, and stop those other victims; decide again once their slots are free."""
+
+    node_id: NodeId
+    moves: tuple[Move, ...]
     victims: tuple[ReplicaId, ...]
     estimate: Estimate
     options: tuple[Option, ...]
@@ -100,11 +95,17 @@ class Unplaceable:
     reasons: tuple[str, ...]
 
 
-Decision = Placed | StopIdle | Wait | Unplaceable
+Decision = Placed | StopIdle | Migrate | Wait | Unplaceable
 
 
-def place(
-    view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
+def place(  # noqa: PLR0913 - what a decision is made of, each named by its caller
+    view: View,
+    name: ModelName,
+    now_seconds: float,
+    policy: Policy,
+    *,
+    may_disturb: bool = True,
+    exhaustive: bool = False,
 ) -> Decision:
     """Decide where one more replica of a model starts.
 
@@ -113,201 +114,125 @@ def place(
         name: The model.
         now_seconds: The view's clock.
         policy: Constants.
-        may_disturb: Idle replicas of other models may be stopped for it.
+        may_disturb: Replicas of other models may be stopped or moved for it.
+        exhaustive: Look at every node: the same choice, slowly; every option is in the answer.
     """
-    situation = situation_of(view, name, now_seconds, policy)
-    nodes = [view.nodes[node_id] for node_id in sorted(view.nodes)]
-    nevers = {node.node_id: never for node in nodes if (never := never_fits(situation.model, node))}
-    candidates = [node for node in nodes if node.node_id not in nevers]
-    if nodes and not candidates:
-        return _unplaceable(situation.model, nevers)
-    open_nodes = [node for node in candidates if node.connected and node.reachable and not node.draining]
-    options = [option for node in open_nodes if (option := _free_option(situation, node))]
-    making_room = [node for node in open_nodes if _room_is_being_made(situation, node)]
-    if may_disturb and not making_room:
-        options += [option for node in open_nodes if (option := _stop_option(situation, node))]
-    best = _best(options, policy)
+    situation = situation_of(view, name, now_seconds, policy, may_disturb=may_disturb)
+    if view.nodes and not _some_node_fits(situation):
+        return _unplaceable(situation)
+    making_room = _making_room(situation)
+    if making_room is not None:
+        situation = situation_of(view, name, now_seconds, policy, may_disturb=False)
+    found = search(situation, exhaustive=exhaustive)
+    best = found.best
     if best is None:
-        return _wait(situation, open_nodes, making_room, candidates)
-    shown = tuple(sorted(options, key=lambda option: (option.cost_seconds, option.node_id, option.victims)))
+        return _wait(situation, making_room)
+    if best.moves:
+        moved = {move.replica_id for move in best.moves}
+        return Migrate(
+            node_id=best.node_id,
+            moves=best.moves,
+            victims=tuple(victim for victim in best.victims if victim not in moved),
+            estimate=best.estimate,
+            options=found.options,
+        )
     if best.victims:
-        return StopIdle(node_id=best.node_id, victims=best.victims, estimate=best.estimate, options=shown)
-    return Placed(node_id=best.node_id, devices=best.devices, estimate=best.estimate, options=shown)
+        return StopIdle(
+            node_id=best.node_id,
+            victims=best.victims,
+            estimate=best.estimate,
+            options=found.options,
+            drained=best.drained,
+        )
+    return Placed(node_id=best.node_id, devices=best.devices, estimate=best.estimate, options=found.options)
 
 
-def _estimate(situation: Situation, node: Node, stop_seconds: float = 0.0) -> Estimate:
-    return start_estimate(
-        situation.model,
-        node,
-        measured=situation.view.measured.get(situation.model.name, ()),
-        loading_bytes=situation.loading_bytes.get(node.node_id, 0),
-        starting_workers=situation.starting_workers.get(node.node_id, 0),
-        stop_seconds=stop_seconds,
+def _some_node_fits(situation: Situation) -> bool:
+    """Tell whether any node could ever take the model: by shape, because nodes share theirs."""
+    model, index, nodes = situation.model, situation.index, situation.view.nodes
+    if model.required_labels:
+        labelled = [index.labelled.get(label, ()) for label in model.required_labels]
+        return any(never_fits(model, nodes[node_id]) is None for node_id in sorted(min(labelled, key=len)))
+    stand_in = NodeId("")
+    return any(
+        never_fits(
+            model,
+            Node(node_id=stand_in, architectures=known, devices=devices, pool=Pool(total_bytes=pool_bytes)),
+        )
+        is None
+        for known, devices, pool_bytes in index.shapes
     )
 
 
-def _free_option(situation: Situation, node: Node) -> Option | None:
-    free = free_devices(situation, node)
-    needed = devices_needed(situation.model, node)
-    if len(free) < needed or not pool_has_room(situation, node):
-        return None
-    return Option(
-        node_id=node.node_id,
-        devices=free[:needed],
-        victims=(),
-        estimate=_estimate(situation, node),
-        disturbance_seconds=0.0,
-    )
+def _making_room(situation: Situation) -> NodeId | None:
+    index = situation.index
+    for node_id in sorted(index.leaving):
+        node = situation.view.nodes[node_id]
+        if (
+            index.summaries[node_id].is_open
+            and never_fits(situation.model, node) is None
+            and room_is_being_made(situation, node)
+        ):
+            return node_id
+    return None
 
 
-def _stop_option(situation: Situation, node: Node) -> Option | None:
-    """Return the option that stops the cheapest idle replicas, where the node has no room without."""
-    if enough(situation, node, ()):
-        return None
-    worth = {
-        found.reservation.replica_id: _worth_seconds(situation, node, found)
-        for found in on_node(situation, node)
-        if _may_go(situation, found)
-    }
-    cheapest = sorted(
-        (found for found in on_node(situation, node) if found.reservation.replica_id in worth),
-        key=lambda found: (worth[found.reservation.replica_id], found.reservation.replica_id),
-    )
-    victims = _fewest(situation, node, cheapest)
-    if not victims:
-        return None
-    devices = free_devices(situation, node, victims)[: devices_needed(situation.model, node)]
-    return Option(
-        node_id=node.node_id,
-        devices=devices,
-        victims=tuple(sorted(victim.reservation.replica_id for victim in victims)),
-        estimate=_estimate(situation, node, situation.policy.stop_seconds),
-        disturbance_seconds=sum(worth[victim.reservation.replica_id] for victim in victims),
-    )
-
-
-def _fewest(situation: Situation, node: Node, cheapest: list[Member]) -> tuple[Member, ...]:
-    """Take victims from the cheapest on until there is room, then spare each one that was not needed."""
-    victims: tuple[Member, ...] = ()
-    left = Counter(situation.live)
-    for found in cheapest:
-        model = situation.view.models[found.reservation.model]
-        if left[model.name] <= model.min_replicas:
-            continue
-        left[model.name] -= 1
-        victims = (*victims, found)
-        if enough(situation, node, victims):
-            break
-    else:
-        return ()
-    for found in reversed(victims):
-        without = tuple(victim for victim in victims if victim is not found)
-        if without and enough(situation, node, without):
-            victims = without
-    return victims
-
-
-def _may_go(situation: Situation, found: Member) -> bool:
-    """Tell whether this replica may be stopped for another model now."""
-    name = found.reservation.model
-    return (
-        is_idle(found)
-        and name != situation.model.name
-        and name in situation.view.models
-        and name not in situation.view.demands
-        and _residency_ends_seconds(found, situation.policy) <= situation.now_seconds
-    )
-
-
-def _residency_ends_seconds(found: Member, policy: Policy) -> float:
-    ready_since_seconds = found.replica.ready_since_seconds if found.replica else None
-    return (ready_since_seconds or 0.0) + policy.minimum_residency_seconds
-
-
-def _worth_seconds(situation: Situation, node: Node, victim: Member) -> float:
-    """Return what losing an idle replica is expected to cost: its restart, by how likely it is wanted soon.
-
-    The chance that it is asked for again falls with the time since it last was, as in cost-aware caches
-    (GreedyDual, Landlord): one over the idle seconds, at most 1.
-    """
-    model = situation.view.models[victim.reservation.model]
-    restart = start_estimate(
-        model,
-        node,
-        measured=situation.view.measured.get(model.name, ()),
-        loading_bytes=0,
-        starting_workers=0,
-    )
-    idle_since_seconds = victim.replica.idle_since_seconds if victim.replica else None
-    idle_seconds = situation.now_seconds - (idle_since_seconds or situation.now_seconds)
-    return restart.total_seconds / max(1.0, idle_seconds)
-
-
-def _best(options: list[Option], policy: Policy) -> Option | None:
-    if not options:
-        return None
-    limit_seconds = min(option.cost_seconds for option in options) + policy.tie_seconds
-    ties = [option for option in options if option.cost_seconds <= limit_seconds]
-    return min(
-        ties,
-        key=lambda option: (
-            len(option.victims),
-            option.disturbance_seconds,
-            option.cost_seconds,
-            option.node_id,
-        ),
-    )
-
-
-def _room_is_being_made(situation: Situation, node: Node) -> bool:
-    """Tell whether replicas on their way out will leave enough room, and for this model."""
-    leaving = tuple(
-        found
-        for found in on_node(situation, node)
-        if found.standing is Standing.STOPPING
-        and found.reservation.stopping_for in (None, situation.model.name)
-        and found.reservation.model in situation.view.models
-    )
-    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)
-
-
-def _wait(
-    situation: Situation, open_nodes: list[Node], making_room: list[Node], candidates: list[Node]
-) -> Wait:
-    if making_room:
-        return Wait(reason=f"{making_room[0].node_id} is stopping a replica to make room")
-    if not candidates:
+def _wait(situation: Situation, making_room: NodeId | None) -> Wait:
+    if making_room is not None:
+        return Wait(reason=f"{making_room} is stopping a replica to make room")
+    if not situation.view.nodes:
         return Wait(reason="no node has joined the cluster yet: is a node agent running?")
-    if not open_nodes:
+    nodes = situation.view.nodes
+    fitting = (
+        nodes[node_id]
+        for node_id in situation.index.open_nodes
+        if never_fits(situation.model, nodes[node_id]) is None
+    )
+    named = list(islice(fitting, MAX_REASONS))
+    if not named:
         return Wait(reason="every node that could take it is draining or does not answer")
-    residencies = [
-        ends_seconds
-        for node in open_nodes
-        for found in on_node(situation, node)
+    busy = "; ".join(_busy(situation, node) for node in named)
+    more_nodes = len(situation.index.open_nodes) - len(named)
+    more = f"; and {more_nodes} more nodes" if more_nodes > 0 else ""
+    return Wait(reason=f"no free room: {busy}{more}", retry_at_seconds=_retry_at_seconds(situation))
+
+
+def _retry_at_seconds(situation: Situation) -> float | None:
+    """Return when the first residency ends, or the bound on waiting is reached; None = neither helps."""
+    now_seconds, policy = situation.now_seconds, situation.policy
+    moments = [
+        residency_ends_seconds(found, policy)
+        for _, node_id in situation.index.idle_by_worth[:MAX_RESIDENCIES]
+        for found in on_node(situation, situation.view.nodes[node_id])
         if is_idle(found)
-        and (ends_seconds := _residency_ends_seconds(found, situation.policy)) > situation.now_seconds
     ]
-    busy = "; ".join(_busy(situation, node) for node in open_nodes[:MAX_REASONS])
-    more = f"; and {len(open_nodes) - MAX_REASONS} more nodes" if len(open_nodes) > MAX_REASONS else ""
-    return Wait(reason=f"no free room: {busy}{more}", retry_at_seconds=min(residencies, default=None))
+    demand = situation.view.demands.get(situation.model.name)
+    if demand is not None:
+        moments.append(demand.since_seconds + policy.waiting_bound_seconds + policy.tie_seconds)
+    return min((moment for moment in moments if moment > now_seconds), default=None)
 
 
 def _busy(situation: Situation, node: Node) -> str:
     free = free_devices(situation, node)
-    if len(free) >= devices_needed(situation.model, node):
+    needed = devices_needed(situation.model)
+    if len(free) >= needed:
         return (
             f"{node.node_id}: {format_bytes(node.pool.leased_bytes)} of the pool's "
             f"{format_bytes(node.pool.total_bytes)} are in use"
         )
     models = sorted({found.reservation.model for found in on_node(situation, node)})
-    return f"{node.node_id}: its {len(node.devices)} slots serve {', '.join(models[:MAX_REASONS])}"
+    some = f" ({len(free)} free, {needed} needed)" if free else ""
+    return f"{node.node_id}: its {len(node.devices)} slots serve {', '.join(models[:MAX_REASONS])}{some}"
 
 
-def _unplaceable(model: Model, nevers: Mapping[NodeId, Never]) -> Unplaceable:
-    codes = {never.code for never in nevers.values()}
-    reasons = [nevers[node_id].reason for node_id in sorted(nevers)]
-    shown = reasons[:MAX_REASONS]
-    if len(reasons) > MAX_REASONS:
-        shown.append(f"and {len(reasons) - MAX_REASONS} more nodes")
+def _unplaceable(situation: Situation) -> Unplaceable:
+    model: Model = situation.model
+    nodes: Mapping[NodeId, Node] = situation.view.nodes
+    nevers: Iterable[Never | None] = (never_fits(model, nodes[node_id]) for node_id in sorted(nodes))
+    found = [never for never in nevers if never is not None]
+    codes = {never.code for never in found}
+    shown = [never.reason for never in found[:MAX_REASONS]]
+    if len(found) > MAX_REASONS:
+        shown.append(f"and {len(found) - MAX_REASONS} more nodes")
     code = codes.pop() if len(codes) == 1 else "does_not_fit"
     return Unplaceable(code=code, reasons=(f"no node can serve {model.name}", *shown))

@@ -5,6 +5,7 @@
 | `leader` | address of the leading controller; on its lease | by the election |
 | `models/<name>` | `ModelRecord` | deploy, delete |
 | `reservations/<replica id>` | `ReservationRecord` | with its device keys, in one transaction |
+| `nodes/<node id>` | `{"scheduling": "cordoned"}` or `"drained"`; no key = open | by an operator |
 | `devices/<node id>/<index>` | the replica id that may occupy the slot | compared with *absent*: one owner |
 
 Every value but the plain ids carries `"version"`. A reader accepts its own version and ignores fields it does
@@ -19,6 +20,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
+from services.controller.view import Scheduling
 from stoker.errors import ConfigError
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import model_pb2
@@ -27,6 +29,7 @@ LEADER_KEY = "leader"
 MODELS = "models/"
 RESERVATIONS = "reservations/"
 DEVICES = "devices/"
+NODES = "nodes/"
 VERSION = 1
 
 
@@ -70,6 +73,29 @@ def model_key(name: str) -> str:
 def reservation_key(replica_id: str) -> str:
     """Return a reservation's key."""
     return f"{RESERVATIONS}{replica_id}"
+
+
+def node_key(node_id: str) -> str:
+    """Return the key of what an operator wants of a node."""
+    return f"{NODES}{node_id}"
+
+
+def encode_scheduling(scheduling: Scheduling) -> bytes:
+    """Return what an operator wants of a node as it is stored."""
+    return _encode({"scheduling": scheduling.value})
+
+
+def decode_scheduling(key: str, raw: bytes) -> Scheduling:
+    """Return what an operator wants of the node stored at `key`.
+
+    Raises:
+        ConfigError: It is not such a record, or of a version this controller does not know.
+    """
+    fields = _decode(key, raw)
+    try:
+        return Scheduling(fields["scheduling"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"state key {key} is no scheduling: {error!r}; restore or delete it") from error
 
 
 def device_key(node_id: str, index: int) -> str:

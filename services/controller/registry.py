@@ -11,7 +11,6 @@ from services.controller.records import ModelRecord
 from services.controller.settings import ControllerSettings
 from services.controller.specs import check_architecture, resolve
 from services.controller.view import Node
-from stoker import log
 from stoker.errors import AlreadyExists, CapacityError, ModelNotFound, PeerError
 from stoker.ids import ModelName
 from stoker.v1 import model_pb2
@@ -64,7 +63,7 @@ class Registry:
             )
             record = await self._cluster.ledger.put_model(record)
             self._cluster.put_record(record)
-        log.get().info(
+        self._cluster.tell(
             "model.deployed",
             model=name,
             generation=record.generation,
@@ -86,7 +85,7 @@ class Registry:
                 raise model_not_found(name, near_names(name, self._cluster.records.keys()))
             await self._cluster.ledger.delete_model(record)
             self._cluster.drop_record(name)
-        log.get().info("model.deleted", model=name)
+        self._cluster.tell("model.deleted", model=name)
 
     def _check_new(self, name: ModelName, *, create_only: bool) -> ModelRecord | None:
         before = self._cluster.records.get(name)

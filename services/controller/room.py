@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.controller.estimate import loading_bytes_by_node
-from services.controller.fleet import Member, Standing, member, taken_devices
-from services.controller.view import Device, Held, Model, Node, Policy, View
+from services.controller.estimate import LearntParts, learnt_parts
+from services.controller.fleet import Member, Standing, member
+from services.controller.index import Index, index_of, reservations_of, reservations_on
+from services.controller.summary import holds_all
+from services.controller.view import Checkpoint, Device, Held, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
 from stoker.units import format_bytes
 
@@ -23,50 +25,57 @@ class Never:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What is the same for every node of one decision, computed once."""
+    """What is the same for every node of one decision.
+
+    Attributes:
+        view: The cluster.
+        index: Its summaries.
+        model: What is to start.
+        parts: What a start of it takes on any node.
+        now_seconds: The view's clock.
+        policy: Constants.
+        may_disturb: Replicas of other models may be stopped or moved for it.
+        waited_too_long: Nobody may hold it back any more.
+    """
 
     view: View
+    index: Index
     model: Model
+    parts: LearntParts
     now_seconds: float
     policy: Policy
-    taken: Mapping[NodeId, frozenset[int]]
-    loading_bytes: Mapping[NodeId, int]
-    starting_workers: Mapping[NodeId, int]
-    live: Mapping[ModelName, int]
-    members: Mapping[NodeId, tuple[Member, ...]]
+    may_disturb: bool = True
+    waited_too_long: bool = False
 
 
-def situation_of(view: View, name: ModelName, now_seconds: float, policy: Policy) -> Situation:
+def situation_of(
+    view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
+) -> Situation:
     """Return what every node of a decision about `name` shares."""
-    members: dict[NodeId, list[Member]] = {}
-    live: Counter[ModelName] = Counter()
-    starting: Counter[NodeId] = Counter()
-    for replica_id in sorted(view.reservations):
-        found = member(view, view.reservations[replica_id])
-        members.setdefault(found.reservation.node_id, []).append(found)
-        live[found.reservation.model] += found.standing in (Standing.STARTING, Standing.READY)
-        starting[found.reservation.node_id] += found.replica is None and found.standing is Standing.STARTING
+    demand = view.demands.get(name)
     return Situation(
         view=view,
+        index=index_of(view),
         model=view.models[name],
+        parts=learnt_parts(view.models[name], view.measured.get(name, ())),
         now_seconds=now_seconds,
         policy=policy,
-        taken=taken_devices(view),
-        loading_bytes=loading_bytes_by_node(view),
-        starting_workers=starting,
-        live=live,
-        members={node_id: tuple(found) for node_id, found in members.items()},
+        may_disturb=may_disturb,
+        waited_too_long=demand is not None
+        and now_seconds - demand.since_seconds > policy.waiting_bound_seconds,
     )
 
 
-def devices_needed(model: Model, node: Node) -> int:
-    """Return how many slots of this node one replica occupies: one, until ranks are served."""
-    del model, node
-    return 1
+def devices_needed(model: Model) -> int:
+    """Return how many slots of one node a replica occupies."""
+    return max(1, model.devices)
 
 
 def never_fits(model: Model, node: Node) -> Never | None:
     """Return why this node can never take the model; None when it can, sooner or later."""
+    if not model.required_labels <= node.labels:
+        missing = ", ".join(f"{key}={value}" for key, value in sorted(model.required_labels - node.labels))
+        return Never(code="does_not_fit", reason=f"{node.node_id}: it does not carry the label {missing}")
     if node.architectures and model.architecture not in node.architectures:
         return Never(
             code="checkpoint_invalid",
@@ -80,78 +89,137 @@ def never_fits(model: Model, node: Node) -> Never | None:
                 f"{format_bytes(node.pool.total_bytes)}"
             ),
         )
-    if len(_fitting(model, node)) < devices_needed(model, node):
-        largest_bytes = max((device.memory_bytes for device in node.devices), default=0)
-        return Never(
-            code="does_not_fit",
-            reason=(
-                f"{node.node_id}: a replica needs {format_bytes(_device_bytes(model, 'cuda'))} on a device, "
-                f"the largest has {format_bytes(largest_bytes)}"
-                if node.devices
-                else f"{node.node_id}: it has no device"
-            ),
-        )
+    if len(fitting_devices(model, node)) < devices_needed(model):
+        return Never(code="does_not_fit", reason=_too_small(model, node))
     return None
 
 
-def free_devices(situation: Situation, node: Node, given_up: tuple[Member, ...] = ()) -> tuple[int, ...]:
-    """Return the free slots that are large enough, once `given_up` are stopped; sorted."""
-    freed = {device for victim in given_up for device in victim.reservation.devices}
-    taken = situation.taken.get(node.node_id, frozenset()) - freed
-    fitting = _fitting(situation.model, node)
-    return tuple(sorted(device.index for device in fitting if device.index not in taken))
+def _too_small(model: Model, node: Node) -> str:
+    if not node.devices:
+        return f"{node.node_id}: it has no device"
+    if len(node.devices) < devices_needed(model):
+        return f"{node.node_id}: a replica needs {devices_needed(model)} devices, it has {len(node.devices)}"
+    largest_bytes = max(device.memory_bytes for device in node.devices)
+    return (
+        f"{node.node_id}: a replica needs {format_bytes(device_bytes(model, 'cuda'))} on a device, "
+        f"the largest has {format_bytes(largest_bytes)}"
+    )
 
 
-def pool_has_room(situation: Situation, node: Node, given_up: tuple[Member, ...] = ()) -> bool:
-    """Tell whether the pool can take the checkpoint by evicting what nobody leases."""
-    model = situation.model
-    held = node.held.get((model.checkpoint_uri, model.revision), Held())
-    if not node.pool.total_bytes or held.leases:
+def device_bytes(model: Model, kind: str) -> int:
+    """Return what one replica needs on each of its devices: on a CPU the weights are the pool's memory."""
+    weight_bytes = 0 if kind == "cpu" else model.weight_bytes
+    return -(-(model.kv_cache_bytes + weight_bytes) // devices_needed(model))
+
+
+def fitting_devices(model: Model, node: Node) -> tuple[Device, ...]:
+    """Return the slots that are large enough, whoever occupies them."""
+    return tuple(
+        device
+        for device in node.devices
+        if not device.memory_bytes or device.memory_bytes >= device_bytes(model, device.kind)
+    )
+
+
+def free_devices(
+    situation: Situation, node: Node, given_up: tuple[Member, ...] = (), model: Model | None = None
+) -> tuple[int, ...]:
+    """Return the free slots that are large enough, once `given_up` are gone; the smallest devices first."""
+    free = set(situation.index.summaries[node.node_id].free)
+    free.update(device for victim in given_up for device in victim.reservation.devices)
+    fitting = fitting_devices(model or situation.model, node)
+    found = [device for device in fitting if device.index in free]
+    found.sort(key=lambda device: (device.memory_bytes, device.index))
+    return tuple(device.index for device in found)
+
+
+def pool_has_room(
+    situation: Situation, node: Node, given_up: tuple[Member, ...] = (), coming: Iterable[Model] = ()
+) -> bool:
+    """Tell whether the pool can take the checkpoint by evicting what nobody leases.
+
+    Args:
+        situation: What the decision is about; `coming` overrides its model.
+        node: Whose pool.
+        given_up: Replicas that end before.
+        coming: What is to be taken, each checkpoint once; empty = the decision's model.
+    """
+    if not node.pool.total_bytes:
         return True
-    coming_bytes = sum(_unleased_bytes(situation.view, found, node) for found in on_node(situation, node))
-    freed_bytes = _freed_pool_bytes(situation.view, node, given_up)
-    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - coming_bytes + freed_bytes
-    return free_bytes >= model.file_bytes
+    wanted: dict[Checkpoint, int] = {}
+    for model in tuple(coming) or (situation.model,):
+        if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
+            wanted[model.checkpoint] = model.file_bytes
+    if not wanted:
+        return True
+    ordered = _unleased_bytes(situation, node)
+    for checkpoint in wanted:
+        ordered.pop(checkpoint, None)  # two replicas of one checkpoint share its place
+    free_bytes = (
+        node.pool.total_bytes
+        - node.pool.leased_bytes
+        - sum(ordered.values())
+        + _freed_pool_bytes(situation, node, given_up)
+    )
+    return free_bytes >= sum(wanted.values())
+
+
+NOTHING_HELD = Held()
 
 
 def enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:
-    """Tell whether slots and pool suffice, once `given_up` are stopped."""
+    """Tell whether slots and pool suffice, once `given_up` are gone."""
     free = free_devices(situation, node, given_up)
-    return len(free) >= devices_needed(situation.model, node) and pool_has_room(situation, node, given_up)
+    return len(free) >= devices_needed(situation.model) and pool_has_room(situation, node, given_up)
 
 
 def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
     """Return the reserved replicas of a node, by id."""
-    return situation.members.get(node.node_id, ())
+    found = reservations_on(situation.view, situation.index, node.node_id)
+    return tuple(member(situation.view, reservation) for reservation in found)
 
 
-def _device_bytes(model: Model, kind: str) -> int:
-    """Return what one replica needs on a device: on a CPU the weights are the pool's memory."""
-    return model.kv_cache_bytes + (0 if kind == "cpu" else model.weight_bytes)
-
-
-def _fitting(model: Model, node: Node) -> tuple[Device, ...]:
-    return tuple(
-        device
-        for device in node.devices
-        if not device.memory_bytes or device.memory_bytes >= _device_bytes(model, device.kind)
+def live_replicas(situation: Situation, name: ModelName) -> int:
+    """Return how many replicas of a model are ready or starting, those that move away not counted."""
+    found = reservations_of(situation.view, situation.index, name)
+    members = [member(situation.view, reservation) for reservation in found]
+    return sum(
+        found.standing in (Standing.STARTING, Standing.READY) and found.reservation.moving_to is None
+        for found in members
     )
 
 
-def _unleased_bytes(view: View, found: Member, node: Node) -> int:
-    """Return what a replica that was just ordered will lease, as long as the store does not show it."""
-    model = view.models.get(found.reservation.model)
-    if model is None or found.standing is not Standing.STARTING:
-        return 0
-    held = node.held.get((model.checkpoint_uri, model.revision), Held())
-    return 0 if held.leases else model.file_bytes
+def has_peer(situation: Situation, model: Model, node_id: NodeId) -> bool:
+    """Tell whether another reachable node holds all of the model's checkpoint."""
+    if model.origin == "disk":
+        return False
+    nodes = situation.view.nodes
+    return any(
+        holder != node_id
+        and nodes[holder].reachable
+        and holds_all(nodes[holder].held.get(model.checkpoint), model.file_bytes)
+        for holder in situation.index.holders.get(model.checkpoint, ())
+    )
 
 
-def _freed_pool_bytes(view: View, node: Node, given_up: tuple[Member, ...]) -> int:
-    models = [view.models[found.reservation.model] for found in given_up]
-    leaving = Counter((model.checkpoint_uri, model.revision) for model in models)
+def _unleased_bytes(situation: Situation, node: Node) -> dict[Checkpoint, int]:
+    """Return what replicas that were just ordered will lease, as long as the store does not show it."""
+    ordered: dict[Checkpoint, int] = {}
+    for found in on_node(situation, node):
+        model = situation.view.models.get(found.reservation.model)
+        if model is None or found.standing is not Standing.STARTING:
+            continue
+        if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
+            ordered[model.checkpoint] = model.file_bytes
+    return ordered
+
+
+def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> int:
+    leaving: Mapping[Checkpoint, int] = Counter(
+        situation.view.models[found.reservation.model].checkpoint for found in given_up
+    )
     return sum(
         held.dram_bytes
-        for key, count in leaving.items()
-        if (held := node.held.get(key)) and 0 < held.leases <= count
+        for checkpoint, count in leaving.items()
+        if (held := node.held.get(checkpoint)) and 0 < held.leases <= count
     )

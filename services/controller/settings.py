@@ -75,6 +75,15 @@ class ControllerSettings(ServiceSettings):
     replace_after_seconds: float = Field(default=30.0, ge=0)
     """A replica of an older deployment that never falls idle is drained after this many seconds."""
 
+    hysteresis_ratio: float = Field(default=1.0, ge=1.0)
+    """Others' replicas are stopped or moved only where that gains this many times what it costs them."""
+
+    waiting_bound_seconds: float = Field(default=30.0, gt=0)
+    """Who waits for longer gets room even from replicas that serve sessions; these are drained. Seconds."""
+
+    queue_age_seconds: float = Field(default=5.0, ge=0)
+    """Sessions that wait in a replica for this many seconds want one more replica."""
+
     backoff_first_seconds: float = Field(default=1.0, gt=0)
     """Rest after a model's first failed start, in seconds; doubles with each further one."""
 
@@ -95,6 +104,9 @@ class ControllerSettings(ServiceSettings):
             minimum_residency_seconds=self.minimum_residency_seconds,
             drain_grace_seconds=self.drain_grace_seconds,
             replace_after_seconds=self.replace_after_seconds,
+            hysteresis_ratio=self.hysteresis_ratio,
+            waiting_bound_seconds=self.waiting_bound_seconds,
+            queue_age_seconds=self.queue_age_seconds,
             backoff_first_seconds=self.backoff_first_seconds,
             backoff_limit_seconds=self.backoff_limit_seconds,
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from services.controller.fold import (
+from services.controller.events import (
     Demanded,
     DemandEnded,
     Distrusted,
     Event,
+    ForecastMissed,
     ModelDeleted,
     ModelPut,
+    MoveGivenUp,
+    MoveOrdered,
     NodeDisconnected,
     NodeForgotten,
     NodeReported,
@@ -21,10 +24,12 @@ from services.controller.fold import (
     Releasing,
     ReplicaLost,
     Reserved,
+    SchedulingSet,
     StartFailed,
     StopOrdered,
     StopRefused,
 )
+from services.controller.index import index_of, reservations_on
 from services.controller.view import Node, View
 from stoker.ids import ModelName, NodeId
 
@@ -44,6 +49,8 @@ def touched(before: View, event: Event) -> AbstractSet[ModelName]:  # noqa: C901
             | ReplicaLost(replica_id=replica_id)
             | StopOrdered(replica_id=replica_id)
             | StopRefused(replica_id=replica_id)
+            | MoveOrdered(replica_id=replica_id)
+            | MoveGivenUp(replica_id=replica_id)
         ):
             found = before.reservations.get(replica_id)
             return {found.model} if found else set()
@@ -52,21 +59,27 @@ def touched(before: View, event: Event) -> AbstractSet[ModelName]:  # noqa: C901
         case NodeDisconnected(node_id=node_id):
             return _models_on(before, node_id)
         case NodeUnreachable() | NodeForgotten():
-            return before.models.keys()
-        case StartFailed(model=name) | Refused(model=name) | RefusalLifted(model=name):
+            return set(before.models)
+        case (
+            StartFailed(model=name)
+            | Refused(model=name)
+            | RefusalLifted(model=name)
+            | ForecastMissed(model=name)
+        ):
             return {name}
         case Distrusted(replica_ids=replica_ids):
-            return {before.reservations[found].model for found in replica_ids & before.reservations.keys()}
-        case Demanded() | DemandEnded():
+            return {before.reservations[found].model for found in replica_ids if found in before.reservations}
+        case Demanded() | DemandEnded() | SchedulingSet():
             return set()
 
 
 def _touched_by_report(before: View, node: Node) -> AbstractSet[ModelName]:
     was = before.nodes.get(node.node_id)
     if was is None or not was.reachable or was.store_address != node.store_address:
-        return before.models.keys()  # a store came or moved: every model may use it
+        return set(before.models)  # a store came or moved: every model may use it
     return {replica.model for replica in (*was.replicas.values(), *node.replicas.values())}
 
 
 def _models_on(view: View, node_id: NodeId) -> set[ModelName]:
-    return {found.model for found in view.reservations.values() if found.node_id == node_id}
+    index = index_of(view)
+    return {found.model for found in reservations_on(view, index, node_id)}

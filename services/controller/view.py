@@ -175,6 +175,8 @@ class Replica:
         numerics: Names all that decides the bits of its results; empty before it is ready.
         loading: Ready, but weights are still on their way: its stages are not complete.
         context_tokens: Prompt and output so far, over all running sessions.
+        waiting_sessions: Of the sessions, those not in its batch yet.
+        waiting_since_seconds: Since when this controller has seen some wait without a break.
         revision: Of the checkpoint it loads.
     """
 
@@ -195,6 +197,8 @@ class Replica:
     numerics: str = ""
     loading: bool = False
     context_tokens: int = 0
+    waiting_sessions: int = 0
+    waiting_since_seconds: float | None = None
     revision: Revision | None = None
 
 
@@ -320,7 +324,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveCost:
-    """Seconds to move a session: `a_seconds_per_token` × tokens + `b_seconds`; from `samples` moves.
+    """Seconds to move a session: `a_seconds_per_token` * tokens + `b_seconds`; from `samples` moves.
 
     The sums are those of a least-squares line, older moves counting less.
     """
@@ -344,12 +348,14 @@ class Arrivals:
         gap_counts: Idle times that ended with a request, by whole minutes; at most four hours of them.
         longer: Idle times beyond.
         rate_per_second: Requests per second, a running estimate.
+        missed: The model was not asked for in the window its history promised, since the last request.
     """
 
     last_seconds: float
     gap_counts: tuple[tuple[int, int], ...] = ()
     longer: int = 0
     rate_per_second: float = 0.0
+    missed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,7 +432,7 @@ class Policy:
         hysteresis_ratio: A running or idle replica is disturbed only when that gains this many times what it
             costs (SHEPHERD's lambda, NSDI '23).
         waiting_bound_seconds: Who waits for longer than this is not held back by hysteresis any more.
-        worth_decay_seconds: The chance that an idle replica is asked for again falls by e in this time.
+        queue_age_seconds: Sessions that wait for a place in a batch for this long want one more replica.
         migration_candidates: Nodes looked at for a move, the most promising first.
         move_seconds_per_token: Until a model's moves are measured.
         move_seconds: Likewise, per move.
@@ -446,7 +452,7 @@ class Policy:
     may_migrate: bool = False
     hysteresis_ratio: float = 1.0
     waiting_bound_seconds: float = 30.0
-    worth_decay_seconds: float = 60.0
+    queue_age_seconds: float = 5.0
     migration_candidates: int = 32
     move_seconds_per_token: float = 0.0005
     move_seconds: float = 0.2

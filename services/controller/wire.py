@@ -11,12 +11,14 @@ from services.controller.view import (
     Device,
     Held,
     Model,
+    Moved,
     Node,
     Phase,
     Pool,
     Replica,
     Stage,
     StartStages,
+    Transferred,
     View,
 )
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
@@ -35,6 +37,7 @@ STATES = {
     State.FAILED: model_pb2.MODEL_STATE_FAILED,
     State.WAITING: model_pb2.MODEL_STATE_WAITING,
 }
+MAX_MOVES_REPORTED = 64
 MAX_STORES_IN_ROUTE = 4
 """Stores named to a gateway for a model's small files: any of them has a path to them."""
 
@@ -69,7 +72,19 @@ def model_of(record: ModelRecord) -> Model:
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
         concurrency=spec.concurrency,
+        devices=max(1, spec.devices),
+        pinned=spec.pinned,
+        required_labels=frozenset(spec.required_node_labels.items()),
+        preferred_labels=frozenset(spec.preferred_node_labels.items()),
+        keep_alive_auto=spec.keep_alive_auto,
+        kv_bytes_per_token=checkpoint.kv_bytes_per_token,
+        origin=_origin(checkpoint.uri),
     )
+
+
+def _origin(uri: str) -> str:
+    """Return what a node that holds nothing of a checkpoint reads it from."""
+    return "remote" if "://" in uri and not uri.startswith("file://") else "disk"
 
 
 def node_of(report: node_agent_pb2.NodeReport, now_seconds: float) -> Node:
@@ -104,6 +119,17 @@ def node_of(report: node_agent_pb2.NodeReport, now_seconds: float) -> Node:
         warm_workers=report.warm_workers,
         worker_start_seconds=report.worker_start_seconds,
         draining=report.draining,
+        labels=frozenset(report.labels.items()),
+        moved=tuple(
+            Moved(
+                migration_id=moved.migration_id,
+                model=ModelName(moved.model),
+                path=moved.path,
+                tokens=moved.tokens,
+                seconds=moved.seconds,
+            )
+            for moved in report.migrations[-MAX_MOVES_REPORTED:]
+        ),
         last_seen_seconds=now_seconds,
     )
 
@@ -118,12 +144,15 @@ def _replica_of(replica: node_agent_pb2.Replica, now_seconds: float) -> Replica:
         sessions=sessions,
         idle_since_seconds=None if sessions else now_seconds - replica.idle_seconds,
         loaded_fraction=replica.loaded_fraction,
+        loading=replica.loading,
         stages=stages_of(replica.timings),
         error_code=replica.error_code,
         error_message=replica.error_message,
         max_context_tokens=replica.max_context_tokens,
         max_batch=replica.max_batch,
         numerics=replica.numerics,
+        context_tokens=replica.context_tokens,
+        waiting_sessions=replica.waiting_sessions,
         revision=Revision(replica.revision),
     )
 
@@ -136,6 +165,10 @@ def stages_of(timings: start_pb2.StartTimings) -> StartStages:
         skeleton_seconds=timings.skeleton_seconds,
         first_forward_seconds=timings.first_forward_seconds,
         total_seconds=timings.total_seconds,
+        transfers=tuple(
+            Transferred(tier=transfer.tier, bytes=transfer.bytes, seconds=transfer.seconds)
+            for transfer in timings.transfers
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.controller.answer import Failed, Queued, Ready, Starting, Unknown
-from services.controller.fold import (
+from services.controller.events import (
     Demanded,
     DemandEnded,
     Distrusted,

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from services.controller.actions import Action, Note, Release, Start, Stop
+from services.controller.actions import Action, Migrate, Note, Release, Start, Stop
 from services.controller.answer import Answer, answer
-from services.controller.fold import (
+from services.controller.estimate import Estimate
+from services.controller.events import (
     Event,
+    MoveOrdered,
     NodeReported,
     Released,
     Releasing,
     Reserved,
     StopOrdered,
-    fold,
 )
+from services.controller.fold import fold
 from services.controller.scaling import reconcile
 from services.controller.view import Model, Node, Phase, Policy, Replica, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -131,9 +133,14 @@ class World:
             case Stop(replica_id=replica_id, reason=reason, for_model=for_model):
                 self.decisions.append(f"stop {replica_id}: {reason}")
                 ordered = StopOrdered(
-                    replica_id=replica_id, now_seconds=self.now_seconds, for_model=for_model
+                    replica_id=replica_id,
+                    now_seconds=self.now_seconds,
+                    for_model=for_model,
+                    node_id=action.node_id,
                 )
                 self.view = fold(self.view, ordered)
+            case Migrate():
+                self._move(action)
             case Release(replica_id=replica_id, reason=reason):
                 self.decisions.append(f"release {replica_id}: {reason}")
                 self.view = fold(self.view, Releasing(replica_id=replica_id))
@@ -152,25 +159,47 @@ class World:
                 pass
 
     def _start(self, start: Start) -> None:
-        self._started[start.model] = self._started.get(start.model, 0) + 1
-        replica_id = ReplicaId(f"{start.model}.{self._started[start.model]}")
+        replica_id = self._named(start.model)
         slots = ",".join(map(str, start.devices))
         self.decisions.append(f"start {replica_id} on {start.node_id}/{slots}")
+        self._begin(replica_id, start.model, start.node_id, start.devices, start.runtime, start.estimate)
+
+    def _move(self, move: Migrate) -> None:
+        to = self._named(move.model)
+        slots = ",".join(map(str, move.to_devices))
+        self.decisions.append(
+            f"move {move.replica_id} to {to} on {move.to_node_id}/{slots} for {move.for_model}"
+        )
+        self._begin(to, move.model, move.to_node_id, move.to_devices, move.runtime, move.estimate)
+        ordered = MoveOrdered(replica_id=move.replica_id, to=to, for_model=move.for_model)
+        self.view = fold(self.view, ordered)
+
+    def _named(self, model: ModelName) -> ReplicaId:
+        self._started[model] = self._started.get(model, 0) + 1
+        return ReplicaId(f"{model}.{self._started[model]}")
+
+    def _begin(  # noqa: PLR0913, PLR0917 - a start's facts
+        self,
+        replica_id: ReplicaId,
+        model: ModelName,
+        node_id: NodeId,
+        devices: tuple[int, ...],
+        runtime: str,
+        estimate: Estimate,
+    ) -> None:
         reservation = Reservation(
             replica_id=replica_id,
-            model=start.model,
-            node_id=start.node_id,
-            devices=start.devices,
-            runtime=start.runtime,
-            predicted_seconds=start.estimate.total_seconds,
+            model=model,
+            node_id=node_id,
+            devices=devices,
+            runtime=runtime,
+            predicted_seconds=estimate.total_seconds,
             seen_seconds=self.now_seconds,
         )
         self.view = fold(self.view, Reserved(reservation=reservation))
-        node = self.nodes[start.node_id]
-        replica = Replica(
-            replica_id=replica_id, model=start.model, phase=Phase.STARTING, devices=start.devices
-        )
-        self.nodes[start.node_id] = replace(node, replicas={**node.replicas, replica_id: replica})
+        node = self.nodes[node_id]
+        replica = Replica(replica_id=replica_id, model=model, phase=Phase.STARTING, devices=devices)
+        self.nodes[node_id] = replace(node, replicas={**node.replicas, replica_id: replica})
 
 
 def model(name: str, **changes: object) -> Model:

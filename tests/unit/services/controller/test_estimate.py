@@ -84,4 +84,4 @@ def test_the_parts_add_up_to_the_total() -> None:
         overhead_seconds=13,
     )
 
-    assert found.total_seconds == 11 + 1 + 5 + 7 + 13
+    assert found.total_seconds == 11 + 1 + max(5, 3 + 7) + 13

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.controller.fold import (
+from services.controller.events import (
     Demanded,
     DemandEnded,
     ModelDeleted,

@@ -1,0 +1,348 @@
+"""Ways to start a model on one node: on free slots, by stopping idle replicas, by moving running ones. Pure.
+
+Victims are chosen jointly and exactly: of all sets of replicas on the node that make enough room, the one
+that costs least. A set is as slow as its slowest member (they go at the same time) and disturbs by their sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.controller.estimate import Estimate, start_estimate
+from services.controller.fleet import Member, Standing, is_idle
+from services.controller.moves import move_seconds
+from services.controller.room import (
+    Situation,
+    devices_needed,
+    enough,
+    free_devices,
+    has_peer,
+    live_replicas,
+    never_fits,
+    on_node,
+    pool_has_room,
+)
+from services.controller.summary import is_busy, is_disposable, worth_key, worth_seconds
+from services.controller.view import Model, Node, Policy
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+MAX_VICTIMS_CONSIDERED = 16
+"""Replicas of one node looked at, the cheapest first: hosts have at most sixteen devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A running replica that goes elsewhere: started there first, then its sessions follow."""
+
+    replica_id: ReplicaId
+    model: ModelName
+    to_node_id: NodeId
+    to_devices: tuple[int, ...]
+    estimate: Estimate
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to start the model.
+
+    Attributes:
+        node_id: Where.
+        devices: Slots it would get; those of its victims included.
+        victims: Replicas to stop or move first, sorted.
+        estimate: Until ready.
+        disturbance_seconds: What stopping or moving the victims is expected to cost others.
+        moves: Those of the victims that are moved, and where to; by replica.
+        drained: Those of the victims that serve sessions and are drained, not moved.
+        preferred: Preferred labels that the node carries.
+        weight: What a second of disturbance counts (the policy's hysteresis).
+    """
+
+    node_id: NodeId
+    devices: tuple[int, ...]
+    victims: tuple[ReplicaId, ...]
+    estimate: Estimate
+    disturbance_seconds: float
+    moves: tuple[Move, ...] = ()
+    drained: frozenset[ReplicaId] = frozenset()
+    preferred: int = 0
+    weight: float = 1.0
+
+    @property
+    def cost_seconds(self) -> float:
+        """What options are compared by."""
+        return self.estimate.total_seconds + self.weight * self.disturbance_seconds
+
+
+Rank = tuple[int, int, float, int, float, str]
+
+
+def rank(option: Option, policy: Policy) -> Rank:
+    """Return what options are ordered by: equal steps of cost, then the smaller disturbance."""
+    cost_seconds = option.cost_seconds
+    return (
+        int(cost_seconds / policy.tie_seconds),
+        len(option.victims),
+        option.disturbance_seconds,
+        -option.preferred,
+        cost_seconds,
+        option.node_id,
+    )
+
+
+def best_on(situation: Situation, node: Node, destinations: Destinations) -> Option | None:
+    """Return the best way to start the model on this node now; None where there is none."""
+    if never_fits(situation.model, node) is not None:
+        return None
+    free = free_option(situation, node, situation.model)
+    if free is not None or not situation.may_disturb:
+        return free
+    return _disturbing_option(situation, node, destinations)
+
+
+def free_option(situation: Situation, node: Node, model: Model) -> Option | None:
+    """Return the option that disturbs nobody."""
+    free = free_devices(situation, node, (), model)
+    needed = devices_needed(model)
+    if len(free) < needed or not pool_has_room(situation, node, (), (model,)):
+        return None
+    return Option(
+        node_id=node.node_id,
+        devices=tuple(sorted(free[:needed])),
+        victims=(),
+        estimate=estimate_on(situation, node, model),
+        disturbance_seconds=0.0,
+        preferred=len(model.preferred_labels & node.labels),
+    )
+
+
+def estimate_on(situation: Situation, node: Node, model: Model, stop_seconds: float = 0.0) -> Estimate:
+    """Estimate a start of `model` on `node`, behind all that is under way there."""
+    summary = situation.index.summaries[node.node_id]
+    return start_estimate(
+        model,
+        node,
+        measured=situation.view.measured.get(model.name, ()),
+        loading_bytes=summary.loading_bytes,
+        starting_workers=summary.starting_workers,
+        stop_seconds=stop_seconds,
+        has_peer=has_peer(situation, model, node.node_id),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Victim:
+    """A replica that could go, and what that costs.
+
+    Attributes:
+        member: Which.
+        wait_seconds: Until its slots are free, at least.
+        disturbance_seconds: What it costs others, at least.
+        moves: It would have to be moved.
+        drains: It would be drained.
+    """
+
+    member: Member
+    wait_seconds: float
+    disturbance_seconds: float
+    moves: bool = False
+    drains: bool = False
+
+
+Destinations = Callable[[Situation, Model, NodeId, int], tuple[Option, ...]]
+"""The best `count` ways to start a model without disturbing anybody and not on a given node, best first."""
+
+
+def _disturbing_option(situation: Situation, node: Node, destinations: Destinations) -> Option | None:
+    victims = _victims(situation, node)
+    found = _Cheapest(situation, node, victims, destinations)
+    found.search()
+    return found.best
+
+
+def _victims(situation: Situation, node: Node) -> list[_Victim]:
+    found: list[_Victim] = []
+    for member in on_node(situation, node):
+        if not is_disposable(situation.view, member) or member.reservation.model == situation.model.name:
+            continue
+        if idle_may_go(situation, member):
+            worth = worth_seconds(worth_key(situation.view, node, member), situation.now_seconds)
+            found.append(
+                _Victim(
+                    member=member,
+                    wait_seconds=situation.policy.stop_seconds,
+                    disturbance_seconds=worth,
+                )
+            )
+        elif is_busy(member) and _has_stayed(situation, member, situation.policy.minimum_residency_seconds):
+            found.extend(_busy_victims(situation, member))
+    found.sort(key=lambda victim: (victim.disturbance_seconds, victim.member.reservation.replica_id))
+    return found[:MAX_VICTIMS_CONSIDERED]
+
+
+def _busy_victims(situation: Situation, member: Member) -> list[_Victim]:
+    """Return the ways in which a replica that serves sessions could go: moved, or drained after the bound."""
+    policy = situation.policy
+    tokens = member.replica.context_tokens if member.replica else 0
+    if policy.may_migrate:
+        seconds = move_seconds(situation.view, member.reservation.model, tokens, policy)
+        return [_Victim(member=member, wait_seconds=seconds, disturbance_seconds=seconds, moves=True)]
+    if situation.waited_too_long and _has_stayed(situation, member, policy.waiting_bound_seconds):
+        seconds = policy.drain_grace_seconds
+        return [_Victim(member=member, wait_seconds=seconds, disturbance_seconds=seconds, drains=True)]
+    return []
+
+
+def idle_may_go(situation: Situation, found: Member) -> bool:
+    """Tell whether this idle replica may be stopped for another model now."""
+    name = found.reservation.model
+    return (
+        is_idle(found)
+        and found.reservation.moving_to is None
+        and name not in situation.view.demands
+        and _has_stayed(situation, found, situation.policy.minimum_residency_seconds)
+    )
+
+
+def residency_ends_seconds(found: Member, policy: Policy) -> float:
+    """Return until when a ready replica is left alone."""
+    ready_since_seconds = found.replica.ready_since_seconds if found.replica else None
+    return (ready_since_seconds or 0.0) + policy.minimum_residency_seconds
+
+
+def _has_stayed(situation: Situation, found: Member, seconds: float) -> bool:
+    ready_since_seconds = found.replica.ready_since_seconds if found.replica else None
+    return (ready_since_seconds or 0.0) + seconds <= situation.now_seconds
+
+
+class _Cheapest:
+    """Branch and bound over sets of victims; a set's cost never falls as it grows, so large ones are cut."""
+
+    def __init__(
+        self, situation: Situation, node: Node, victims: list[_Victim], destinations: Destinations
+    ) -> None:
+        self.best: Option | None = None
+        self._situation = situation
+        self._node = node
+        self._victims = victims
+        self._destinations = destinations
+        self._known: dict[ModelName, tuple[Option, ...]] = {}
+        self._spare = {
+            name: live_replicas(situation, name) - situation.view.models[name].min_replicas
+            for name in {victim.member.reservation.model for victim in victims}
+        }
+        self._estimate = estimate_on(situation, node, situation.model)
+        self._movers = sum(victim.moves for victim in victims)
+
+    def search(self) -> None:
+        """Find the best set, if any."""
+        everybody = tuple(victim.member for victim in self._victims)
+        if self._victims and enough(self._situation, self._node, everybody):
+            self._grow((), 0)
+
+    def _grow(self, chosen: tuple[_Victim, ...], begin: int) -> None:
+        if chosen and not self._could_win(chosen):
+            return
+        if chosen and enough(self._situation, self._node, tuple(victim.member for victim in chosen)):
+            self._take(chosen)
+            return
+        taken = Counter(victim.member.reservation.model for victim in chosen if not victim.moves)
+        for place in range(begin, len(self._victims)):
+            victim = self._victims[place]
+            name = victim.member.reservation.model
+            if victim.moves or taken[name] < self._spare[name]:
+                self._grow((*chosen, victim), place + 1)
+
+    def _could_win(self, chosen: tuple[_Victim, ...]) -> bool:
+        return self.best is None or rank(self._option(chosen, ()), self._situation.policy) < rank(
+            self.best, self._situation.policy
+        )
+
+    def _take(self, chosen: tuple[_Victim, ...]) -> None:
+        movers = [victim for victim in chosen if victim.moves]
+        self._assign(chosen, movers, ())
+
+    def _assign(self, chosen: tuple[_Victim, ...], movers: list[_Victim], moves: tuple[Move, ...]) -> None:
+        """Give each mover a destination that no other mover takes, over all combinations that could win."""
+        option = self._option(chosen, moves)
+        policy = self._situation.policy
+        if self.best is not None and rank(option, policy) >= rank(self.best, policy):
+            return
+        if len(moves) == len(movers):
+            self.best = option
+            return
+        mover = movers[len(moves)]
+        for destination in self._where(mover):
+            move = self._move(mover, destination, moves)
+            if move is not None:
+                self._assign(chosen, movers, (*moves, move))
+
+    def _where(self, mover: _Victim) -> tuple[Option, ...]:
+        name = mover.member.reservation.model
+        if name not in self._known:
+            model = self._situation.view.models[name]
+            self._known[name] = self._destinations(self._situation, model, self._node.node_id, self._movers)
+        return self._known[name]
+
+    def _move(self, mover: _Victim, destination: Option, moves: tuple[Move, ...]) -> Move | None:
+        situation = self._situation
+        model = situation.view.models[mover.member.reservation.model]
+        node = situation.view.nodes[destination.node_id]
+        others = [move for move in moves if move.to_node_id == node.node_id]
+        taken = {device for move in others for device in move.to_devices}
+        free = [device for device in free_devices(situation, node, (), model) if device not in taken]
+        coming = (model, *(situation.view.models[move.model] for move in others))
+        if len(free) < devices_needed(model) or not pool_has_room(situation, node, (), coming):
+            return None
+        return Move(
+            replica_id=mover.member.reservation.replica_id,
+            model=model.name,
+            to_node_id=node.node_id,
+            to_devices=tuple(sorted(free[: devices_needed(model)])),
+            estimate=destination.estimate,
+            seconds=mover.wait_seconds,
+        )
+
+    def _option(self, chosen: tuple[_Victim, ...], moves: tuple[Move, ...]) -> Option:
+        """Return the option of these victims; movers without a destination yet count their least."""
+        situation, node = self._situation, self._node
+        starts = {move.replica_id: move.estimate.total_seconds for move in moves}
+        members = tuple(victim.member for victim in chosen)
+        wait_seconds = max(
+            victim.wait_seconds + starts.get(victim.member.reservation.replica_id, 0.0) for victim in chosen
+        )
+        free = free_devices(situation, node, members)
+        estimate = self._estimate
+        return Option(
+            node_id=node.node_id,
+            devices=tuple(sorted(free[: devices_needed(situation.model)])),
+            victims=tuple(sorted(found.reservation.replica_id for found in members)),
+            estimate=Estimate(
+                worker_seconds=estimate.worker_seconds,
+                stage_seconds=estimate.stage_seconds,
+                skeleton_seconds=estimate.skeleton_seconds,
+                first_forward_seconds=estimate.first_forward_seconds,
+                stop_seconds=wait_seconds,
+                overhead_seconds=estimate.overhead_seconds,
+                tier=estimate.tier,
+            ),
+            disturbance_seconds=sum(sorted(victim.disturbance_seconds for victim in chosen)),
+            moves=tuple(sorted(moves, key=lambda move: move.replica_id)),
+            drained=frozenset(victim.member.reservation.replica_id for victim in chosen if victim.drains),
+            preferred=len(situation.model.preferred_labels & node.labels),
+            weight=1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio,
+        )
+
+
+def room_is_being_made(situation: Situation, node: Node) -> bool:
+    """Tell whether replicas on their way out will leave enough room, and for this model."""
+    leaving = tuple(
+        found
+        for found in on_node(situation, node)
+        if (found.standing is Standing.STOPPING or found.reservation.moving_to is not None)
+        and found.reservation.stopping_for in (None, situation.model.name)
+        and found.reservation.model in situation.view.models
+    )
+    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)

@@ -1,0 +1,181 @@
+"""Rules for what must come: who wants a replica, in which order, and what is done to get it one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.controller.actions import Migrate as MigrateAction
+from services.controller.actions import Start, Stop
+from services.controller.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
+from services.controller.fleet import Member, Standing, members_of
+from services.controller.forecast import prewarm_window_seconds
+from services.controller.options import Move
+from services.controller.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
+from services.controller.planner import Planner
+from services.controller.stopping import LIVE
+from services.controller.together import order_together
+from services.controller.view import Model, Reservation
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+
+def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
+    """Give each of these models the replica it wants, who waits longest first."""
+    looked = set(names)
+    wanting = [name for name in sorted(looked) if _wants(planner, name) and not _rests(planner, name)]
+    cold = {name for name in wanting if not _is_warm(planner, name)}
+    wanting.sort(key=lambda name: (*_urgency(planner, name, cold), name))
+    asked = [name for name in wanting if name in cold and name in planner.view.demands]
+    others = wanting[len(asked) :]
+    for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
+        _start(planner, name, may_disturb=name in cold and _is_asked_for(planner, name))
+    for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
+        planner.lift(name)
+
+
+def _wants(planner: Planner, name: ModelName) -> bool:
+    """Tell whether the model wants one more replica than it has or is getting."""
+    model = planner.view.models.get(name)
+    if model is None:
+        return False
+    members = members_of(planner.view, name)
+    live = sum(
+        found.standing in LIVE and not found.stale and found.reservation.moving_to is None
+        for found in members
+    )
+    return live < _desired(planner, model, members)
+
+
+def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
+    asked = 1 if model.name in planner.view.demands or _is_expected(planner, model) else 0
+    ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
+    sessions = sum(replica.sessions for replica in ready)
+    loaded = sessions // model.concurrency + 1 if sessions else 0
+    queue = any(_has_queued_too_long(planner, replica.waiting_since_seconds) for replica in ready)
+    queued = len(ready) + 1 if queue else 0
+    return min(model.max_replicas, max(model.min_replicas, asked, loaded, queued))
+
+
+def _has_queued_too_long(planner: Planner, since_seconds: float | None) -> bool:
+    return since_seconds is not None and planner.is_over(since_seconds + planner.policy.queue_age_seconds)
+
+
+def _is_expected(planner: Planner, model: Model) -> bool:
+    """Tell whether the model's history says that it is asked for about now."""
+    expected = prewarm_window_seconds(model, planner.view.arrivals.get(model.name))
+    if expected is None or not planner.is_over(expected[0]):
+        return False
+    if planner.is_over(expected[1]):
+        planner.note(ForecastMissed(model=model.name))
+        return False
+    return True
+
+
+def _is_asked_for(planner: Planner, name: ModelName) -> bool:
+    return name in planner.view.demands or name in planner.view.always
+
+
+def _is_warm(planner: Planner, name: ModelName) -> bool:
+    return any(found.standing is Standing.READY for found in members_of(planner.view, name))
+
+
+def _rests(planner: Planner, name: ModelName) -> bool:
+    failure = planner.view.failures.get(name)
+    return failure is not None and not planner.is_over(failure.retry_at_seconds)
+
+
+def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[int, float]:
+    demand = planner.view.demands.get(name)
+    if demand is not None and name in cold:
+        return (0, demand.since_seconds)
+    return (1 if name in planner.view.always else 2, 0.0)
+
+
+def _start(planner: Planner, name: ModelName, *, may_disturb: bool) -> None:
+    decision = place(planner.view, name, planner.now_seconds, planner.policy, may_disturb=may_disturb)
+    planner.decisions.append((name, decision))
+    match decision:
+        case Placed():
+            planner.lift(name)
+            _reserve(planner, name, decision)
+        case StopIdle(node_id=node_id, victims=victims, drained=drained):
+            for replica_id in victims:
+                _stop_for(planner, replica_id, node_id, name, drained=replica_id in drained)
+            planner.refuse(name, f"{node_id} is stopping a replica to make room")
+        case Migrate(node_id=node_id, moves=moves, victims=victims):
+            for move in moves:
+                _move_for(planner, move, node_id, name)
+            for replica_id in victims:
+                _stop_for(planner, replica_id, node_id, name, drained=False)
+            planner.refuse(name, f"{node_id} is moving a replica away to make room")
+        case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
+            if retry_at_seconds is not None:
+                planner.look_again(retry_at_seconds)
+            planner.refuse(name, reason)
+        case Unplaceable(code=code, reasons=reasons):
+            planner.refuse(name, "; ".join(reasons), code)
+
+
+def _stop_for(
+    planner: Planner, replica_id: ReplicaId, node_id: NodeId, name: ModelName, *, drained: bool
+) -> None:
+    planner.fold(StopOrdered(replica_id=replica_id, now_seconds=planner.now_seconds, for_model=name))
+    planner.actions.append(
+        Stop(
+            replica_id=replica_id,
+            node_id=node_id,
+            only_if_idle=not drained,
+            reason=f"{name} has waited too long for its room" if drained else f"makes room for {name}",
+            for_model=name,
+        )
+    )
+
+
+def _move_for(planner: Planner, move: Move, node_id: NodeId, name: ModelName) -> None:
+    """Start the replica anew where it goes to; its sessions follow once that is ready."""
+    runtime = planner.view.models[move.model].runtime
+    planner.actions.append(
+        MigrateAction(
+            replica_id=move.replica_id,
+            model=move.model,
+            node_id=node_id,
+            to_node_id=move.to_node_id,
+            to_devices=move.to_devices,
+            runtime=runtime,
+            estimate=move.estimate,
+            move_seconds=move.seconds,
+            for_model=name,
+        )
+    )
+    tentative = Reservation(
+        replica_id=planner.tentative_id(),
+        model=move.model,
+        node_id=move.to_node_id,
+        devices=move.to_devices,
+        runtime=runtime,
+        seen_seconds=planner.now_seconds,
+    )
+    planner.fold(Reserved(reservation=tentative))
+    planner.fold(MoveOrdered(replica_id=move.replica_id, to=tentative.replica_id, for_model=name))
+
+
+def _reserve(planner: Planner, name: ModelName, placed: Placed) -> None:
+    runtime = planner.view.models[name].runtime
+    planner.actions.append(
+        Start(
+            model=name,
+            node_id=placed.node_id,
+            devices=placed.devices,
+            runtime=runtime,
+            estimate=placed.estimate,
+            options=placed.options,
+        )
+    )
+    tentative = Reservation(
+        replica_id=planner.tentative_id(),
+        model=name,
+        node_id=placed.node_id,
+        devices=placed.devices,
+        runtime=runtime,
+        seen_seconds=planner.now_seconds,
+    )
+    planner.fold(Reserved(reservation=tentative))

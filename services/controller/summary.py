@@ -1,0 +1,160 @@
+"""What a decision needs to know of one node before it looks closer, computed once per change. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.controller.estimate import (
+    NOTHING,
+    bytes_per_second,
+    has_own_memory,
+    start_estimate,
+    worker_start_seconds,
+)
+from services.controller.fleet import Member, Standing, is_idle, member
+from services.controller.view import Checkpoint, Device, Held, Node, Reservation, Scheduling, View
+from stoker.ids import NodeId
+
+ORIGINS = ("disk", "peer", "remote")
+"""Tiers that the bytes of a checkpoint come from where a node's memory lacks them."""
+
+WORTH_DECAY_SECONDS = 60.0
+"""The chance that an idle replica is asked for again falls by e in this time. An exponential keeps the order
+of idle replicas by worth the same as time passes, so that they can be kept sorted (LRFU's trick)."""
+
+Shape = tuple[frozenset[str], tuple[Device, ...], int]
+"""What a node can ever take: architectures, devices, and the pool's bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A node, as far as the search for the best one needs it.
+
+    Attributes:
+        is_open: It takes new replicas.
+        free: Slots that nobody occupies or has reserved, sorted.
+        loading_bytes: What starts under way there still read.
+        starting_workers: Starts that may take a warm worker first.
+        worker_seconds: Until a worker would take an order; 0 = one waits.
+        rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
+        queued: Bytes wait before some stage, so that loads take longer than `rates` say.
+        worth_key: Of the idle replica cheapest to lose, `worth_key`; None = none is idle.
+        has_busy: A replica that serves sessions now may be moved, or drained.
+        is_leaving: Replicas are on their way out.
+        has_orphans: Replicas run there that nobody reserved.
+    """
+
+    is_open: bool
+    free: tuple[int, ...]
+    loading_bytes: int
+    starting_workers: int
+    worker_seconds: float
+    rates: tuple[float, ...]
+    queued: bool
+    worth_key: float | None
+    has_busy: bool
+    is_leaving: bool
+    has_orphans: bool
+
+
+def shape_of(node: Node) -> Shape:
+    """Return what decides whether the node can ever take a model."""
+    return (node.architectures, node.devices, node.pool.total_bytes)
+
+
+def is_open(view: View, node: Node) -> bool:
+    """Tell whether replicas may be placed on the node now."""
+    scheduling = view.scheduling.get(node.node_id, Scheduling.OPEN)
+    return node.connected and node.reachable and not node.draining and scheduling is Scheduling.OPEN
+
+
+def taken_slots(node: Node, reservations: Iterable[Reservation]) -> frozenset[int]:
+    """Return the slots that are reserved, or occupied by something that runs anyway."""
+    taken = {device for reservation in reservations for device in reservation.devices}
+    taken.update(device for replica in node.replicas.values() for device in replica.devices)
+    return frozenset(taken)
+
+
+def summary_of(view: View, node_id: NodeId, reservations: tuple[Reservation, ...]) -> Summary:
+    """Return the summary of a node with its reservations."""
+    node = view.nodes[node_id]
+    members = [member(view, reservation) for reservation in reservations]
+    taken = taken_slots(node, reservations)
+    starting_workers = sum(found.replica is None and found.standing is Standing.STARTING for found in members)
+    device_rate = bytes_per_second(node, "device") if has_own_memory(node) else math.inf
+    loading_bytes = _loading_bytes(view, node, members)
+    keys = [
+        worth_key(view, node, found) for found in members if is_idle(found) and is_disposable(view, found)
+    ]
+    return Summary(
+        is_open=is_open(view, node),
+        free=tuple(device.index for device in node.devices if device.index not in taken),
+        loading_bytes=loading_bytes,
+        starting_workers=starting_workers,
+        worker_seconds=0.0 if node.warm_workers > starting_workers else worker_start_seconds(node),
+        rates=tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS),
+        queued=loading_bytes > 0
+        or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
+        worth_key=min(keys, default=None),
+        has_busy=any(is_busy(found) and is_disposable(view, found) for found in members),
+        is_leaving=any(is_leaving(found) for found in members),
+        has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
+    )
+
+
+def is_disposable(view: View, found: Member) -> bool:
+    """Tell whether the replica's model allows that it makes room for others at all."""
+    model = view.models.get(found.reservation.model)
+    return model is not None and not model.pinned
+
+
+def is_busy(found: Member) -> bool:
+    """Tell whether the replica serves sessions now, and is not on its way out."""
+    replica = found.replica
+    return (
+        found.standing is Standing.READY
+        and replica is not None
+        and replica.sessions > 0
+        and found.reservation.moving_to is None
+    )
+
+
+def is_leaving(found: Member) -> bool:
+    """Tell whether the replica's slots will be free soon."""
+    return found.standing is Standing.STOPPING or found.reservation.moving_to is not None
+
+
+def worth_key(view: View, node: Node, found: Member) -> float:
+    """Return the logarithm of `worth_seconds` at time 0: what orders idle replicas at any time."""
+    model = view.models[found.reservation.model]
+    restart = start_estimate(
+        model, node, measured=(), loading_bytes=0, starting_workers=0, has_peer=True
+    ).total_seconds
+    idle_since_seconds = found.replica.idle_since_seconds if found.replica else None
+    return math.log(max(restart, 0.001)) + (idle_since_seconds or 0.0) / WORTH_DECAY_SECONDS
+
+
+def worth_seconds(key: float, now_seconds: float) -> float:
+    """Return what losing an idle replica is expected to cost: its restart, if it is wanted soon.
+
+    The chance is 1 for a replica that has just fallen idle and falls by e in `WORTH_DECAY_SECONDS`.
+    """
+    return math.exp(min(key - now_seconds / WORTH_DECAY_SECONDS, 50.0))
+
+
+def holds_all(view_held: Held | None, file_bytes: int) -> bool:
+    """Tell whether a store can give all of a checkpoint to a peer."""
+    return view_held is not None and max(view_held.dram_bytes, view_held.disk_bytes) >= file_bytes
+
+
+def _loading_bytes(view: View, node: Node, members: list[Member]) -> int:
+    waiting: dict[Checkpoint, int] = {}
+    for found in members:
+        model, replica = view.models.get(found.reservation.model), found.replica
+        if model is None or (replica is not None and replica.ready_since_seconds is not None):
+            continue
+        held = node.held.get(model.checkpoint, Held())
+        waiting[model.checkpoint] = max(0, model.file_bytes - held.dram_bytes)
+    return sum(waiting.values())
