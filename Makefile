@@ -7,13 +7,14 @@ MODEL ?=
 GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo up down test check format gpu-check env model test-tools clean
+.PHONY: help demo up down test check format fuzz gpu-check env model test-tools clean
 
 help:
 	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
 	@echo "make up / down  the same services left running in the background / stopped"
 	@echo "make test       every test, with a real etcd and a real model"
 	@echo "make check      format, lint, types, import contracts"
+	@echo "make fuzz       100,000 mutated files to every reader of checkpoints"
 	@echo "make gpu-check  the tests that need a CUDA device"
 	@echo "MODEL=...       hub id or local folder to use instead of SmolLM2-135M-Instruct"
 
@@ -80,6 +81,9 @@ check: env
 format: env
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+fuzz: env
+	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000)
 
 gpu-check: env
 	@$(BIN)/python -m pytest tests/gpu -m gpu

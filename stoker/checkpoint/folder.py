@@ -98,8 +98,8 @@ def read_bounded(path: Path, *, limit_bytes: int) -> bytes:
                 f"{path} has {format_bytes(size)}; such a file may have {format_bytes(limit_bytes)}: "
                 "it is not what its name says."
             )
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
+        data = file.read(size + 1)  # as much as there is, not as much as there may be: read takes it ahead
+    if len(data) > size:
         raise CheckpointInvalid(f"{path} grew while it was read; wait until whoever writes it is done.")
     return data
 
