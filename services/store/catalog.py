@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from services.store.far_weights import FarWeights
@@ -62,20 +64,45 @@ class CatalogEntry:
         return self.uri, self.index.revision
 
 
+class OpensRemote(Protocol):
+    """What knows checkpoints that are elsewhere; any thread."""
+
+    def known_as(self, uri: str) -> str | None:
+        """Return `CatalogEntry.uri` of what `uri` names; None when that is not of a remote kind."""
+
+    def open(self, uri: str, *, revision: str) -> CatalogEntry:
+        """Return the checkpoint at a remote uri; blocks for a few small reads from its origin.
+
+        Args:
+            uri: As `known_as` returned it.
+            revision: The one that will do without asking the origin; empty = what the origin has now.
+        """
+
+    def on_disk(self) -> list[CatalogEntry]:
+        """Return what the disk cache has."""
+
+
 class Catalog:
     """Opens checkpoints off the event loop and remembers the last `MAX_ENTRIES`."""
 
-    def __init__(self, *, allowed_roots: tuple[Path, ...]) -> None:
-        """Args: allowed_roots: folders that checkpoints may lie under; none = anywhere."""
+    def __init__(self, *, allowed_roots: tuple[Path, ...], remote: OpensRemote | None = None) -> None:
+        """Make an empty one.
+
+        Args:
+            allowed_roots: Folders that checkpoints may lie under; none = anywhere.
+            remote: Opens what is elsewhere.
+        """
+        self._remote = remote
+        self._remote_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="catalog-remote")
         self._roots = tuple(root.resolve() for root in allowed_roots)
-        self._entries: OrderedDict[Path, CatalogEntry] = OrderedDict()
+        self._entries: OrderedDict[str, CatalogEntry] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="catalog")
 
     async def open(self, uri: str, *, revision: str = "") -> CatalogEntry:
         """Return the checkpoint at `uri`; a known one costs a stat per file.
 
         Args:
-            uri: An absolute path or `file://`.
+            uri: An absolute path, `file://`, or of a remote kind: see `services.store.origins.uris`.
             revision: Refuse anything else; empty = whatever is there.
 
         Raises:
@@ -83,7 +110,13 @@ class Catalog:
             NotFound: There is no such folder.
             CheckpointInvalid: It cannot be served, or its revision is another.
         """
-        entry = await asyncio.get_running_loop().run_in_executor(self._threads, self._open, uri)
+        loop = asyncio.get_running_loop()
+        place = None if self._remote is None else self._remote.known_as(uri)
+        if self._remote is None or place is None:
+            entry = await loop.run_in_executor(self._threads, self._open, uri)
+        else:
+            ask = functools.partial(self._remote.open, place, revision=revision)
+            entry = await loop.run_in_executor(self._remote_threads, ask)
         self._remember(entry)
         if revision and revision != entry.index.revision:
             raise CheckpointInvalid(
@@ -99,7 +132,17 @@ class Catalog:
             InvalidRequest: As `open`.
             NotFound: As `open`.
         """
+        place = None if self._remote is None else self._remote.known_as(uri)
+        if place is not None:
+            return place
         return str(await asyncio.get_running_loop().run_in_executor(self._threads, self._folder, uri))
+
+    async def find_on_disk(self) -> None:
+        """Learn what the disk cache has from before."""
+        if self._remote is not None:
+            loop = asyncio.get_running_loop()
+            for entry in await loop.run_in_executor(self._remote_threads, self._remote.on_disk):
+                self._remember(entry)
 
     def entries(self) -> list[CatalogEntry]:
         """Return what is known, least recently used first."""
@@ -108,17 +151,18 @@ class Catalog:
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._remote_threads.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, uri: str) -> CatalogEntry:
         folder = self._folder(uri)
-        known = self._entries.get(folder)
+        known = self._entries.get(str(folder))
         if known is not None and known.folder_signature == _folder_signature(known.index):
             return known
-        return _read_entry(folder)
+        return read_entry(folder)
 
     def _remember(self, entry: CatalogEntry) -> None:
-        self._entries[entry.index.path] = entry
-        self._entries.move_to_end(entry.index.path)
+        self._entries[entry.uri] = entry
+        self._entries.move_to_end(entry.uri)
         while len(self._entries) > MAX_ENTRIES:
             self._entries.popitem(last=False)
 
@@ -138,7 +182,10 @@ def local_path(uri: str) -> Path:
     Raises:
         InvalidRequest: It is neither an absolute path nor `file://`.
     """
-    supported = "supported are absolute paths and file:// of a folder that this host can see"
+    supported = (
+        "supported are absolute paths and file:// of a folder that this host can see, s3://, gs://, az://, "
+        "http(s):// and hf://"
+    )
     if "\0" in uri or len(uri) > os.pathconf("/", "PC_PATH_MAX"):
         raise InvalidRequest(f"{uri[:200]!r} is no path; {supported}", param="checkpoint_uri")
     if uri.startswith("/"):
@@ -150,7 +197,12 @@ def local_path(uri: str) -> Path:
     raise InvalidRequest(f"{uri!r} names {what}; {supported}", param="checkpoint_uri")
 
 
-def _read_entry(folder: Path) -> CatalogEntry:
+def read_entry(folder: Path) -> CatalogEntry:
+    """Return what is in a resolved folder; blocks for a few small reads.
+
+    Raises:
+        StokerError: As `open_checkpoint`.
+    """
     index = open_checkpoint(folder)
     before = _folder_signature(index)
     configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}

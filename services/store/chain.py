@@ -116,11 +116,26 @@ def run_chunks(file: FarFile, chunk_bytes: int) -> int:
 class Chain:
     """A file's sources in turn; a `ChunkSource` itself. Used from reader threads."""
 
-    def __init__(self, file: FarFile, links: Sequence[Link], refused: Callable[[Refusal], None]) -> None:
-        """Args: links: in any order, at least one. refused: told of every source passed over, any thread."""
+    def __init__(
+        self,
+        file: FarFile,
+        links: Sequence[Link],
+        refused: Callable[[Refusal], None],
+        *,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the sources.
+
+        Args:
+            file: What is read.
+            links: In any order, at least one.
+            refused: Told of every source passed over, from any thread.
+            closed: Called once when the chain is closed.
+        """
         self.file = file
         self._links = order_of_sources(links)
         self._refused = refused
+        self._closed: Callable[[], None] | None = closed
 
     @property
     def name(self) -> str:
@@ -187,3 +202,6 @@ class Chain:
         """See `ChunkSource`."""
         for link in self._links:
             link.source.close()
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            closed()

@@ -37,3 +37,23 @@ DAMAGED_PARTS = Counter(
     "Parts of files on this host's disks whose digest was wrong, by owner of the file.",
     ["owner"],
 )
+LANDED_BYTES = Counter("stoker_store_landed_bytes_total", "Bytes from afar written to the disk cache.")
+LANDED_SECONDS = Counter(
+    "stoker_store_landed_seconds_total", "Seconds of threads that wrote bytes from afar to the disk cache."
+)
+LANDING_FAILURES = Counter(
+    "stoker_store_landing_failures_total", "Copies given up because the disk is full or fails.", ["reason"]
+)
+CACHE_EVICTIONS = Counter(
+    "stoker_store_cache_evictions_total", "Copies deleted from the disk cache, by reason.", ["reason"]
+)
+CACHE_COMPLETED = Counter("stoker_store_cache_completed_total", "Copies that became whole in the disk cache.")
+CACHE_BYTES = Gauge("stoker_store_cache_bytes", "Bytes of weights in the disk cache.")
+REFUSED_SOURCES = Counter(
+    "stoker_store_refused_sources_total",
+    "Runs of chunks that a source could not give, or gave wrong, by its tier.",
+    ["tier", "reason"],
+)
+ORIGIN_ATTEMPTS_FAILED = Counter(
+    "stoker_store_origin_attempts_failed_total", "Requests to origins that failed and may be tried again."
+)

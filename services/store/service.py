@@ -18,6 +18,7 @@ from services.store.lanes import Lane
 from services.store.loads import Loads
 from services.store.run_folder import RunFolder
 from services.store.settings import FaultIn, StoreSettings
+from services.store.tiers import Tiers, open_tiers
 from services.store.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
 from services.store.verified_parts import VerifiedParts
 from stoker import log, rpc
@@ -42,6 +43,7 @@ class StoreService:
         self._counters: ReadyCounters | None = None
         self._catalog: Catalog | None = None
         self._loads: Loads | None = None
+        self._tiers: Tiers | None = None
         self._attach: AttachServer | None = None
         self._attach_task: asyncio.Task[None] | None = None
         self._server: rpc.Server | None = None
@@ -52,14 +54,15 @@ class StoreService:
         self._folder = folder = RunFolder(settings.run_dir)
         self._arena = arena = open_arena(settings)
         self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
-        self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots)
+        self._tiers = tiers = await asyncio.to_thread(open_tiers, settings)
+        self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
         self._loads = loads = Loads(
             arena,
             counters,
             sources=DiskSources(
                 settings.verify_disk,
                 VerifiedParts(settings.run_dir / VERIFIED_FOLDER_NAME),
-                DamagedCopies(None, forget=lambda _path, _damages: None),
+                DamagedCopies(None if tiers.cache is None else tiers.cache.root, forget=tiers.forget),
             ),
             threads={
                 Lane.DISK: settings.read_threads,
@@ -83,6 +86,7 @@ class StoreService:
         self._attach.bind()
         self._attach_task = asyncio.create_task(self._attach.serve(), name="attach-server")
         self._attach_task.add_done_callback(self._attach_ended)
+        await catalog.find_on_disk()
         await server.start()
         if settings.fault_in is FaultIn.EAGER:
             self._fault_in(arena, loads)
@@ -117,6 +121,8 @@ class StoreService:
 
     async def close(self) -> None:
         """See `Service`."""
+        if self._tiers is not None:
+            self._tiers.remote.close()  # first: threads that wait for an origin give up
         if self._loads is not None:
             await self._loads.close()
         if self._server is not None:
@@ -124,16 +130,11 @@ class StoreService:
         if self._attach_task is not None:
             self._attach_task.cancel()
             await asyncio.wait([self._attach_task])
-        if self._attach is not None:
-            self._attach.close()
-        if self._catalog is not None:
-            self._catalog.close()
         if self._arena is not None:
             await asyncio.to_thread(self._arena.close)
-        if self._counters is not None:
-            self._counters.close()
-        if self._folder is not None:
-            self._folder.close()
+        for part in (self._attach, self._catalog, self._tiers, self._counters, self._folder):
+            if part is not None:
+                part.close()
 
     def _attach_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:

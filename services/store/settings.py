@@ -83,6 +83,21 @@ class StoreSettings(ServiceSettings):
     allowed_roots: tuple[Path, ...] = ()
     """Folders that checkpoints may lie under; empty = anywhere this process can read."""
 
+    cache_dir: Path | None = None
+    """The store's own folder on a disk for copies of remote checkpoints; unset = they go to the pool only."""
+
+    cache_bytes: int = Field(default=0, ge=0)
+    """What the copies' weights may take, in bytes; 0 = nine tenths of what is free or theirs at start."""
+
+    shared_roots: tuple[Path, ...] = ()
+    """Folders on shared file systems: checkpoints in them are treated as far, and kept in `cache_dir`."""
+
+    origin_timeout_seconds: float = Field(default=30.0, gt=0)
+    """Of a connect to an origin, and of each wait for bytes from it."""
+
+    origin_attempts: int = Field(default=5, ge=1, le=100)
+    """Requests to an origin in a row that bring nothing, before a load fails."""
+
     max_attachments: int = Field(default=1024, ge=1)
     """Attach connections at a time."""
 

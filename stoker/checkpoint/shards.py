@@ -62,7 +62,7 @@ def find_shards(
             raise CheckpointInvalid(f"{folder}: {_why_nothing_to_serve(folder)}")
         return Shards(paths={}, listed={})
     paths: dict[str, Path] = {}
-    listed = _weight_map(index_path, suffix)
+    listed = weight_map(index_path, suffix)
     for name in sorted(set(listed.values())):
         path = resolve_file(folder, name)
         if path is None:
@@ -73,7 +73,12 @@ def find_shards(
     return Shards(paths=paths, listed=listed)
 
 
-def _weight_map(index_path: Path, suffix: str) -> dict[str, str]:
+def weight_map(index_path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Return the file of each tensor as the index at a resolved path has it.
+
+    Raises:
+        CheckpointInvalid: The index is hostile.
+    """
     where = str(index_path)
     table = hostile_json.parse_object(
         read_bounded(index_path, limit_bytes=MAX_SHARD_INDEX_BYTES), where=where
