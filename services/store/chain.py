@@ -49,8 +49,14 @@ class FarFile:
 class OpenFile(Protocol):
     """A tier that may have a file: how it plugs into the chain."""
 
-    def __call__(self, file: FarFile) -> ChunkSource | None:
-        """Return a source for `file`, or None when this tier can't have it; must not block."""
+    def __call__(self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int) -> ChunkSource | None:
+        """Return a source for `file`, or None when this tier can't have it; must not block.
+
+        Args:
+            file: Which.
+            origin: Where this store's share of the bytes comes from; stays the caller's to close.
+            chunk_bytes: Of a pool chunk.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

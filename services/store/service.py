@@ -16,8 +16,13 @@ from services.store.disk_sources import DiskSources
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.lanes import Lane
 from services.store.loads import Loads
+from services.store.peers.exchange import DiskCopy
+from services.store.peers.service import Peers
+from services.store.peers.wire import FileIdentity
+from services.store.pulls import Pulls
 from services.store.run_folder import RunFolder
 from services.store.settings import FaultIn, StoreSettings
+from services.store.sharing import Sharing, disk_copy
 from services.store.tiers import Tiers, open_tiers
 from services.store.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
 from services.store.verified_parts import VerifiedParts
@@ -44,6 +49,8 @@ class StoreService:
         self._catalog: Catalog | None = None
         self._loads: Loads | None = None
         self._tiers: Tiers | None = None
+        self._pulls: Pulls | None = None
+        self._peers: Peers | None = None
         self._attach: AttachServer | None = None
         self._attach_task: asyncio.Task[None] | None = None
         self._server: rpc.Server | None = None
@@ -54,7 +61,13 @@ class StoreService:
         self._folder = folder = RunFolder(settings.run_dir)
         self._arena = arena = open_arena(settings)
         self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
-        self._tiers = tiers = await asyncio.to_thread(open_tiers, settings)
+        if settings.peer_address:
+            self._peers = Peers(clock=self._clock, find_on_disk=self._find_for_peers)
+            self._peers.start(settings.peer_address, settings.peers)
+        peers = self._peers
+        self._tiers = tiers = await asyncio.to_thread(
+            open_tiers, settings, peers=None if peers is None else peers.source
+        )
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
         self._loads = loads = Loads(
             arena,
@@ -70,10 +83,14 @@ class StoreService:
                 Lane.LANDING: settings.landing_threads,
             },
             clock=self._clock,
+            sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])
-        service = CheckpointStoreService(catalog=catalog, loads=loads, clock=self._clock)
+        self._pulls = pulls = Pulls(catalog, loads, clock=self._clock)
+        service = CheckpointStoreService(
+            catalog=catalog, loads=loads, clock=self._clock, pulls=pulls, cache=tiers.cache
+        )
         checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
         server.bind(settings.address)
         self._attach = AttachServer(
@@ -123,6 +140,10 @@ class StoreService:
         """See `Service`."""
         if self._tiers is not None:
             self._tiers.remote.close()  # first: threads that wait for an origin give up
+        if self._pulls is not None:
+            await self._pulls.close()
+        if self._peers is not None:
+            await self._peers.close()  # those that wait for peers too
         if self._loads is not None:
             await self._loads.close()
         if self._server is not None:
@@ -135,6 +156,9 @@ class StoreService:
         for part in (self._attach, self._catalog, self._tiers, self._counters, self._folder):
             if part is not None:
                 part.close()
+
+    def _find_for_peers(self, identity: FileIdentity) -> DiskCopy | None:
+        return None if self._catalog is None else disk_copy(self._catalog.entries(), identity)
 
     def _attach_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:

@@ -98,6 +98,18 @@ class StoreSettings(ServiceSettings):
     origin_attempts: int = Field(default=5, ge=1, le=100)
     """Requests to an origin in a row that bring nothing, before a load fails."""
 
+    peer_address: str = ""
+    """Where other stores reach this one for chunks, over plain TCP: `host:port`; empty = nothing is shared
+    with others nor fetched from them. Whoever reaches the port and knows a revision can have its bytes: bind
+    it to the network of the hosts."""
+
+    advertised_peer_address: str = ""
+    """`host:port` under which other hosts reach `peer_address`; empty = the same."""
+
+    peers: tuple[str, ...] = ()
+    """`host:port` of other stores' `peer_address`, beside those that the cluster names; this one's may be
+    among them, so that all hosts can have the same list."""
+
     max_attachments: int = Field(default=1024, ge=1)
     """Attach connections at a time."""
 

@@ -7,9 +7,10 @@ been sent, which the senders' deadlines bound.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from services.store.peers.exchange import Exchange
+from services.store.catalog import CatalogEntry
+from services.store.peers.exchange import DiskCopy, Exchange
 from services.store.peers.wire import FileIdentity
 from services.store.read_queue import ChunkRead
 from services.store.resident import Resident
@@ -57,3 +58,22 @@ class Sharing:
             size_bytes=file.size_bytes,
             chunk_bytes=self._chunk_bytes,
         )
+
+
+def disk_copy(entries: Iterable[CatalogEntry], identity: FileIdentity) -> DiskCopy | None:
+    """Return where this host's disk has a file that a peer asks for; pure.
+
+    Only files with digests: who gets one checks it against the digests that made its revision, so it matters
+    little what became of this copy since it was written.
+
+    Args:
+        entries: What the catalog knows.
+        identity: Of the file.
+    """
+    for entry in entries:
+        if entry.index.revision != identity.revision or not (entry.far is None or entry.far.whole):
+            continue
+        for file in entry.index.files:
+            if (file.name, file.size_bytes) == (identity.name, identity.size_bytes) and file.chunk_digests:
+                return DiskCopy(path=file.path, have=(1 << identity.chunks) - 1)
+    return None

@@ -18,6 +18,7 @@ from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId
 from stoker import log
 from stoker.clock import Clock
+from stoker.errors import ConfigError, InvalidRequest
 
 
 class Peers:
@@ -49,10 +50,12 @@ class Peers:
         """Listen on `address` (`host:port`) and link to `peers` (the same), for as long as it lives.
 
         Raises:
-            ConfigError: It can't listen there.
-            InvalidRequest: A peer's address is none.
+            ConfigError: It can't listen there, or a peer's address is none.
         """
-        self._static = frozenset(map(parse_address, peers))
+        try:
+            self._static = frozenset(map(parse_address, peers))
+        except InvalidRequest as error:
+            raise ConfigError(f"{error.message}; see STOKER_STORE_PEERS") from error
         self._server.bind(address)
         self._links.port = self._server.port
         self._links.set_peers(self._static)
@@ -72,7 +75,7 @@ class Peers:
         """
         self._links.set_peers(self._static | frozenset(map(parse_address, peers)))
 
-    def source(self, file: FarFile, origin: ChunkSource, chunk_bytes: int) -> ChunkSource | None:
+    def source(self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int) -> ChunkSource | None:
         """Return a source that shares the work with other stores that load `file`; does not block.
 
         Args:

@@ -62,10 +62,11 @@ class RemoteCheckpoint:
     def open(self, file: CheckpointFile, on_disk: OpenOnDisk, *, chunk_bytes: int) -> OpenedFile:
         """See `FarWeights`."""
         far = self.far_file(file)
-        links = [Link(tier=Tier.ORIGIN, source=OriginSource(self.ranges, self.record.files[file.name]))]
-        peer = self._peers(far) if self._peers is not None and not self.whole else None
-        if peer is not None:
-            links.append(Link(tier=Tier.PEER, source=peer))
+        origin = OriginSource(self.ranges, self.record.files[file.name])
+        links = [Link(tier=Tier.ORIGIN, source=origin)]
+        if self._peers is not None and not self.whole:
+            peer = self._peers(far, origin, chunk_bytes=chunk_bytes)
+            links += [] if peer is None else [Link(tier=Tier.PEER, source=peer)]
         on_this_host = self._on_this_host(file, on_disk)
         if on_this_host is not None:
             links.append(on_this_host)

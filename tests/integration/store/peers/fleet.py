@@ -131,7 +131,7 @@ class World:
 
     async def load(self, store: Store) -> None:
         """Load the file as the daemon does: threads that take chunks in order."""
-        source = store.peers.source(self.file, self.origin, CHUNK)
+        source = store.peers.source(self.file, self.origin, chunk_bytes=CHUNK)
         assert source is not None
         store.memory = [bytearray(CHUNK) for _ in range(self.identity.chunks)]
         left = iter(range(self.identity.chunks))
