@@ -9,8 +9,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.store.catalog import Catalog
+from services.store.copies_service import CopiesService
+from services.store.disk_cache.cache import DiskCache
 from services.store.loads import Loads
 from services.store.messages import DRAM, store_status, transfers, urgency_of
+from services.store.pulls import Pulls
 from services.store.resident import Phase
 from stoker.checkpoint.small_files import read_small_files
 from stoker.clock import Clock
@@ -26,11 +29,22 @@ STATUS_INTERVAL_SECONDS = 0.1
 Context = Any  # grpc.aio.ServicerContext; handlers here never touch it
 
 
-class CheckpointStoreService(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
+class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.CheckpointStoreServicer):
     """Answers from the catalog and the pool; errors are mapped by the server's interceptor."""
 
-    def __init__(self, *, catalog: Catalog, loads: Loads, clock: Clock) -> None:
-        """Args: catalog: opens checkpoints. loads: the pool. clock: for the pace of WatchStatus."""
+    def __init__(
+        self, *, catalog: Catalog, loads: Loads, clock: Clock, pulls: Pulls, cache: DiskCache | None
+    ) -> None:
+        """Take what answers.
+
+        Args:
+            catalog: Opens checkpoints.
+            loads: The pool.
+            clock: For the pace of WatchStatus.
+            pulls: What is on its way to the disk cache.
+            cache: The disk cache, if there is one.
+        """
+        super().__init__(catalog=catalog, pulls=pulls, cache=cache)
         self._catalog = catalog
         self._loads = loads
         self._clock = clock

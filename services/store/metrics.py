@@ -57,3 +57,6 @@ REFUSED_SOURCES = Counter(
 ORIGIN_ATTEMPTS_FAILED = Counter(
     "stoker_store_origin_attempts_failed_total", "Requests to origins that failed and may be tried again."
 )
+PULLED_BYTES = Counter(
+    "stoker_store_pulled_bytes_total", "Bytes brought to the disk cache past the pool, by tier.", ["tier"]
+)

@@ -11,9 +11,11 @@ from stoker.process import is_alive
 
 CONTROLLER_VARIABLE = "STOKER_CONTROLLER"
 GATEWAY_VARIABLE = "STOKER_GATEWAY"
+STORE_VARIABLE = "STOKER_STORE"
 HOME_VARIABLE = "STOKER_HOME"
 DEFAULT_CONTROLLER = "127.0.0.1:7070"
 DEFAULT_GATEWAY = "127.0.0.1:8001"
+DEFAULT_STORE = "127.0.0.1:7072"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +76,9 @@ def find_gateway(address: str | None = None) -> str:
     return (
         address or os.environ.get(GATEWAY_VARIABLE) or (local.gateway if local else None) or DEFAULT_GATEWAY
     )
+
+
+def find_store(address: str | None = None) -> str:
+    """Return the address of this host's store: the argument, $STOKER_STORE, `stoker up`, then the default."""
+    local = local_cluster()
+    return address or os.environ.get(STORE_VARIABLE) or (local.store if local else None) or DEFAULT_STORE

@@ -69,6 +69,11 @@ class PartialCheckpoint:
         """Whether all bytes are there and the folder is in its place."""
         return self._whole
 
+    @property
+    def stopped_because(self) -> str:
+        """Why nothing is written any more; empty while the disk takes it."""
+        return self._stopped_because
+
     def bytes_there(self) -> int:
         """Return the bytes of weights that are there."""
         with self._lock:

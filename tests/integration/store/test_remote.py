@@ -300,3 +300,60 @@ def test_a_daemon_that_is_stopped_while_the_origin_hangs_ends_in_time(origin: Or
         daemon.process.wait(15)
         hung.set()
         attachment.close()
+
+
+def pull(daemon: Daemon, uri: str) -> list[pb.PullProgress]:
+    with daemon.stub() as stub:
+        return list(stub.Pull(pb.PullRequest(uri=uri), timeout=SECONDS))
+
+
+def copies(daemon: Daemon) -> list[pb.Copy]:
+    with daemon.stub() as stub:
+        return list(stub.ListCopies(pb.ListCopiesRequest(), timeout=SECONDS).copies)
+
+
+def test_a_pull_brings_a_checkpoint_to_the_disk_past_the_pool(converted: OriginServer, tmp_path):
+    size = (converted.folder / WEIGHTS).stat().st_size
+    with daemon_with(tmp_path / "run", cache_dir=tmp_path / "cache", pool_bytes=CHUNK) as daemon:
+        last = pull(daemon, converted.url)[-1]
+        assert (last.disk_bytes, last.total_bytes) == (size, size)
+        assert sum(each.bytes for each in last.transfers) == size
+        (copy,) = copies(daemon)
+        assert (copy.uri, copy.disk_bytes, copy.in_use) == (converted.url, size, False)
+        assert files(Path(copy.folder)) == files(converted.folder)
+        sent = converted.weights_sent()
+        assert pull(daemon, converted.url)[-1].disk_bytes == size
+        assert converted.weights_sent() == sent
+
+
+def test_copies_are_pinned_verified_and_evicted(converted: OriginServer, tmp_path):
+    with (
+        daemon_with(tmp_path / "run", cache_dir=tmp_path / "cache") as daemon,
+        daemon.stub() as stub,
+    ):
+        size = pull(daemon, converted.url)[-1].disk_bytes
+        stub.PinCopy(pb.PinCopyRequest(uri=converted.url, pinned=True), timeout=SECONDS)
+        with pytest.raises(grpc.RpcError, match="pinned"):
+            stub.EvictCopy(pb.EvictCopyRequest(uri=converted.url), timeout=SECONDS)
+        stub.PinCopy(pb.PinCopyRequest(uri=converted.url, pinned=False), timeout=SECONDS)
+
+        right = stub.VerifyCopy(pb.VerifyCopyRequest(uri=converted.url), timeout=SECONDS)
+        assert right.digests_checked
+        assert not right.damaged
+        (copy,) = copies(daemon)
+        with (Path(copy.folder) / WEIGHTS).open("r+b") as file:
+            file.seek(600_000)
+            file.write(b"\xff" * 64)
+        damaged = stub.VerifyCopy(pb.VerifyCopyRequest(uri=converted.url), timeout=SECONDS).damaged
+        assert [part.file for part in damaged] == [WEIGHTS]
+        assert copies(daemon)[0].disk_bytes == size - damaged[0].bytes
+        with load(daemon, converted.url) as one:
+            assert contents(one) == files(converted.folder)
+
+        wait_until_on_disk(daemon, converted.url)
+        evicted = stub.EvictCopy(pb.EvictCopyRequest(uri=converted.url), timeout=SECONDS)
+        assert evicted.freed_bytes == size
+        assert copies(daemon) == []
+        evict(daemon, converted.url)
+        with load(daemon, converted.url) as one:
+            assert contents(one) == files(converted.folder)
