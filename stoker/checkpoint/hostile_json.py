@@ -37,6 +37,7 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
             text.decode("utf-8"),
             object_pairs_hook=_object_without_duplicates,
             parse_constant=_refuse_constant,
+            parse_int=_integer if b"-0" in text else int,  # the scanner's own way is several times faster
         )
     except UnicodeDecodeError as error:
         raise CheckpointInvalid(
@@ -92,6 +93,11 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {key[:100]!r} stands twice in one object")
             seen.add(key)
     return result
+
+
+def _integer(text: str) -> int | float:
+    """Return what other parsers make of `-0`: a float; safetensors' own refuses it as an offset."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -29,6 +29,16 @@ def test_a_mutated_file_is_refused_or_keeps_every_promise(target: Target, number
     target.accepts(target.repaired(content))
 
 
+def test_a_zero_with_a_sign_is_no_offset_as_in_the_library():
+    """Found by fuzzing: Python reads `-0` as the integer 0, safetensors' parser as a float."""
+    (header, *_) = targets()
+    sound = header.seeds[0]
+
+    assert header.accepts(header.repaired(sound))
+    assert not header.accepts(header.repaired(sound.replace(b"[0, 64]", b"[-0, 64]")))
+    assert b"[0, 64]" in sound
+
+
 def test_reading_a_small_file_takes_no_memory_for_the_largest_that_may_come(tmp_path):
     import tracemalloc
 
