@@ -58,6 +58,25 @@ FENCED_EVENTS = Counter(
     "stoker_gateway_fenced_events", "Events of earlier owners of a session, refused.", _MODEL
 )
 
+MOVES = Counter(
+    "stoker_gateway_moves",
+    "Planned moves of sessions, by outcome: moved, abandoned.",
+    ["model_name", "outcome"],
+)
+MOVE_PAUSE_SECONDS = Histogram(
+    "stoker_gateway_move_pause_seconds",
+    "From the last token of a move's source to the first new one of its destination.",
+    _MODEL,
+    buckets=TOKEN_BUCKETS_SECONDS,
+)
+MOVE_SECONDS = Histogram(
+    "stoker_gateway_move_seconds",
+    "From the destination found to the switch.",
+    _MODEL,
+    buckets=START_STAGE_BUCKETS_SECONDS,
+)
+MOVE_TOKENS = Counter("stoker_gateway_move_recomputed_tokens", "Tokens computed again by moves.", _MODEL)
+
 _STAGES = ("placement", "worker", "attach", "weights", "skeleton", "assign", "first_forward", "total")
 
 

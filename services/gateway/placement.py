@@ -110,6 +110,26 @@ class Placement:
         finally:
             job.trace.acquire_seconds += self._clock.now_seconds() - began_seconds
 
+    async def start_another(self, job: Job) -> Replica:
+        """Return a replica for a session that runs well but must move; the client is told nothing.
+
+        Raises:
+            StokerError: What the controller says.
+        """
+        request = controller_pb2.AcquireRequest(
+            model=job.trace.model,
+            request_id=job.trace.request_id,
+            timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds()),
+        )
+        events = self._controllers.stream(
+            lambda stub: stub.Acquire(request, timeout=request.timeout_seconds + 1.0)
+        )
+        async with aclosing(events):
+            async for event in events:
+                if event.WhichOneof("event") == "ready":
+                    return Replica.from_proto(event.ready.replica)
+        raise PeerError(f"the controller stopped waiting for model {job.trace.model!r} without a word")
+
     async def _acquire_once(self, request: controller_pb2.AcquireRequest, job: Job) -> Replica:
         events = self._controllers.stream(
             lambda stub: stub.Acquire(request, timeout=request.timeout_seconds + 1.0)

@@ -87,6 +87,7 @@ class Session:
         self.sampling = sampling
         self.token_ids: list[int] = []
         self.epoch = 0
+        self._highest_epoch = 0
         self.finish_reason: str | None = None
         self._text = text
         self._detokenizer = text.detokenizer()
@@ -115,6 +116,11 @@ class Session:
             request_id=request_id,
             resume_mode=resume_mode,
         )
+
+    def claim_epoch(self) -> int:
+        """Return an epoch higher than any before; its owner owns the session once `epoch` is set to it."""
+        self._highest_epoch += 1
+        return self._highest_epoch
 
     def feed(self, event: session_pb2.GenerateEvent) -> Delta:
         """Take a step's tokens; return what they add. After `finish_reason` is set nothing may follow.

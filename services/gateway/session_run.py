@@ -13,6 +13,7 @@ from services.gateway import metrics
 from services.gateway.agents import Agents
 from services.gateway.hops import GiveUp, GoOn, HopPolicy, Hops, after, redeployed
 from services.gateway.job import Job
+from services.gateway.mover import Events, Moved, Mover, in_order, next_or_moved
 from services.gateway.placement import Placement
 from services.gateway.routes import Replica
 from services.gateway.session import Session
@@ -31,6 +32,17 @@ class _Resumption:
     failed_seconds: float
     tokens: int
     found_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Switched:
+    """A move that has been made, until its destination's first new token."""
+
+    moved: Moved
+    source: Replica
+    tokens: int
+    last_token_seconds: float
+    seconds: float
 
 
 class SessionRun:
@@ -63,6 +75,9 @@ class SessionRun:
         self._hops = Hops()
         self._resumption: _Resumption | None = None
         self._has_first_token = False
+        self._token_seconds = 0.0
+        self._switched: _Switched | None = None
+        self._at: Replica | None = None
 
     async def run(self, replica: Replica) -> None:
         """Generate to the end, beginning at `replica`.
@@ -76,7 +91,7 @@ class SessionRun:
                 try:
                     await self._stream(replica)
                 except StokerError as error:
-                    replica = await self._go_on(error, replica, origin)
+                    replica = await self._go_on(error, self._at or replica, origin)
                 else:
                     return
         except StreamLost:
@@ -90,35 +105,54 @@ class SessionRun:
     # --- streaming ---
 
     async def _stream(self, replica: Replica) -> None:
-        job, session, sink, choice = self._job, self._session, self._job.sink, self._choice
-        order = session.generate_request(
+        """Read the session to its end at `replica`, and wherever it moves meanwhile."""
+        job = self._job
+        order = self._session.generate_request(
             model=job.trace.model,
             replica_id=replica.replica_id,
             request_id=job.trace.request_id,
             resume_mode=self._resume_mode(),
         )
-        job.trace.replica_ids.append(replica.replica_id)
+        events = self._agents.generate(replica, order, timeout_seconds=job.left_seconds())
+        moved = await self._read(replica, events)
+        while moved is not None:
+            moved = await self._read(moved.replica, in_order(moved, self._session.token_ids))
+
+    async def _read(self, replica: Replica, events: Events) -> Moved | None:
+        """Take a replica's events until the session has ended, or moved."""
+        self._at = replica
+        self._job.trace.replica_ids.append(replica.replica_id)
         self._placement.in_flight[replica.replica_id] += 1
+        mover: Mover | None = None
         try:
-            events = self._agents.generate(replica, order, timeout_seconds=job.left_seconds())
             async with aclosing(events):
-                async for event in events:
-                    try:
-                        delta = session.feed(event)
-                    except Fenced as error:
-                        self._note_fenced(replica, error)
-                        continue
-                    if self._resumption is not None:
-                        self._note_resumed(self._resumption, replica)
-                    if event.tokens and not self._has_first_token:
-                        self._note_first_token()
-                    if choice == 0 and event.HasField("timings"):
-                        job.trace.note_timings(event.timings)
-                    await sink.delta(choice, delta)
-                    if session.finish_reason is not None:
-                        return
+                while self._session.finish_reason is None:
+                    event = await (anext(events) if mover is None else next_or_moved(events, mover))
+                    if isinstance(event, Moved):
+                        self._switch(event, replica)
+                        return event
+                    if mover is None and event.HasField("leave"):
+                        mover = self._move(replica, event.leave)
+                    await self._take(event, replica)
+                return None
         finally:
+            if mover is not None:
+                await mover.close()
             self._placement.leave(replica.replica_id)
+
+    async def _take(self, event: session_pb2.GenerateEvent, replica: Replica) -> None:
+        try:
+            delta = self._session.feed(event)
+        except Fenced as error:
+            self._note_fenced(replica, error)
+            return
+        if self._resumption is not None:
+            self._note_resumed(self._resumption, replica)
+        if event.tokens:
+            self._note_tokens()
+        if self._choice == 0 and event.HasField("timings"):
+            self._job.trace.worker = event.timings
+        await self._job.sink.delta(self._choice, delta)
 
     def _resume_mode(self) -> session_pb2.ResumeMode.ValueType:
         name = self._job.trace.model
@@ -130,13 +164,72 @@ class SessionRun:
         metrics.FENCED_EVENTS.labels(self._job.trace.model).inc()
         log.get().warning("tokens.refused", replica_id=replica.replica_id, message=error.message)
 
-    def _note_first_token(self) -> None:
+    def _note_tokens(self) -> None:
+        self._token_seconds = self._job.clock.now_seconds()
+        if self._switched is not None:
+            self._note_moved(self._switched)
+        if self._has_first_token:
+            return
         self._has_first_token = True
         model = self._job.trace.model
         metrics.WAITING.labels(model).dec()
         metrics.RUNNING.labels(model).inc()
         if self._job.trace.first_token_seconds is None:
             self._job.trace.first_token_seconds = self._job.age_seconds()
+
+    # --- moving ---
+
+    def _move(self, replica: Replica, leave: session_pb2.Leave) -> Mover:
+        log.get().info(
+            "session.move_begun",
+            session_id=self._session.session_id,
+            from_replica_id=replica.replica_id,
+            reason=leave.reason,
+            grace_seconds=leave.grace_seconds,
+        )
+        return Mover(self._session, replica, self._job, self._placement, self._agents, self._resume_mode())
+
+    def _switch(self, moved: Moved, source: Replica) -> None:
+        """Make the destination the session's owner."""
+        self._session.epoch = moved.epoch
+        self._switched = _Switched(
+            moved=moved,
+            source=source,
+            tokens=len(self._session.token_ids),
+            last_token_seconds=self._token_seconds,
+            seconds=self._job.clock.now_seconds() - moved.began_seconds,
+        )
+
+    def _note_moved(self, switched: _Switched) -> None:
+        """Count a move whose destination has made its first new token, and write its canonical line."""
+        self._switched = None
+        moved, trace = switched.moved, self._job.trace
+        pause_seconds = self._token_seconds - switched.last_token_seconds
+        trace.moves += 1
+        metrics.MOVES.labels(trace.model, "moved").inc()
+        metrics.MOVE_PAUSE_SECONDS.labels(trace.model).observe(pause_seconds)
+        metrics.MOVE_SECONDS.labels(trace.model).observe(switched.seconds)
+        metrics.MOVE_TOKENS.labels(trace.model).inc(moved.recomputed_tokens)
+        log.get().info(
+            "session.moved",
+            migration_id=moved.migration_id,
+            request_id=trace.request_id,
+            session_id=self._session.session_id,
+            model=trace.model,
+            from_replica_id=switched.source.replica_id,
+            from_node_id=switched.source.node_id,
+            to_replica_id=moved.replica.replica_id,
+            to_node_id=moved.replica.node_id,
+            epoch=moved.epoch,
+            path="replay",
+            tokens=len(self._session.prompt_token_ids) + switched.tokens,
+            recomputed_tokens=moved.recomputed_tokens,
+            rounds=moved.rounds,
+            lag_tokens=max(0, switched.tokens - moved.first.position),
+            shipped_bytes=0,
+            seconds=round(switched.seconds, 6),
+            pause_seconds=round(pause_seconds, 6),
+        )
 
     # --- going on elsewhere ---
 
@@ -147,6 +240,7 @@ class SessionRun:
             StokerError: There is none, or it must not go on.
         """
         clock = self._job.clock
+        self._switched = None  # a move whose destination died before its first token was no move
         if self._resumption is None:
             self._resumption = _Resumption(
                 cause=error.code,
@@ -169,7 +263,7 @@ class SessionRun:
                 error = refusal
                 step = self._decide(refusal, None)
             else:
-                self._session.epoch += 1
+                self._session.epoch = self._session.claim_epoch()
                 self._resumption.found_seconds = clock.now_seconds()
                 return replica
 

@@ -44,6 +44,8 @@ class Trace:
     """Replicas tried, in order."""
     hops: int = 0
     """Times a session went on at another replica after a failure."""
+    moves: int = 0
+    """Times a session moved to another replica while it ran."""
     resumed_tokens: int = 0
     """Tokens that were computed again for it."""
     resume_seconds: float = 0.0

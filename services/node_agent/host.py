@@ -13,6 +13,7 @@ from pathlib import Path
 from services.node_agent import metrics
 from services.node_agent.awaited_start import AwaitedStart
 from services.node_agent.background import Background
+from services.node_agent.epoch_fence import EpochFence
 from services.node_agent.host_state import (
     DrainOrdered,
     Effect,
@@ -75,6 +76,7 @@ class Host:
         self._links: dict[WorkerId, WorkerLink] = {}
         self._ended_early: set[WorkerId] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._fence = EpochFence()
         self._quiet = asyncio.Condition()
         self.architectures: tuple[str, ...] = ()
         self.worker_start_seconds = 0.0
@@ -123,6 +125,8 @@ class Host:
             )
         )
         log.get().info("replica.stop_ordered", replica_id=replica_id, reason=order.reason)
+        if link is not None and not order.only_if_idle and order.grace_seconds > 0:
+            link.relay.ask_to_leave(order.reason, order.grace_seconds)
 
     @asynccontextmanager
     async def session(self, request: GenerateRequest) -> AsyncIterator[RelayedSession]:
@@ -137,6 +141,13 @@ class Host:
         if hosted is None or hosted.phase is not ReplicaPhase.READY or link is None:
             phase = hosted.phase.value if hosted is not None else "not here"
             raise ReplicaGone(f"replica {replica_id} is {phase} on node {self._settings.node_id}")
+        if self.state.draining:
+            raise ReplicaGone(f"replica {replica_id} takes no session: node {self._settings.node_id} stops")
+        self._fence.admit(request.session_id, request.epoch, follows=request.follows)
+        if not request.follows:
+            for other in self._links.values():
+                if other is not link:
+                    other.relay.cut(request.session_id, below_epoch=request.epoch)
         session = link.relay.open(request)
         try:
             yield session
@@ -175,6 +186,8 @@ class Host:
     async def drain(self, grace_seconds: float) -> None:
         """Take no more orders; return when no session runs, after the grace at the latest."""
         self.apply(DrainOrdered())
+        for link in self._links.values():
+            link.relay.ask_to_leave(f"node {self._settings.node_id} stops", grace_seconds)
         try:
             async with asyncio.timeout(grace_seconds), self._quiet:
                 await self._quiet.wait_for(lambda: self._session_count() == 0)

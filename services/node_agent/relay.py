@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
 from stoker.rpc import cancelled_after, translated
-from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
+from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest, Leave
 from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent
 
 if TYPE_CHECKING:
@@ -133,8 +133,9 @@ class SessionRelay:
                     f"session {request.session_id} has epoch {earlier.epoch} here; "
                     f"a request with epoch {request.epoch} is late"
                 )
+            # Not cancelled there: the worker goes on from what the earlier owner had computed.
             earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))
-            self.close(earlier)
+            self._forget(earlier)
         if len(self._sessions) >= self._max_sessions:
             raise QueueFull(
                 f"replica {request.replica_id} has {len(self._sessions)} sessions, its maximum",
@@ -150,6 +151,19 @@ class SessionRelay:
         """Forget a session; one that the worker still runs is cancelled there."""
         if self._forget(session) and self._error is None:
             self._commands.put_nowait(RunCommand(cancel=CancelSession(session_id=session.session_id)))
+
+    def cut(self, session_id: str, *, below_epoch: int) -> None:
+        """End a session here if an earlier owner runs it: a later one has begun elsewhere."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.epoch < below_epoch:
+            session.fail(Fenced(f"session {session_id} was taken over by epoch {below_epoch}"))
+            self.close(session)
+
+    def ask_to_leave(self, reason: str, grace_seconds: float) -> None:
+        """Tell every session's reader to move it to another replica."""
+        for session in self._sessions.values():
+            leave = Leave(reason=reason, grace_seconds=grace_seconds)
+            session.put(GenerateEvent(epoch=session.epoch, leave=leave))
 
     def fail_all(self, error: StokerError) -> None:
         """End every session, and refuse new ones, with this error."""

@@ -11,6 +11,9 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
+from services.worker.takeover import continued
+from stoker.errors import NotFound
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -71,6 +74,23 @@ class EngineThread:
         """Queue a session where a snapshot left it and wake the thread."""
         self._engine.resume(snapshot, mode)
         self._wake()
+
+    def take_over(self, earlier: SessionId, request: Submit) -> Future[None]:
+        """Queue a session that goes on from an earlier one here, which ends; its KV is used where it fits.
+
+        The future fails with what `submit` raises.
+        """
+
+        def work() -> None:
+            try:
+                snapshot = self._engine.snapshot(earlier, with_kv=True)
+            except NotFound:  # it ended meanwhile
+                self._engine.submit(request)
+                return
+            self._engine.cancel(earlier)
+            self._engine.resume(continued(request, snapshot), request.resume_mode)
+
+        return self.call(work)
 
     def cancel(self, session_id: SessionId) -> None:
         """End a session within one step; its `Finished` comes through `on_outputs`."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 
 from services.worker import wire
 from services.worker.engine import Finished, Output
 from services.worker.engine_thread import EngineThread
 from stoker import log
-from stoker.errors import AlreadyExists, StokerError
+from stoker.errors import AlreadyExists, Fenced, StokerError
 from stoker.ids import SessionId
 from stoker.v1.session_pb2 import GenerateRequest
 from stoker.v1.worker_pb2 import LoadEnd, RunCommand, StepEvent
@@ -76,16 +77,41 @@ class RunStream:
         owner = wire.Owner(session_id=request.session_id, epoch=request.epoch)
         engine_id = SessionId(f"{request.session_id}/{request.epoch}/{next(self._numbers)}")
         try:
-            if request.session_id in self._current:
-                raise AlreadyExists(f"session {request.session_id} runs here already: cancel it first")
             wanted = wire.submit(request, engine_id)
+            earlier_id = self._current.get(request.session_id)
+            if earlier_id is not None:
+                self._end_earlier(earlier_id, request)
             self._owners[engine_id] = owner
             self._current[request.session_id] = engine_id
-            engine.submit(wanted)
+            if earlier_id is None:
+                engine.submit(wanted)
+            else:
+                taken = engine.take_over(earlier_id, wanted)
+                taken.add_done_callback(
+                    lambda done: self._loop.call_soon_threadsafe(self._note_taken, done, engine_id, owner)
+                )
         except StokerError as error:
             if self._owners.get(engine_id) is owner:
                 self._release(engine_id)
             self._add(wire.errors_for([owner], error), [])
+
+    def _end_earlier(self, earlier_id: SessionId, request: GenerateRequest) -> None:
+        """Take the session from its present owner here, whose tokens belong to nobody from now on."""
+        epoch = self._owners[earlier_id].epoch
+        if request.epoch <= epoch:
+            raise Fenced(
+                f"session {request.session_id} runs here under epoch {epoch}; epoch {request.epoch} is late"
+            )
+        self._release(earlier_id)
+
+    def _note_taken(self, taken: Future[None], engine_id: SessionId, owner: wire.Owner) -> None:
+        if taken.cancelled():
+            return  # the engine is closing: `fail` tells everybody
+        error = taken.exception()
+        if error is not None and self._owners.get(engine_id) is owner:
+            self._release(engine_id)
+            told = error if isinstance(error, StokerError) else wire.engine_failed(error)
+            self._add(wire.errors_for([owner], told), [])
 
     async def events(self) -> AsyncIterator[StepEvent]:
         """Yield what the engine brings, for ever; one reader at a time.

@@ -128,13 +128,13 @@ async def test_a_session_sent_again_after_its_cancel_is_another_one_for_the_engi
     assert [item.event.position for item in await scene.read()] == [9]
 
 
-async def test_a_session_that_runs_is_not_started_twice() -> None:
+async def test_a_session_that_runs_is_not_started_twice_under_one_epoch() -> None:
     scene = Scene()
     scene.submit()
     scene.submit()
     (item,) = await scene.read()
 
-    assert item.error.code == "already_exists"
+    assert item.error.code == "fenced"
 
 
 async def test_a_finished_session_can_be_sent_again() -> None:

@@ -1,0 +1,84 @@
+"""Rounds of a planned move: when is the destination level with the source? Pure.
+
+The destination recomputes the session from its tokens while the source goes on (ServerlessLLM, section 5.2).
+Each round brings it the tokens that were made during the one before; its first token says that the round is
+done. Since it takes tokens it is given in far fewer steps than the source needed to make them, the lag
+shrinks to a token or two in a few rounds, whatever the length of the context. Then the stream is switched:
+the destination makes the `lag` tokens that the client has already (they are compared and dropped), so the
+client waits for about `lag + 1` of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stoker.errors import StokerError
+from stoker.v1 import session_pb2
+
+LEVEL_TOKENS = 1
+"""A lag at which the stream is switched at once."""
+MAX_LAG_TOKENS = 4
+"""The largest lag it is switched at, when more rounds don't make it smaller."""
+MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """The destination is level: it owns the session from now on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """One more round, with the tokens there are now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The destination can't keep up: the source keeps the session."""
+
+    why: str
+
+
+class Diverged(StokerError):
+    """The destination made other tokens than the client has: it must not go on from them."""
+
+
+def after_round(*, number: int, lag: int, earlier_lag: int | None) -> Switch | Again | Abandon:
+    """Decide what follows a round.
+
+    Args:
+        number: Of the round, from 1.
+        lag: Tokens the source made during it.
+        earlier_lag: Of the round before; None after the first.
+    """
+    if lag <= LEVEL_TOKENS:
+        return Switch()
+    is_smallest = number >= MAX_ROUNDS or (earlier_lag is not None and lag >= earlier_lag)
+    if is_smallest and lag <= MAX_LAG_TOKENS:
+        return Switch()
+    if number >= MAX_ROUNDS:
+        return Abandon(why=f"after {number} rounds the destination was still {lag} tokens behind")
+    return Again()
+
+
+def unseen(event: session_pb2.GenerateEvent, log: Sequence[int]) -> session_pb2.GenerateEvent:
+    """Return the event without the tokens that are in the log already; it may have none left.
+
+    Raises:
+        Diverged: They differ from the log.
+    """
+    known = min(max(0, len(log) - event.position), len(event.tokens))
+    if known == 0:
+        return event
+    repeated = [token.id for token in event.tokens[:known]]
+    if repeated != list(log[event.position : event.position + known]):
+        raise Diverged(
+            f"the destination made tokens {repeated} from position {event.position}, the client has "
+            f"{list(log[event.position : event.position + known])}"
+        )
+    rest = session_pb2.GenerateEvent()
+    rest.CopyFrom(event)
+    del rest.tokens[:known]
+    rest.position = event.position + known
+    return rest

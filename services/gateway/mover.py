@@ -1,0 +1,222 @@
+"""A planned move of one session: beside its stream, until another replica is ready to own it. A shell.
+
+The source knows nothing of it and goes on, so a move that fails, at any point, changes nothing. Ownership
+changes when the session's epoch does, in one step of the gateway's loop: from then on the source's tokens are
+refused, and its call is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+from services.gateway import metrics
+from services.gateway.agents import Agents
+from services.gateway.job import Job
+from services.gateway.move_rounds import Abandon, Again, Switch, after_round, unseen
+from services.gateway.placement import Placement
+from services.gateway.routes import Replica
+from services.gateway.session import Session
+from stoker import log
+from stoker.errors import PeerError, StokerError
+from stoker.ids import ReplicaId, new_id
+from stoker.v1 import session_pb2
+
+Events = AsyncGenerator[session_pb2.GenerateEvent]
+
+RETRY_SECONDS = 0.25
+"""Between two tries to find a destination, or to move there."""
+MAX_TRIES = 5
+"""Destinations that may fail under one move."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A destination that is level with the source."""
+
+    replica: Replica
+    epoch: int
+    """Under which it owns the session."""
+    first: session_pb2.GenerateEvent
+    """Of its stream, read already."""
+    rest: Events
+    migration_id: str
+    rounds: int
+    recomputed_tokens: int
+    """By the destination: prompt and output, over all rounds."""
+    began_seconds: float
+
+
+class Mover:
+    """Moves one session once. Belongs to the stream that runs beside it.
+
+    Args:
+        session: Read here, never changed.
+        origin: Where the session runs.
+        job: Its job.
+        placement: Finds the destination.
+        agents: Node agents.
+        resume_mode: How tokens get into the destination.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts it joins
+        self,
+        session: Session,
+        origin: Replica,
+        job: Job,
+        placement: Placement,
+        agents: Agents,
+        resume_mode: session_pb2.ResumeMode.ValueType,
+    ) -> None:
+        self._session = session
+        self._origin = origin
+        self._job = job
+        self._placement = placement
+        self._agents = agents
+        self._resume_mode = resume_mode
+        self._open: list[Events] = []
+        self._task = asyncio.create_task(self._move(), name=f"move {session.session_id}")  # ended by `close`
+
+    @property
+    def task(self) -> asyncio.Task[Moved | None]:
+        """Return the move: its result is where to switch to, or None when it was given up."""
+        return self._task
+
+    async def close(self) -> None:
+        """End the move, and its calls unless they were taken over."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        await self._drop(keep=None)
+
+    def take(self, moved: Moved) -> None:
+        """Hand the destination's stream over; `close` leaves it alone from now on."""
+        self._open.remove(moved.rest)
+
+    async def _move(self) -> Moved | None:
+        try:
+            return await self._try()
+        except Exception as error:  # noqa: BLE001 - a task boundary: a move must never harm its stream
+            log.get().error("session.move_crashed", session_id=self._session.session_id, exc_info=error)
+            return None
+
+    async def _try(self) -> Moved | None:
+        failed: list[ReplicaId] = []
+        for _ in range(MAX_TRIES):
+            destination = await self._find(failed)
+            began_seconds = self._job.clock.now_seconds()
+            try:
+                return await self._follow(destination, began_seconds)
+            except StokerError as error:
+                await self._drop(keep=None)
+                failed.append(destination.replica_id)
+                metrics.MOVES.labels(self._job.trace.model, "abandoned").inc()
+                log.get().warning(
+                    "session.move_abandoned",
+                    session_id=self._session.session_id,
+                    from_replica_id=self._origin.replica_id,
+                    to_replica_id=destination.replica_id,
+                    error_code=error.code,
+                    message=error.message,
+                )
+                await self._job.clock.sleep(RETRY_SECONDS)
+        return None
+
+    async def _find(self, failed: list[ReplicaId]) -> Replica:
+        """Return a replica that can go on with the session, waiting until there is one."""
+        placement, model = self._placement, self._job.trace.model
+        passed_over = [self._origin.replica_id, *failed]
+        while True:
+            found: Replica | None = None
+            with suppress(StokerError):  # no room, no controller, deleted: the source goes on, there is time
+                found = placement.ready(placement.table.find(model), passed_over, self._origin)
+                if found is None:
+                    found = await placement.start_another(self._job)
+            if found and found.replica_id not in passed_over and found.continues(self._origin):
+                return found
+            await self._job.clock.sleep(RETRY_SECONDS)
+
+    async def _follow(self, destination: Replica, began_seconds: float) -> Moved:
+        """Run rounds at the destination until it is level.
+
+        Raises:
+            StokerError: It failed, or can't keep up.
+        """
+        lag: int | None = None
+        recomputed = 0
+        for number in range(1, 1_000):
+            tokens = len(self._session.token_ids)
+            recomputed += len(self._session.prompt_token_ids) + tokens if lag is None else lag
+            epoch = self._session.claim_epoch()
+            events = self._round(destination, epoch)
+            self._open.append(events)
+            first = await anext(events, None)
+            await self._drop(keep=events)  # of the round before: the destination has taken it over
+            if first is None:
+                raise PeerError(f"replica {destination.replica_id} ended a move's round without a token")
+            unseen(first, self._session.token_ids)
+            earlier, lag = lag, len(self._session.token_ids) - tokens
+            match after_round(number=number, lag=lag, earlier_lag=earlier):
+                case Again():
+                    continue
+                case Abandon(why=why):
+                    raise PeerError(why)
+                case Switch():
+                    return Moved(
+                        replica=destination,
+                        epoch=epoch,
+                        first=first,
+                        rest=events,
+                        migration_id=new_id("mig"),
+                        rounds=number,
+                        recomputed_tokens=recomputed,
+                        began_seconds=began_seconds,
+                    )
+        raise AssertionError("after_round bounds the rounds")
+
+    def _round(self, destination: Replica, epoch: int) -> Events:
+        order = self._session.generate_request(
+            model=self._job.trace.model,
+            replica_id=destination.replica_id,
+            request_id=self._job.trace.request_id,
+            resume_mode=self._resume_mode,
+        )
+        order.epoch = epoch
+        order.follows = True
+        return self._agents.generate(destination, order, timeout_seconds=self._job.left_seconds())
+
+    async def _drop(self, keep: Events | None) -> None:
+        for events in [events for events in self._open if events is not keep]:
+            self._open.remove(events)
+            with suppress(StokerError):
+                await events.aclose()
+
+
+async def in_order(moved: Moved, log: Sequence[int]) -> Events:
+    """Yield the destination's events without the tokens that are in the log when they come."""
+    async with aclosing(moved.rest):
+        yield unseen(moved.first, log)
+        async for event in moved.rest:
+            yield unseen(event, log)
+
+
+async def next_or_moved(events: Events, mover: Mover) -> session_pb2.GenerateEvent | Moved:
+    """Return the source's next event, or where to switch to, whichever is there first.
+
+    Raises:
+        StokerError: The source failed.
+    """
+    reading = asyncio.ensure_future(anext(events))
+    try:
+        await asyncio.wait({reading, mover.task}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done() and (moved := mover.task.result()) is not None:
+            mover.take(moved)
+            return moved
+        return await reading
+    finally:
+        reading.cancel()
+        await asyncio.wait({reading})  # whoever closes the events must find nobody reading them
+        if not reading.cancelled():
+            reading.exception()  # looked at: it was raised above, or the source failed just as it was left

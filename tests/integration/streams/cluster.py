@@ -1,0 +1,134 @@
+"""Replicas in one process: real relays, run streams and engine threads; only gRPC between them is left out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Self
+
+from services.gateway.routes import Replica
+from services.node_agent.epoch_fence import EpochFence
+from services.node_agent.relay import SessionRelay
+from services.worker.engine_thread import EngineThread
+from services.worker.run_stream import RunStream
+from services.worker.transformers_engine import TransformersEngine
+from stoker.errors import ReplicaGone, WorkerDied
+from stoker.v1 import session_pb2
+from stoker.v1.worker_pb2 import RunCommand, StepEvent
+
+Event = session_pb2.GenerateEvent
+Happening = Callable[["Cluster", "Node", session_pb2.GenerateRequest, Event], None]
+"""Called with each event of a replica before the gateway sees it."""
+
+
+class _Run:
+    """The `Run` call of a worker in this process."""
+
+    def __init__(self, stream: RunStream, engine: EngineThread, commands: AsyncIterator[RunCommand]) -> None:
+        self._stream, self._engine = stream, engine
+        self._taking = asyncio.create_task(self._take(commands))
+
+    async def _take(self, commands: AsyncIterator[RunCommand]) -> None:
+        async for command in commands:
+            self._stream.take(command, self._engine)
+
+    async def __aiter__(self) -> AsyncIterator[StepEvent]:
+        async for step in self._stream.events():
+            yield StepEvent.FromString(step.SerializeToString())
+
+    def cancel(self) -> None:
+        """End the call."""
+        self._taking.cancel()
+
+
+class Node:
+    """A node with one replica: an agent's relay and fence, a worker's stream and engine."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        loop = asyncio.get_running_loop()
+        self._stream = RunStream(loop)
+        self._engine = EngineThread(engine, on_outputs=self._stream.on_outputs, on_failure=lambda _: None)
+        self._engine.start()
+        self.is_dead = False
+        self.fence = EpochFence()
+        self.relay = SessionRelay(
+            self,  # type: ignore[arg-type]  # it has the one method that is called
+            peer="worker",
+            max_sessions=64,
+            on_change=lambda: None,
+            now_seconds=lambda: 0.0,
+        )
+        self._relaying = asyncio.create_task(self.relay.run())
+
+    def Run(self, commands: AsyncIterator[RunCommand]) -> Any:  # noqa: N802 - the rpc's name
+        """Stand where the worker's stub does."""
+        return _Run(self._stream, self._engine, commands)
+
+    def kill(self) -> None:
+        """End it as a crash does: nothing more comes from it."""
+        self.is_dead = True
+        self._relaying.cancel()
+        self.relay.fail_all(WorkerDied("killed"))
+
+    def ask_to_leave(self) -> None:
+        """Begin to drain."""
+        self.relay.ask_to_leave("test", 30)
+
+    async def close(self) -> None:
+        """Give everything back."""
+        self.kill()
+        await asyncio.wait([self._relaying])
+        assert await asyncio.to_thread(self._engine.close)
+
+
+class Cluster:
+    """Nodes by the number of their replica; stands where the gateway's `Agents` does.
+
+    Args:
+        new_engine: Builds a replica's engine.
+        happening: See `Happening`.
+    """
+
+    def __init__(self, new_engine: Callable[[], TransformersEngine], happening: Happening) -> None:
+        self._new_engine = new_engine
+        self._happening = happening
+        self._stack = AsyncExitStack()
+        self.nodes: dict[str, Node] = {}
+        self.orders: list[session_pb2.GenerateRequest] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def generate(
+        self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
+    ) -> AsyncGenerator[Event]:
+        """Yield a session's events, as `Agents.generate`."""
+        node = self.nodes.get(replica.replica_id)
+        if node is None:
+            node = self.nodes[replica.replica_id] = Node(self._new_engine())
+            self._stack.push_async_callback(node.close)
+        received = session_pb2.GenerateRequest.FromString(order.SerializeToString())
+        self.orders.append(received)
+        if node.is_dead:
+            raise ReplicaGone("it was killed")
+        node.fence.admit(received.session_id, received.epoch, follows=received.follows)
+        async with _opened(node.relay, received) as session:
+            while True:
+                event = Event.FromString((await session.next()).SerializeToString())
+                self._happening(self, node, received, event)
+                yield event
+                if event.finish_reason:
+                    return
+
+
+@asynccontextmanager
+async def _opened(relay: SessionRelay, request: session_pb2.GenerateRequest) -> AsyncIterator[Any]:
+    session = relay.open(request)
+    try:
+        yield session
+    finally:
+        relay.close(session)
