@@ -1,7 +1,8 @@
 """Stoker: serves many large language models from few GPUs, serverless.
 
-The loader needs no cluster: `save_model`, `load_model`, `load_tensors`, `open`, see docs/library.md. Each is
-imported when it is asked for: `import stoker` takes neither torch nor anything else that is slow.
+The loader needs no cluster: `save_model`, `load_model`, `load_tensors`, `open`, `load_adapter`, see
+docs/library.md. Each is imported when it is asked for: `import stoker` takes neither torch nor anything else
+that is slow.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stoker.loader.adapters import load_adapter as load_adapter
     from stoker.loader.load import load_model as load_model
     from stoker.loader.load import load_tensors as load_tensors
     from stoker.loader.open_file import open_lazily as open  # noqa: A004, F401 - `stoker.open`, as `gzip.open`
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 _LAZY = {
+    "load_adapter": ("stoker.loader.adapters", "load_adapter"),
     "load_model": ("stoker.loader.load", "load_model"),
     "load_tensors": ("stoker.loader.load", "load_tensors"),
     "open": ("stoker.loader.open_file", "open_lazily"),

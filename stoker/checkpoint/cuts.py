@@ -41,6 +41,10 @@ class Cut:
         """Return what one rank holds of a tensor that the cut divides."""
         return (*shape[: self.dim], shape[self.dim] // ranks, *shape[self.dim + 1 :])
 
+    def whole_shape(self, piece: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+        """Return the shape of the tensor of which one rank holds `piece`."""
+        return (*piece[: self.dim], piece[self.dim] * ranks, *piece[self.dim + 1 :])
+
     def unit_bytes(self, shape: tuple[int, ...], dtype: str, ranks: int) -> int | None:
         """Return the length of a unit, or None where one would end inside a byte.
 

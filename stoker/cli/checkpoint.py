@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from stoker.checkpoint.adapter import is_adapter, open_adapter
 from stoker.checkpoint.content import DTYPES
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
@@ -44,13 +45,18 @@ def convert_command(
     dtype: Annotated[
         str | None, typer.Option(help=f"cast floating tensors: {', '.join(DTYPES)}; default: keep")
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="cut it for this many ranks, one file each, by its tp_plan")
+    ] = 1,
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a converted checkpoint")] = False,
     output: FormatOption = Format.text,
 ) -> None:
     """Write a checkpoint in the layout that loads at the speed of the hardware; it stays safetensors."""
     with _progress("converting") as progress:
-        index = convert(src, dst, dtype=dtype, overwrite=overwrite, progress=progress)
+        index = convert(
+            src, dst, dtype=dtype, tensor_parallel=tensor_parallel, overwrite=overwrite, progress=progress
+        )
     if output is Format.json:
         print_json(_as_json(index))
     else:
@@ -59,12 +65,18 @@ def convert_command(
 
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="of a checkpoint cut for tensor parallelism; default: the first")
+    ] = None,
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor")] = False,
     output: FormatOption = Format.text,
 ) -> None:
-    """Say what a checkpoint holds, from its headers alone."""
-    index = open_checkpoint(path)
+    """Say what a checkpoint or an adapter holds, from its headers alone."""
+    if is_adapter(path):
+        _inspect_adapter(path, output)
+        return
+    index = open_checkpoint(path, rank=rank or 0)
     if output is Format.json:
         listed = {"tensors": [dataclasses.asdict(tensor) for tensor in index.tensors]} if tensors else {}
         print_json({**_as_json(index), **listed})
@@ -73,6 +85,7 @@ def inspect_command(
     rows = [
         ("path", str(index.path)),
         ("layout", index.layout.replace("_", " ")),
+        *([("rank", f"{index.rank} of {index.ranks}")] if index.ranks > 1 else []),
         ("revision", index.revision),
         ("architecture", facts.architecture or "unknown"),
         ("context", f"{facts.context_length:,} tokens" if facts.context_length else "unknown"),
@@ -92,6 +105,32 @@ def inspect_command(
             f"{tensor.file} at {tensor.offset}, {tensor.nbytes} bytes",
             highlight=False,
         )
+
+
+def _inspect_adapter(path: Path, output: Format) -> None:
+    adapter = open_adapter(path)
+    if output is Format.json:
+        print_json(
+            {
+                "path": str(adapter.path),
+                "base_model": adapter.base_model,
+                "revision": adapter.revision,
+                "size_bytes": adapter.size_bytes,
+                "modules": {name: dataclasses.asdict(pair) for name, pair in adapter.pairs.items()},
+            }
+        )
+        return
+    ranks = sorted({pair.rank for pair in adapter.pairs.values()})
+    rows = (
+        ("path", str(adapter.path)),
+        ("adapter", f"LoRA of rank {', '.join(map(str, ranks))}"),
+        ("base model", adapter.base_model or "not named"),
+        ("revision", adapter.revision),
+        ("modules", f"{len(adapter.pairs):,}: {', '.join(adapter.target_names)}"),
+        ("weights", format_bytes(adapter.size_bytes)),
+    )
+    for name, value in rows:
+        console.print(f"{name:<13}{escape(value)}", highlight=False)
 
 
 def verify_command(
@@ -145,9 +184,10 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 def _summary(index: CheckpointIndex) -> str:
     dtypes = "/".join(index.bytes_by_dtype) or "empty"
+    each = f", for each of {index.ranks} ranks" if index.ranks > 1 else ""
     return (
         f"{index.facts.architecture or 'unknown architecture'}, {len(index.tensors):,} tensors, "
-        f"{format_bytes(index.weight_bytes)} {dtypes}, revision {index.revision}"
+        f"{format_bytes(index.weight_bytes)} {dtypes}{each}, revision {index.revision}"
     )
 
 
@@ -155,6 +195,8 @@ def _as_json(index: CheckpointIndex) -> dict[str, object]:
     return {
         "path": str(index.path),
         "layout": index.layout,
+        "rank": index.rank,
+        "ranks": index.ranks,
         "revision": index.revision,
         "facts": dataclasses.asdict(index.facts),
         "weight_bytes": index.weight_bytes,

@@ -55,13 +55,14 @@ def load_tensors(
         source.close()
 
 
-def load_model(
+def load_model(  # noqa: PLR0913 - what a caller may choose
     path: str | os.PathLike[str],
     *,
     device: str | int | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     daemon: str | os.PathLike[str] | None = AUTO,
     attn_implementation: str | None = None,
+    tp_size: int = 1,
 ) -> PreTrainedModel:
     """Load a transformers model, ready to run, in eval mode.
 
@@ -79,17 +80,24 @@ def load_model(
             None = as stored, which copies nothing.
         daemon: As for `load_tensors`.
         attn_implementation: As for `from_pretrained`, e.g. `sdpa` or `eager`; None lets transformers choose.
+        tp_size: Tensor-parallel ranks: all processes of torch's default process group, as many, call this for
+            a checkpoint made by `stoker convert --tensor-parallel`; each reads its own file only.
 
     Raises:
         NotFound: There is no such folder.
         CheckpointInvalid: It is damaged, quantised, needs code of its own, or doesn't fit its `config.json`.
-        InvalidRequest: There is no such device or dtype.
+        InvalidRequest: There is no such device or dtype, or the processes are not as many as the ranks.
         DoesNotFit: Memory is too small.
         LoadFailed: The bytes did not come.
         PeerError: A daemon is needed or was named, and none answers.
     """
     target = device_named(device)
-    source = open_source(path, daemon=daemon)
+    rank = None
+    if tp_size != 1:
+        from stoker.loader.ranks import rank_of_this_process  # noqa: PLC0415 - imports transformers, slowly
+
+        rank = rank_of_this_process(tp_size)
+    source = open_source(path, daemon=daemon, rank=rank)
     return model_from(source, target, dtype=dtype, attn_implementation=attn_implementation)
 
 

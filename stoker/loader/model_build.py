@@ -90,6 +90,11 @@ def build(  # noqa: PLR0913 - what a caller may choose
         skeleton = empty_model(model_class, config, device=device, dtype=wanted)
     except ImportError as error:
         raise InvalidRequest(f"{source.location} cannot be built here: {error}") from error
+    index = getattr(source, "index", None)
+    if index is not None and index.ranks > 1:
+        from stoker.loader.ranks import distribute  # noqa: PLC0415 - imports torch.distributed
+
+        distribute(skeleton, index, text or b"")
     _add_generation_config(skeleton.model, source)
     return Blueprint(skeleton=skeleton, dtype=wanted, keep_float32=_kept_in_float32(skeleton.model, wanted))
 
@@ -100,6 +105,10 @@ def finish(blueprint: Blueprint, tensors: Mapping[str, torch.Tensor]) -> Any:
     Raises:
         CheckpointInvalid: Tensors are missing, left over, or of another shape than the config says.
     """
+    if getattr(blueprint.skeleton.model, "is_distributed_loading_by_transformers", False):
+        from stoker.loader.ranks import as_pieces  # noqa: PLC0415 - imports torch.distributed
+
+        tensors = as_pieces(blueprint.skeleton.model, tensors)
     model = assign_weights(
         blueprint.skeleton, tensors, dtype=blueprint.dtype, keep_float32=blueprint.keep_float32
     )
