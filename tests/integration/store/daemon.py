@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,15 @@ class Daemon:
         self.process.wait(20)
 
 
-def spawn(run_dir: Path, *, address: str = "", **settings: object) -> Daemon:
-    """Start a daemon without waiting for it; `settings` are those of `StoreSettings`."""
+def spawn(run_dir: Path, *, address: str = "", prefix: Sequence[str] = (), **settings: object) -> Daemon:
+    """Start a daemon without waiting for it; `settings` are those of `StoreSettings`.
+
+    Args:
+        run_dir: Made where missing.
+        address: Empty = a free port.
+        prefix: A command that runs it, e.g. with fewer rights.
+        settings: By name.
+    """
     address = address or f"127.0.0.1:{free_port()}"
     run_dir.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, object] = {"pool_bytes": 64 * MIB, "drain_seconds": 2.0}
@@ -70,7 +77,7 @@ def spawn(run_dir: Path, *, address: str = "", **settings: object) -> Daemon:
     log = run_dir.parent / f"{run_dir.name}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.store"],
+            [*prefix, sys.executable, "-m", "services.store"],
             env=environment,
             stderr=output,
             cwd=Path(__file__).resolve().parents[3],
@@ -97,9 +104,9 @@ def wait_until_ready(daemon: Daemon) -> Daemon:
 
 
 @contextmanager
-def running(run_dir: Path, **settings: object) -> Iterator[Daemon]:
+def running(run_dir: Path, *, prefix: Sequence[str] = (), **settings: object) -> Iterator[Daemon]:
     """A daemon that is ready; ended afterwards however the test went."""
-    daemon = spawn(run_dir, **settings)
+    daemon = spawn(run_dir, prefix=prefix, **settings)
     try:
         yield wait_until_ready(daemon)
     finally:
