@@ -147,7 +147,8 @@ class TransformersEngine:
         """See `Engine`."""
         outputs: list[Output] = []
         self._cancel(outputs)
-        self._admit(outputs)
+        with torch.inference_mode():  # shipped keys and values are written into stores that passes made
+            self._admit(outputs)
         decoding = self._with_room([session for session in self._running if not session.is_prefilling])
         with suppress(PassInterrupted), torch.inference_mode():  # what was given up, a later step does again
             self._decode(decoding, outputs)
