@@ -7,13 +7,14 @@ answer of 429 or 5xx says may be tried again; what it gives up is tried again by
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from services.store.origins.http_replies import changed
+from services.store.origins.http_replies import changed, fault
 from services.store.origins.origin import Broken, OriginRefused, RemoteFile
 from stoker.errors import ConfigError, NotFound, StokerError
 
@@ -25,7 +26,12 @@ MAX_LISTED = 100_000
 
 PIECE_BYTES = 4 * 1024 * 1024
 _MAX_REASON = 300
-_STATUS = re.compile(r"\b(408|425|429|5\d\d)\b")
+_STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
+_TIMES_FOR_A_RANGE = 4
+"""obstore limits a whole request, not the wait for its next bytes: a range over a slow link needs longer."""
+
+_ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+"""Options given here replace those that obstore takes from the environment: this one is looked up again."""
 
 
 def cloud_store(uri: str, *, timeout_seconds: float) -> ObjectStore:
@@ -40,7 +46,11 @@ def cloud_store(uri: str, *, timeout_seconds: float) -> ObjectStore:
             "ObjectStore",
             obstore.store.from_url(
                 uri,
-                client_options={"timeout": timedelta(seconds=timeout_seconds)},
+                client_options={
+                    "connect_timeout": timedelta(seconds=timeout_seconds),
+                    "timeout": timedelta(seconds=_TIMES_FOR_A_RANGE * timeout_seconds),
+                    "allow_http": os.environ.get(_ALLOW_HTTP[uri.partition("://")[0]], "").lower() == "true",
+                },
                 retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=timeout_seconds)},
             ),
         )
@@ -145,6 +155,10 @@ class ObjectStoreOrigin:
                 return changed(url)
             case kinds.NotSupportedError():
                 return OriginRefused(f"{url}: {_shortened(error)}")
+        status = _STATUS.search(str(error))  # a listing's error has no kind of its own
+        told = fault(int(status[1]), {}, url=url, now_unix_seconds=0.0) if status else None
+        if told is not None and not isinstance(told, Broken):
+            return told
         return Broken(f"{url}: {_shortened(error)}", done_bytes=done_bytes)
 
 
@@ -167,5 +181,6 @@ def import_obstore() -> Any:
 
 def _shortened(error: Exception) -> str:
     """Return an error's first words without queries: signatures travel there."""
-    text = re.sub(r"\?[^\s\"')]+", "?…", " ".join(str(error).split()))
+    said = str(error).partition("Debug source")[0]
+    text = re.sub(r"\?[^\s\"')]+", "?…", " ".join(said.split()))
     return text[:_MAX_REASON]

@@ -1,0 +1,144 @@
+"""s3:// against a tiny S3, hf:// against a tiny hub, push into a folder: real daemons, real clients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.parse
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import grpc
+import pytest
+
+from stoker.attach import attach
+from stoker.checkpoint.convert import convert
+from stoker.checkpoint.index import open_checkpoint
+from stoker.cli.push import push
+from stoker.errors import AlreadyExists, InvalidRequest
+from stoker.units import KIB
+from stoker.v1 import checkpoint_store_pb2 as pb
+from tests.integration.store.daemon import running
+from tests.integration.store.origin_server import OriginServer, origin_server, serve_file
+from tests.integration.store.test_store import SECONDS, contents, files, write_checkpoint
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+CHUNK = 64 * KIB
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
+
+
+def tiny_s3(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
+    """List and get under /bucket/model/, for signed requests only."""
+    if "AWS4-HMAC-SHA256 Credential=key-of-test/" not in handler.headers.get("Authorization", ""):
+        answer(handler, 403, b"<Error><Code>AccessDenied</Code></Error>")
+        return
+    path, _, query = handler.path.partition("?")
+    asked = urllib.parse.parse_qs(query)
+    if "list-type" not in asked:
+        serve_file(handler, server, path.removeprefix("/bucket/model/"))
+        return
+    prefix = asked.get("prefix", [""])[0]
+    listed = "".join(
+        f"<Contents><Key>{escape('model/' + file.name)}</Key><Size>{file.stat().st_size}</Size>"
+        f"<ETag>&quot;{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}&quot;</ETag>"
+        "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+        for file in sorted(server.folder.iterdir())
+        if ("model/" + file.name).startswith(prefix)
+    )
+    body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{listed}</ListBucketResult>"
+    answer(handler, 200, body.encode(), Content_Type="application/xml")
+
+
+def tiny_hub(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
+    """The hub's model_info, and files that redirect to another place."""
+    if handler.headers.get("Authorization") != "Bearer hf_test" and "/cdn/" not in handler.path:
+        answer(handler, 401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository Not Found")
+    elif handler.path.startswith("/api/models/owner/name"):
+        siblings = [
+            {"rfilename": file.name, "size": file.stat().st_size, "blobId": f"blob of {file.name}"}
+            for file in sorted(server.folder.iterdir())
+        ]
+        info = {"_id": "1", "id": "owner/name", "sha": SHA, "siblings": siblings, "private": False}
+        answer(handler, 200, json.dumps(info).encode(), Content_Type="application/json")
+    elif handler.path.startswith(f"/owner/name/resolve/{SHA}/"):
+        answer(handler, 302, b"", Location="/cdn/" + handler.path.rpartition("/")[2])
+    else:
+        serve_file(handler, server, handler.path.removeprefix("/cdn/"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "origin", sizes=[200_000, 500_003])
+
+
+@pytest.fixture
+def s3(folder, monkeypatch):
+    with origin_server(folder, tiny_s3) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.removesuffix("/models/one"))
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        monkeypatch.setenv("AWS_REGION", "test-1")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-test")
+        yield server
+
+
+def loaded(daemon, uri: str) -> dict[str, bytes]:
+    with attach(daemon.attach_socket, uri, holder="test") as attachment:
+        attachment.wait_all(timeout_seconds=SECONDS)
+        return contents(attachment)
+
+
+def test_a_checkpoint_in_s3_is_loaded_with_the_environments_credentials(s3: OriginServer, tmp_path):
+    with running(tmp_path / "run", chunk_bytes=CHUNK, cache_dir=tmp_path / "cache") as daemon:
+        assert loaded(daemon, "s3://bucket/model") == files(s3.folder)
+    assert "secret-of-test" not in daemon.log.read_text()
+
+
+def test_an_s3_that_refuses_is_told_as_such(s3: OriginServer, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+    with running(tmp_path / "run") as daemon, daemon.stub() as stub, pytest.raises(grpc.RpcError) as caught:
+        stub.Describe(pb.DescribeRequest(uri="s3://bucket/model"), timeout=SECONDS)
+
+    assert "credentials" in caught.value.details()
+    assert "secret-of-test" not in caught.value.details() + daemon.log.read_text()
+
+
+def test_a_model_of_the_hub_is_loaded_at_one_commit(folder, tmp_path, monkeypatch):
+    with origin_server(folder, tiny_hub) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/models/one"))
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        with running(tmp_path / "run", chunk_bytes=CHUNK) as daemon:
+            assert loaded(daemon, "hf://owner/name") == files(folder)
+        assert "hf_test" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_what_was_pushed_is_the_checkpoint_again(folder, tmp_path, convert_first):
+    source = convert(folder, tmp_path / "converted") if convert_first else open_checkpoint(folder)
+    target = tmp_path / "target"
+    seen = []
+    sent = push(source, str(target), overwrite=False, progress=lambda done, total: seen.append((done, total)))
+
+    there = open_checkpoint(target)
+    assert files(target) == files(source.path)
+    assert (there.layout, there.weight_bytes) == (source.layout, source.weight_bytes)
+    assert list(sent)[-1] == ("stoker.json" if convert_first else "config.json")
+    assert seen[-1] == (sum(sent.values()), sum(sent.values()))
+    with pytest.raises(AlreadyExists, match="--overwrite"):
+        push(source, str(target), overwrite=False)
+    push(source, target.as_uri(), overwrite=True)
+
+
+def test_pushing_to_where_it_cannot_go_is_refused(folder):
+    with pytest.raises(InvalidRequest, match="hf upload"):
+        push(open_checkpoint(folder), "hf://owner/name", overwrite=False)
