@@ -86,7 +86,7 @@ fuzz: env
 	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000)
 
 gpu-check: env
-	@$(BIN)/python -m pytest tests/gpu -m gpu
+	@$(BIN)/python -m pytest tests/gpu -m gpu -rs -s
 
 clean:
 	rm -rf $(VENV) .cache .data stoker/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis

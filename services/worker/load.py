@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from services.worker.arrival import Arrival
-from services.worker.arrival_order import arrival_order
+from services.worker.arrival_order import ArrivalOrder, arrival_order
+from services.worker.cuda_copy import CudaCopyEngine
+from services.worker.device_weights import DeviceWeights
 from services.worker.engine import Engine, EngineLimits
 from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
@@ -32,6 +34,8 @@ from stoker.models.weights import assign_weights
 from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelRequest
 
+Weights = PlacedWeights | DeviceWeights
+
 ENGINE = "transformers"
 CONFIG_FILE = "config.json"
 
@@ -45,6 +49,7 @@ class LoadedModel:
         timings: Of the stages that are over; `completed` adds the others.
         gate: Opens as weights arrive.
         needs_stages: How many of its stages must be open before there can be a token.
+        weights: The model's tensors.
         loaded: Done when all weights are there, or will not come.
     """
 
@@ -52,6 +57,7 @@ class LoadedModel:
     timings: StartTimings
     gate: WeightsGate
     needs_stages: int
+    weights: Weights
     loaded: Future[Loaded]
 
 
@@ -86,7 +92,7 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
     refuse_what_cannot_fit(spec, attachment.checkpoint, device)
     order = arrival_order(attachment.tensors.values(), files=attachment.file_count)
     gate = WeightsGate(order.stages)
-    weights = PlacedWeights(attachment, order, device=device, dtype=dtype)
+    weights = weights_for(attachment, order, device=device, dtype=dtype)
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
     began = time.monotonic()
@@ -96,12 +102,30 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
         arrival.loaded.result()
     began = time.monotonic()
     model = assign_weights(skeleton, weights.tensors, before_reading=arrival.loaded.result)
-    needs_stages = wait_for_weights(model, weights.tensors, order.stage_of, gate)
+    needs_stages = wait_for_weights(model, weights.tensors, order.stage_of, gate, weights.join)
     engine = TransformersEngine(model, limits_for(request, settings, model, device))
     timings.assign_seconds = time.monotonic() - began
     return LoadedModel(
-        engine=engine, timings=timings, gate=gate, needs_stages=needs_stages, loaded=arrival.loaded
+        engine=engine,
+        timings=timings,
+        gate=gate,
+        needs_stages=needs_stages,
+        weights=weights,
+        loaded=arrival.loaded,
     )
+
+
+def weights_for(
+    attachment: Attachment, order: ArrivalOrder, *, device: torch.device, dtype: torch.dtype | None
+) -> Weights:
+    """Return where a checkpoint's tensors shall be.
+
+    Raises:
+        DoesNotFit: There is no room.
+    """
+    if device.type == "cpu":
+        return PlacedWeights(attachment, order, dtype=dtype)
+    return DeviceWeights(attachment, order, CudaCopyEngine(device), dtype=dtype)
 
 
 def completed(model: LoadedModel) -> StartTimings:
@@ -113,7 +137,7 @@ def completed(model: LoadedModel) -> StartTimings:
     loaded = model.loaded.result()
     timings = StartTimings(
         weights_seconds=loaded.seconds,
-        transfers=loaded.transfers,
+        transfers=(*loaded.transfers, *model.weights.transfers),
         overlap_seconds=model.gate.overlap_seconds(),
         stall_seconds=model.gate.stall_seconds(),
     )

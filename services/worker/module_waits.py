@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from services.worker.model_loading import decoder_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from torch import nn
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def wait_for_weights(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], stage_of: Mapping[str, int], gate: WeightsGate
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    stage_of: Mapping[str, int],
+    gate: WeightsGate,
+    join: Callable[[int], None] = lambda _stage: None,
 ) -> int:
     """Make the model's forward passes wait at the gate; the waits remove themselves once it is open.
 
@@ -31,6 +35,8 @@ def wait_for_weights(
         tensors: By name; names may share one.
         stage_of: Stage of each stored tensor. A parameter that is none of them waits for everything.
         gate: Opens stage by stage.
+        join: Called in the pass's thread once a stage is open: makes the device wait for what is still being
+            copied there.
 
     Returns:
         How many stages a pass through the whole model waits for.
@@ -47,11 +53,13 @@ def wait_for_weights(
     def before(stage: int) -> Any:
         def wait(_module: nn.Module, _arguments: Any) -> None:
             if gate.is_open:
+                join(last)
                 for handle in handles:
                     handle.remove()
                 handles.clear()
             else:
                 gate.wait(stage)
+                join(stage)
 
         return wait
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from services.worker import load
+from services.worker.device_weights import DeviceWeights
 from services.worker.engine import EngineLimits
 from services.worker.engine_thread import EngineThread
 from services.worker.load import LoadedModel, completed, load_model
@@ -26,6 +27,7 @@ from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1.model_pb2 import ModelSpec
 from stoker.v1.start_pb2 import TierTransfer
 from stoker.v1.worker_pb2 import LoadModelRequest
+from tests.copy_engines.fake import FakeCopyEngine
 from tests.unit.services.worker.test_engine_thread import PATIENCE_SECONDS, Collector
 from tests.unit.services.worker.tiny_models import config_json, reference, request, run, served
 
@@ -72,6 +74,11 @@ class ScriptedStore:
             small_files=[pb.SmallFile(name="config.json", content=json.dumps(config_json(model)).encode())],
         )
         self._ready = 0
+
+    @property
+    def byte_count(self) -> int:
+        """Return the file's size."""
+        return len(self._content)
 
     def attach(self, *_arguments: object, **_named: object) -> Attachment:
         """Be `stoker.attach.attach`."""
@@ -221,3 +228,43 @@ def test_a_load_that_broke_before_the_engine_was_there_is_refused(loading) -> No
 
     with pytest.raises(StokerError, match="disk broke"):
         begin()
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "dtype"),
+    [("llama", torch.float32, ""), ("llama_tied", torch.float32, ""), ("gpt2", torch.bfloat16, "float32")],
+)
+def test_on_a_device_a_pass_waits_for_copies_that_are_still_under_way(
+    loading, monkeypatch, name, stored, dtype
+) -> None:
+    engines: list[FakeCopyEngine] = []
+
+    def on_device(attachment, order, *, device, dtype):
+        engines.append(FakeCopyEngine())
+        return DeviceWeights(attachment, order, engines[0], dtype=dtype)
+
+    monkeypatch.setattr(load, "weights_for", on_device)
+    store, begin = loading(name, stored, dtype)
+    model, collector = begin(), Collector()
+    thread = generated(model, collector)
+    for step in range(1, 12):
+        store.bring(step / 12)
+    store.finish()
+    assert collector.ended.wait(PATIENCE_SECONDS)
+    assert thread.close(PATIENCE_SECONDS)
+
+    assert token_ids(collector) == expected(name, stored, getattr(torch, dtype) if dtype else None)
+    (_, device) = completed(model).transfers
+    assert (device.tier, device.bytes) == ("device", store.byte_count)
+
+
+def test_a_device_gives_the_pool_back_when_it_has_everything(loading, monkeypatch) -> None:
+    monkeypatch.setattr(
+        load, "weights_for", lambda a, o, *, device, dtype: DeviceWeights(a, o, FakeCopyEngine(), dtype=dtype)
+    )
+    store, begin = loading()
+    model = begin()
+    store.finish()
+    completed(model)
+
+    assert model.weights._attachment is None
