@@ -23,6 +23,8 @@ class AnyNode:
         seed: Of its choices.
     """
 
+    keeps_tokens = False
+
     def __init__(self, name: str, tiers: Tiers, *, seed: int) -> None:
         self.name = name
         self.tiers = tiers

@@ -18,9 +18,11 @@ from services.controller.simulation.hardware import (
     NodeSpec,
     opt_models,
 )
+from services.controller.simulation.ours import Ours
 from services.controller.simulation.report import Summary, summarise
 from services.controller.simulation.workload import Request
 from services.controller.simulation.world import Decider, SimNode, World
+from services.controller.view import Policy
 from stoker.errors import InvalidRequest
 from stoker.units import GB
 
@@ -35,6 +37,9 @@ H100_NODE = NodeSpec(
 HARDWARE: dict[str, NodeSpec] = {"paper": PAPER_NODE, "h100": H100_NODE}
 
 POLICIES: dict[str, Callable[[int], Decider]] = {
+    "stoker": lambda _seed: Ours("stoker", Policy(may_migrate=True)),
+    "locality": lambda _seed: Ours("stoker without moving", Policy(may_migrate=False)),
+    "shepherd": lambda _seed: Ours("preempting (Shepherd*)", Policy(may_migrate=True), preempts=True),
     "serverless": baselines.serverless,
     "ray": baselines.ray_serve,
     "ray-cache": baselines.ray_serve_with_cache,

@@ -46,6 +46,8 @@ class Session:
     preemptions: int = 0
     migrations: int = 0
     lost: bool = False
+    kept_tokens: int = 0
+    """Output tokens that it need not generate again, after it was displaced."""
     wait_seconds: float = 0.0
     """All of its waiting, also after preemptions."""
 
@@ -65,6 +67,8 @@ class SimReplica:
     ready_seconds: float | None = None
     idle_since_seconds: float | None = None
     transfer: Transfer | None = None
+    predicted_seconds: float | None = None
+    """Of its start, by a policy that estimates."""
     moving_to: SimReplica | None = None
     """Its sessions go there once that one is ready."""
     awaits_move: bool = False
@@ -131,6 +135,8 @@ class Decider(Protocol):
 
     name: str
     tiers: Tiers
+    keeps_tokens: bool
+    """Sessions of a host that fails go on after their last token; otherwise they begin again."""
 
     def decide(self, world: World) -> float | None:
         """Command the world; return when to be asked again though nothing happens, None = then only."""
@@ -143,12 +149,15 @@ class Counters:
     starts: int = 0
     stops: int = 0
     preemptions: int = 0
+    displacements: int = 0
     migrations: int = 0
     bytes_by_tier: dict[str, int] = field(default_factory=dict)
     busy_device_seconds: float = 0.0
     """Devices that computed for somebody."""
     held_device_seconds: float = 0.0
     """Devices that had an owner."""
+    start_errors: list[float] = field(default_factory=list)
+    """Of each start that was predicted: |predicted - measured| / measured."""
 
 
 class World:
@@ -276,10 +285,11 @@ class World:
         session.wait_seconds += self.now - session.waiting_since_seconds
         if session.started_seconds is None:
             session.started_seconds = self.now
-        prefill_seconds = model.prefill_seconds(device, session.request.input_tokens)
+        request = session.request
+        prefill_seconds = model.prefill_seconds(device, request.input_tokens + session.kept_tokens)
         if session.first_token_seconds is None:
             session.first_token_seconds = self.now + prefill_seconds
-        decode_seconds = model.token_seconds(device) * (session.request.output_tokens - 1)
+        decode_seconds = model.token_seconds(device) * (request.output_tokens - session.kept_tokens - 1)
         session.replica = replica
         self._occupy(replica, session)
         self._end_at(session, self.now + prefill_seconds + decode_seconds)
@@ -390,6 +400,10 @@ class World:
             return
         replica.phase = Phase.READY
         replica.ready_seconds = replica.idle_since_seconds = self.now
+        if replica.predicted_seconds is not None and self.now > replica.began_seconds:
+            measured_seconds = self.now - replica.began_seconds
+            error = abs(replica.predicted_seconds - measured_seconds) / measured_seconds
+            self.counters.start_errors.append(error)
         self.idle[replica] = None
         self._touch(replica.node)
         if replica.when_ready is not None:
@@ -407,11 +421,21 @@ class World:
     def preempt(self, replica: SimReplica) -> None:
         """Take a busy replica's devices; its sessions begin again from their prompts."""
         self.counters.preemptions += 1
+        self._interrupt(replica, keep_tokens=False)
+
+    def displace(self, replica: SimReplica) -> None:
+        """Take a busy replica's devices; its sessions wait, and go on elsewhere after their last token."""
+        self.counters.displacements += 1
+        self._interrupt(replica, keep_tokens=True)
+
+    def _interrupt(self, replica: SimReplica, *, keep_tokens: bool) -> None:
         interrupted = list(replica.sessions)
         for session in interrupted:
+            tokens = self.tokens_of(session) - session.request.input_tokens
+            session.kept_tokens = min(tokens, session.request.output_tokens - 1) if keep_tokens else 0
             session.version += 1
             session.replica = None
-            session.preemptions += 1
+            session.preemptions += not keep_tokens
             self._leave(replica, session)
         self._vacate(replica)
         for session in reversed(interrupted):
@@ -437,6 +461,15 @@ class World:
         copy_seconds = max((self.copy_seconds(session) for session in replica.sessions), default=0.0)
         self.clock.after(copy_seconds, lambda: self._switch(replica, target))
 
+    def tokens_of(self, session: Session) -> int:
+        """Return how many tokens a running session has by now, its prompt included."""
+        replica = session.replica
+        if replica is None or session.first_token_seconds is None:
+            return session.request.input_tokens
+        left_seconds = session.ends_seconds - self.now
+        left = int(max(0.0, left_seconds) / max(1e-9, replica.model.token_seconds(replica.node.spec.device)))
+        return session.request.input_tokens + max(0, session.request.output_tokens - left)
+
     def copy_seconds(self, session: Session) -> float:
         """Return how long a session's cache takes to be at another node while it goes on.
 
@@ -446,8 +479,7 @@ class World:
         if replica is None:
             return 0.0
         model, spec = replica.model, replica.node.spec
-        done_seconds = self.now - (session.started_seconds or self.now)
-        tokens = session.request.input_tokens + int(done_seconds / model.token_seconds(spec.device))
+        tokens = self.tokens_of(session)
         shipped = tokens * model.kv_bytes_per_token / spec.network_bytes_per_second
         return min(shipped, model.prefill_seconds(spec.device, tokens))
 
@@ -487,7 +519,7 @@ class World:
         node.down = True
         for replica in node.replicas:
             if replica.sessions:
-                self.preempt(replica)
+                self._interrupt(replica, keep_tokens=self.policy.keeps_tokens)
             else:
                 self._vacate(replica)
         node.dram.clear()

@@ -56,7 +56,7 @@ def test_failing_hosts_lose_no_request_that_fits_elsewhere(tmp_path: Path) -> No
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="'best' is none of .*serverless"):
+    with pytest.raises(InvalidRequest, match=r"'best' is none of .*serverless"):
         CliRunner().invoke(app, [*SHORT, "--policy", "best"], catch_exceptions=False)
 
 

@@ -95,7 +95,7 @@ def test_a_file_without_the_columns_is_refused(tmp_path: Path, text: str) -> Non
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="nowhere.csv cannot be read"):
+    with pytest.raises(InvalidRequest, match=r"nowhere\.csv cannot be read"):
         read_requests(tmp_path / "nowhere.csv", MODELS)
 
 

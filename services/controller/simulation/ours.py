@@ -1,0 +1,281 @@
+"""The controller's own decisions in the simulated cluster: `reconcile`, `place` and `fold` as they are.
+
+This is a controller's shell without I/O: what happens in the world becomes events for the view, and what
+`reconcile` decides becomes commands to the world. Reservations succeed at once, orders arrive at once, and
+agents report every change at once; nothing here decides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from services.controller.actions import Action, Migrate, Note, Release, Start, Stop
+from services.controller.events import (
+    Demanded,
+    DemandEnded,
+    Event,
+    ModelPut,
+    MoveOrdered,
+    NodeReported,
+    NodeUnreachable,
+    Released,
+    Releasing,
+    Reserved,
+    StopOrdered,
+    StopRefused,
+)
+from services.controller.fold import fold
+from services.controller.scaling import reconcile
+from services.controller.simulation.hardware import ModelSpec
+from services.controller.simulation.world import Phase as Standing
+from services.controller.simulation.world import SimNode, SimReplica, Tiers, World
+from services.controller.view import (
+    Device,
+    Held,
+    Model,
+    Node,
+    Phase,
+    Policy,
+    Pool,
+    Replica,
+    Reservation,
+    Stage,
+    StartStages,
+    View,
+)
+from stoker.ids import CheckpointUri, ModelName, ReplicaId, Revision
+
+_REVISION = Revision("1")
+_NEVER_SECONDS = 1e12
+MAX_PASSES = 50
+"""Decisions must settle: a rule that undoes another one would go on for ever."""
+
+
+class Ours:
+    """The controller.
+
+    Args:
+        name: For the table.
+        policy: The constants of its decisions.
+        preempts: Where it would move a replica, end it instead, and begin its sessions again: the paper's
+            "Shepherd*", which has our estimates and our choice of node, but no migration.
+    """
+
+    keeps_tokens = True
+
+    def __init__(self, name: str, policy: Policy, *, preempts: bool = False) -> None:
+        self.name = name
+        self.tiers = Tiers()
+        self._policy = replace(
+            policy, node_timeout_seconds=_NEVER_SECONDS, node_forget_seconds=_NEVER_SECONDS
+        )
+        self._preempts = preempts
+        self._view = View()
+        self._waiters: Counter[ModelName] = Counter()
+        self._replicas: dict[ReplicaId, SimReplica] = {}
+        self._reserved: dict[SimReplica, ReplicaId] = {}
+        self._targets: dict[SimReplica, SimReplica] = {}
+        """Of moves that have not begun: where a replica's sessions will go."""
+
+    def decide(self, world: World) -> float | None:
+        """See `Decider`."""
+        if not self._view.models:
+            for spec in world.models.values():
+                self._fold(ModelPut(model=_model(spec, world)))
+        for _ in range(MAX_PASSES):
+            self._tell_nodes(world)
+            self._tell_waiters(world)
+            plan = reconcile(self._view, world.now, self._policy)
+            for action in plan.actions:
+                self._act(action, world)
+            if not plan.actions:
+                due_seconds = plan.next_due_seconds
+                return None if due_seconds is None or due_seconds >= _NEVER_SECONDS else due_seconds
+        raise AssertionError(f"decisions do not settle at {world.now}: {plan.actions[:3]}")
+
+    def _fold(self, event: Event) -> None:
+        self._view = fold(self._view, event)
+
+    # --- what happens ---
+
+    def _tell_waiters(self, world: World) -> None:
+        """Requests wait with the controller while no replica is ready, else in the replicas' queues."""
+        for name in {**dict.fromkeys(self._waiters), **world.waiting}:
+            waiting = 0 if _ready(world, name) else len(world.queues[name])
+            known = self._waiters[name]
+            for _ in range(waiting - known):
+                self._fold(Demanded(model=name, now_seconds=world.now))
+            for _ in range(known - waiting):
+                self._fold(DemandEnded(model=name))
+            if waiting:
+                self._waiters[name] = waiting
+            else:
+                del self._waiters[name]
+
+    def _tell_nodes(self, world: World) -> None:
+        queued = {replica.node.node_id: None for name in world.waiting for replica in world.replicas[name]}
+        for node_id in {**world.changed_nodes, **queued}:
+            node = world.nodes[node_id]
+            if node.down:
+                self._fold(NodeUnreachable(node_id=node_id))
+            else:
+                self._fold(NodeReported(node=self._node(node, world)))
+        world.changed_nodes.clear()
+        for replica in [each for each in self._reserved if each.phase is Standing.GONE]:
+            del self._replicas[self._reserved.pop(replica)]
+            self._targets.pop(replica, None)
+
+    def _node(self, node: SimNode, world: World) -> Node:
+        replicas = [each for each in node.replicas if each in self._reserved]
+        device = node.spec.device
+        return Node(
+            node_id=node.node_id,
+            devices=tuple(
+                Device(index=index, kind=device.kind, memory_bytes=device.memory_bytes)
+                for index in range(node.spec.device_count)
+            ),
+            replicas={self._reserved[each]: _replica(self._reserved[each], each, world) for each in replicas},
+            held=_held(node),
+            stages={
+                "disk": Stage(
+                    bytes_per_second=node.disk.bytes_per_second,
+                    queued_bytes=round(world.flows.left_bytes(node.disk)),
+                ),
+                "remote": Stage(
+                    bytes_per_second=node.network.bytes_per_second,
+                    queued_bytes=round(world.flows.left_bytes(node.network)),
+                ),
+                "device": Stage(bytes_per_second=device.bus_bytes_per_second),
+            },
+            pool=Pool(total_bytes=node.spec.dram_bytes, free_bytes=node.spec.dram_bytes),
+            warm_workers=node.spec.device_count,
+            worker_start_seconds=node.spec.worker_start_seconds,
+            last_seen_seconds=world.now,
+        )
+
+    # --- what is decided ---
+
+    def _act(self, action: Action, world: World) -> None:
+        match action:
+            case Note(event=event):
+                self._fold(event)
+            case Start():
+                self._start(action, world)
+            case Migrate():
+                self._migrate(action, world)
+            case Stop():
+                self._stop(action, world)
+            case Release(replica_id=replica_id):
+                self._fold(Releasing(replica_id=replica_id))
+                self._fold(Released(replica_id=replica_id))
+
+    def _start(self, start: Start, world: World) -> SimReplica:
+        model, node = world.models[start.model], world.nodes[start.node_id]
+        replica = world.start(model, node, start.devices)
+        replica.predicted_seconds = start.estimate.total_seconds
+        self._replicas[replica.replica_id] = replica
+        self._reserved[replica] = replica.replica_id
+        reservation = Reservation(
+            replica_id=replica.replica_id,
+            model=start.model,
+            node_id=start.node_id,
+            devices=start.devices,
+            runtime=start.runtime,
+            predicted_seconds=start.estimate.total_seconds,
+            seen_seconds=world.now,
+        )
+        self._fold(Reserved(reservation=reservation))
+        return replica
+
+    def _migrate(self, move: Migrate, world: World) -> None:
+        source = self._replicas[move.replica_id]
+        if self._preempts:
+            ordered = StopOrdered(replica_id=move.replica_id, now_seconds=world.now, for_model=move.for_model)
+            self._fold(ordered)
+            world.preempt(source)
+            return
+        start = Start(
+            model=move.model,
+            node_id=move.to_node_id,
+            devices=move.to_devices,
+            runtime=move.runtime,
+            estimate=move.estimate,
+            options=(),
+        )
+        target = self._start(start, world)
+        target.awaits_move = True
+        self._targets[source] = target
+        ordered_move = MoveOrdered(replica_id=move.replica_id, to=target.replica_id, for_model=move.for_model)
+        self._fold(ordered_move)
+
+    def _stop(self, stop: Stop, world: World) -> None:
+        ordered = StopOrdered(replica_id=stop.replica_id, now_seconds=world.now, for_model=stop.for_model)
+        self._fold(ordered)
+        replica = self._replicas[stop.replica_id]
+        target = self._targets.pop(replica, None)
+        if replica.phase is Standing.GONE:
+            return
+        if target is not None and target.phase is Standing.READY and not stop.only_if_idle:
+            world.migrate_to(replica, target)
+        elif not replica.sessions:
+            world.stop(replica)
+        elif stop.only_if_idle:
+            self._fold(StopRefused(replica_id=stop.replica_id, busy=True))
+        elif self._preempts:
+            world.preempt(replica)
+        else:
+            world.displace(replica)
+
+
+def _ready(world: World, name: ModelName) -> bool:
+    return any(replica.phase is Standing.READY for replica in world.replicas[name])
+
+
+def _model(spec: ModelSpec, world: World) -> Model:
+    device = next(iter(world.nodes.values())).spec.device
+    disk = next(iter(world.nodes.values())).spec.disk_bytes_per_second
+    keep_alive_seconds = spec.keep_alive_seconds
+    return Model(
+        name=spec.name,
+        checkpoint_uri=CheckpointUri(f"sim://{spec.name}"),
+        revision=_REVISION,
+        architecture="simulated",
+        file_bytes=spec.weight_bytes,
+        weight_bytes=spec.weight_bytes,
+        runtime="1",
+        keep_alive_seconds=spec.weight_bytes / disk if keep_alive_seconds is None else keep_alive_seconds,
+        max_replicas=spec.max_replicas,
+        concurrency=spec.concurrency,
+        devices=spec.devices_on(device),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+    )
+
+
+def _held(node: SimNode) -> dict[tuple[CheckpointUri, Revision], Held]:
+    names = {**node.dram, **node.stored}
+    return {
+        (CheckpointUri(f"sim://{name}"), _REVISION): Held(
+            dram_bytes=node.dram.get(name, 0), disk_bytes=node.stored.get(name, 0)
+        )
+        for name in names
+    }
+
+
+def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replica:
+    ready = replica.phase is Standing.READY
+    queue = world.queues[replica.model.name]
+    serving = sum(each.phase is Standing.READY for each in world.replicas[replica.model.name])
+    queued = -(-len(queue) // serving) if ready and queue else 0
+    seconds = (replica.ready_seconds or world.now) - replica.began_seconds
+    return Replica(
+        replica_id=replica_id,
+        model=replica.model.name,
+        phase=Phase.READY if ready else Phase.STARTING,
+        devices=replica.devices,
+        sessions=len(replica.sessions) + queued,
+        waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
+        idle_since_seconds=replica.idle_since_seconds,
+        stages=StartStages(weights_seconds=seconds, total_seconds=seconds) if ready else StartStages(),
+        context_tokens=sum(world.tokens_of(session) for session in replica.sessions),
+    )
