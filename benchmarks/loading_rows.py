@@ -65,7 +65,7 @@ def stoker_library(paths: dict[str, str]) -> Load:
 
     if not hasattr(library, "load_tensors"):
         raise NotHere("this version of stoker has no load_tensors")
-    return lambda: (library.load_tensors(paths["folder"]), {})
+    return lambda: (library.load_tensors(paths["folder"], daemon=None), {})
 
 
 def safetensors_mmap(paths: dict[str, str]) -> Load:

@@ -10,7 +10,7 @@ import typer
 
 from stoker.cli.host_probe import Finding, Level, probe_host
 from stoker.cli.output import Format, FormatOption, console, print_json
-from stoker.client.connection import data_home
+from stoker.client.connection import data_home, local_cluster
 
 MARKS = {Level.good: "[green]ok  [/]", Level.advice: "[yellow]hint[/]", Level.bad: "[red]bad [/]"}
 
@@ -23,13 +23,19 @@ def register(app: typer.Typer) -> None:
 def doctor(
     data: Annotated[Path | None, typer.Option("--data", help="folder to try direct I/O in")] = None,
     etcd: Annotated[str, typer.Option(help="host:port of an etcd member to try")] = "",
+    store: Annotated[str, typer.Option(help="host:port of this host's store; default: of `stoker up`")] = "",
     output: FormatOption = Format.text,
 ) -> None:
     """Say what this host offers (direct I/O, huge pages, memory lock, GPUs, etcd) and what to change.
 
     Exits with 1 when something keeps Stoker from running at all.
     """
-    findings = probe_host(data or data_home(), etcd_address=etcd)
+    running = local_cluster(data)
+    findings = probe_host(
+        data or data_home(),
+        etcd_address=etcd,
+        store_address=store or ("" if running is None else running.store),
+    )
     if output is Format.json:
         print_json([asdict(finding) for finding in findings])
     else:

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import grpc
+
 from stoker.units import GIB, MIB, format_bytes
+from stoker.v1 import checkpoint_store_pb2, checkpoint_store_pb2_grpc
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 MIN_FREE_BYTES = 4 * GIB
 DIRECT_BYTES = 4096
+_HUGE_PAGE_BYTES = 2 * MIB
+_POOL_PAGES = "pool pages"
+_STORE_SECONDS = 2.0
 
 
 class Level(StrEnum):
@@ -40,14 +46,21 @@ class Finding:
     advice: str = ""
 
 
-def probe_host(data_dir: Path, *, etcd_address: str = "") -> list[Finding]:
-    """Try everything; takes well under a second but for GPUs (`nvidia-smi`, at most 5 s)."""
+def probe_host(data_dir: Path, *, etcd_address: str = "", store_address: str = "") -> list[Finding]:
+    """Try everything; takes well under a second but for GPUs (`nvidia-smi`, at most 5 s).
+
+    Args:
+        data_dir: Folder to try direct I/O in.
+        etcd_address: `host:port` of a member to try; empty = none.
+        store_address: `host:port` of this host's store; empty = none runs.
+    """
     return [
         probe_python(),
         probe_memory(),
         probe_direct_io(data_dir),
         probe_huge_pages(),
         probe_shmem_huge_pages(),
+        probe_pool_pages(store_address),
         probe_memory_lock(),
         probe_open_files(),
         probe_gpus(),
@@ -140,6 +153,38 @@ def probe_shmem_huge_pages() -> Finding:
         level=Level.advice,
         found=chosen,
         advice=f"echo advise > {setting} (or reserve huge pages)",
+    )
+
+
+def probe_pool_pages(store_address: str) -> Finding:
+    """Ask a running store which pages its pool really got; what the kernel promises is not what it gives."""
+    if not store_address:
+        return Finding(subject=_POOL_PAGES, level=Level.good, found="no store runs here; seen once one does")
+    try:
+        with grpc.insecure_channel(store_address) as channel:
+            stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(channel)
+            pool = stub.GetStatus(checkpoint_store_pb2.GetStatusRequest(), timeout=_STORE_SECONDS).pool
+    except grpc.RpcError as error:
+        return Finding(
+            subject=_POOL_PAGES,
+            level=Level.advice,
+            found=f"the store at {store_address} does not answer: {error.code().name}",
+            advice="see its log",
+        )
+    return pool_pages(pool)
+
+
+def pool_pages(pool: checkpoint_store_pb2.PoolStatus) -> Finding:
+    """Say which pages a pool has; pure."""
+    found = f"{pool.page_bytes:,} bytes ({pool.backing}) in a pool of {format_bytes(pool.total_bytes)}"
+    if pool.page_bytes >= _HUGE_PAGE_BYTES:
+        return Finding(subject=_POOL_PAGES, level=Level.good, found=found)
+    return Finding(
+        subject=_POOL_PAGES,
+        level=Level.advice,
+        found=found,
+        advice="loads take twice as long as on 2 MiB pages: reserve them (vm.nr_hugepages), or let the store "
+        "mount a tmpfs with huge pages (CAP_SYS_ADMIN)",
     )
 
 

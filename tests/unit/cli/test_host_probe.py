@@ -16,6 +16,7 @@ import pytest
 from stoker.cli import host_probe
 from stoker.cli.host_probe import Level
 from stoker.units import GIB
+from stoker.v1 import checkpoint_store_pb2
 
 
 @pytest.fixture
@@ -221,6 +222,20 @@ def test_an_etcd_address_that_is_none_is_bad_and_no_crash(address: str) -> None:
 
     assert finding.level is Level.bad
     assert address in finding.found
+
+
+@pytest.mark.parametrize(("page_bytes", "level"), [(4096, Level.advice), (2 * 1024 * 1024, Level.good)])
+def test_the_pool_s_pages_are_what_the_kernel_gave(page_bytes: int, level: Level) -> None:
+    pool = checkpoint_store_pb2.PoolStatus(page_bytes=page_bytes, backing="memfd", total_bytes=10**9)
+
+    finding = host_probe.pool_pages(pool)
+
+    assert finding.level is level
+    assert finding.found == f"{page_bytes:,} bytes (memfd) in a pool of 1.0 GB"
+
+
+def test_without_a_store_nothing_is_said_of_its_pages() -> None:
+    assert host_probe.probe_pool_pages("").level is Level.good
 
 
 def test_one_host_needs_no_etcd(monkeypatch: pytest.MonkeyPatch) -> None:
