@@ -48,7 +48,9 @@ CACHE_EVICTIONS = Counter(
     "stoker_store_cache_evictions_total", "Copies deleted from the disk cache, by reason.", ["reason"]
 )
 CACHE_COMPLETED = Counter("stoker_store_cache_completed_total", "Copies that became whole in the disk cache.")
-CACHE_BYTES = Gauge("stoker_store_cache_bytes", "Bytes of weights in the disk cache.")
+CACHE_BYTES = Gauge(
+    "stoker_store_cache_bytes", "Room in the disk cache set aside for weights that are there or under way."
+)
 REFUSED_SOURCES = Counter(
     "stoker_store_refused_sources_total",
     "Runs of chunks that a source could not give, or gave wrong, by its tier.",

@@ -100,7 +100,12 @@ def _commands(options: ClusterOptions, cluster: LocalCluster, run_dir: Path) -> 
         command(
             "store",
             cluster.store,
-            {"ADDRESS": cluster.store, "RUN_DIR": str(run_dir), "POOL_BYTES": str(options.pool_bytes)},
+            {
+                "ADDRESS": cluster.store,
+                "RUN_DIR": str(run_dir),
+                "POOL_BYTES": str(options.pool_bytes),
+                "CACHE_DIR": os.environ.get("STOKER_STORE_CACHE_DIR") or str(data / "checkpoints"),
+            },
         ),
         command(
             "controller",

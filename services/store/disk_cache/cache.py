@@ -99,6 +99,7 @@ class DiskCache:
                 f"{folder} cannot be the disk cache: {error.strerror or error}; set STOKER_STORE_CACHE_DIR"
             ) from error
         self._scan()
+        self._measure()
         if not quota_bytes:
             theirs = sum(each.size_bytes for each in self._folders.values())
             self.quota_bytes = int((shutil.disk_usage(self.root).free + theirs) * 0.9)
@@ -155,7 +156,9 @@ class DiskCache:
             key = origin_record.folder_name(record.uri, record.revision)
             folder = self.root / PARTIAL / key
             staged.rename(folder)
-            return self._take_up(key, folder, record, weights)
+            cached = self._take_up(key, folder, record, weights)
+            self._measure()
+            return cached
 
     def staging(self) -> Path:
         """Make and return an empty folder on the cache's disk."""
@@ -253,8 +256,12 @@ class DiskCache:
             cached.partial.close()
         threading.Thread(target=shutil.rmtree, args=(trash, True), daemon=True).start()
         metrics.CACHE_EVICTIONS.labels(reason=reason).inc()
+        self._measure()
         log.get().info("cache.evicted", uri=cached.record.uri, bytes=there, reason=reason)
         return there
+
+    def _measure(self) -> None:
+        metrics.CACHE_BYTES.set(sum(each.size_bytes for each in self._folders.values()))
 
     def _take_up(self, key: str, folder: Path, record: OriginRecord, weights: list[str]) -> CachedFolder:
         cached = self._folders[key] = CachedFolder(

@@ -234,8 +234,10 @@ class RemoteCheckpoints:
             self._known[entry.uri] = entry
             self._known.move_to_end(entry.uri)
             while len(self._known) > MAX_KNOWN:
-                gone, _ = self._known.popitem(last=False)
+                gone, forgotten = self._known.popitem(last=False)
                 self._opening.pop(gone, None)
+                if isinstance(forgotten.far, RemoteCheckpoint) and forgotten.far.cached is None:
+                    shutil.rmtree(forgotten.index.path, ignore_errors=True)
         return entry
 
     def _ranges(self, uri: str) -> Ranges:
