@@ -130,15 +130,20 @@ class Exchange:
 
     # --- this store's own loads ---
 
-    def join(self, identity: FileIdentity) -> FileSwarm | None:
-        """Begin to load a file together with others; None when another load has it, or too many do."""
+    def join(self, identity: FileIdentity, *, run_chunks: int = 1) -> FileSwarm | None:
+        """Begin to load a file together with others; None when another load has it, or too many do.
+
+        Args:
+            identity: Which.
+            run_chunks: Chunks that are read together; the same in every store.
+        """
         with self.changed:
             file = self._file(identity)
             if file is None or file.swarm is not None or file.holder is not None:
                 return None
             now_seconds = self.now()
             file.swarm = swarm = FileSwarm(
-                me=self.me, chunks=identity.chunks, joined_seconds=now_seconds, have=0
+                me=self.me, chunks=identity.chunks, joined_seconds=now_seconds, run_chunks=run_chunks
             )
             for peer in self._linked:
                 swarm.expect(peer)

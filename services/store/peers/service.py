@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 
-from services.store.chain import FarFile
+from services.store.chain import FarFile, run_chunks
 from services.store.chunk_source import ChunkSource
 from services.store.peers.exchange import DiskCopy, Exchange, FindOnDisk
 from services.store.peers.fetching import PeerConnections
@@ -94,7 +94,7 @@ class Peers:
         identity = FileIdentity(
             revision=file.revision, name=file.name, size_bytes=file.size_bytes, chunk_bytes=chunk_bytes
         )
-        swarm = self.exchange.join(identity)
+        swarm = self.exchange.join(identity, run_chunks=run_chunks(file, chunk_bytes))
         if swarm is None:
             return None
         return SwarmSource(

@@ -58,6 +58,8 @@ class SwarmSource:
         self._connections = connections
         self._limits = limits
         self._closed = threading.Event()
+        self._wanted: set[int] = set()
+        self._granted: dict[int, Choice] = {}
 
     @property
     def name(self) -> str:
@@ -94,18 +96,30 @@ class SwarmSource:
             self._exchange.leave(self._identity.file_id)
 
     def _choose(self, index: int) -> Choice:
+        """Wait for this chunk's turn among all that threads want now; a turn may come to another thread."""
         exchange = self._exchange
         with exchange.changed:
-            while True:
-                if self._closed.is_set() or exchange.closed:
-                    raise LoadFailed(f"{self.name}: the store is being stopped")
-                choice = self._swarm.choose([index], exchange.now())
-                if choice is not None:
-                    break
-                exchange.changed.wait(_LOOK_AGAIN_SECONDS)
+            self._wanted.add(index)
+            try:
+                while (choice := self._granted.pop(index, None)) is None:
+                    if self._closed.is_set() or exchange.closed:
+                        raise LoadFailed(f"{self.name}: the store is being stopped")
+                    self._grant(index)
+            finally:
+                self._wanted.discard(index)
         if choice.first_copy:
             exchange.tell(self._identity.file_id)
         return choice
+
+    def _grant(self, index: int) -> None:
+        granted = self._swarm.choose(sorted(self._wanted), self._exchange.now())
+        if granted is None:
+            self._exchange.changed.wait(_LOOK_AGAIN_SECONDS)
+            return
+        self._granted[granted.index] = granted
+        self._wanted.discard(granted.index)
+        if granted.index != index:
+            self._exchange.changed.notify_all()
 
     def _release(self, choice: Choice, *, done: bool) -> None:
         with self._exchange.changed:

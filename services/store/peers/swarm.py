@@ -16,7 +16,7 @@ A rival that gets nowhere while others wait for it loses its shares and, later, 
 eyes, until it moves again; so does one that is gone. One that lies or is too slow is let go (`drop`).
 
 Order: a prefix of the file is worth more than its rest (execution starts on it), so chunks count in blocks of
-`BLOCK_CHUNKS`; inside a block own shares go first until `FIRST_COPIES` are under way, then the rarest.
+`BLOCK_CHUNKS`: own shares go first until `FIRST_COPIES` are under way, then the rarest of the first block.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ WINDOW_CHUNKS = 64
 
 FIRST_COPIES = 2
 """First copies under way before anything else is fetched."""
+
+ALL_FIRST_COPIES = 8
+"""First copies under way in all rivals together, at most, but `FIRST_COPIES` each. Many at a time share one
+link and all end late: until then nobody has anything to hand on."""
 
 MAX_REQUESTS_PER_PEER = 4
 SETTLE_SECONDS = 1.0
@@ -93,6 +97,7 @@ class PeerView:
 class _Taken:
     choice: Choice
     since_seconds: float
+    done: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +108,7 @@ class FileSwarm:
         me: This store.
         chunks: How many the file has.
         joined_seconds: When the load began.
+        run_chunks: Neighbouring chunks that are read, checked and handed on together, so owned by one store.
         have: Bits of the chunks that are here.
         peers: By store.
     """
@@ -110,6 +116,7 @@ class FileSwarm:
     me: StoreId
     chunks: int
     joined_seconds: float
+    run_chunks: int = 1
     have: int = 0
     peers: dict[StoreId, PeerView] = field(default_factory=dict)
     _taken: dict[int, _Taken] = field(default_factory=dict)
@@ -179,9 +186,9 @@ class FileSwarm:
                 first.append(choice)
             else:
                 copies.append((place // BLOCK_CHUNKS, holders, choice))
-        running = sum(taken.choice.first_copy for taken in self._taken.values())
+        running = sum(taken.choice.first_copy and not taken.done for taken in self._taken.values())
         rarest = min(copies, key=lambda each: (each[:2], each[2].index), default=None)
-        if first and (running < FIRST_COPIES or rarest is None):
+        if first and (running < FIRST_COPIES or (rarest is None and running < self._most_first_copies())):
             return self._take(first[0], now_seconds)
         return None if rarest is None else self._take(rarest[2], now_seconds)
 
@@ -190,8 +197,12 @@ class FileSwarm:
         taken = self._taken.get(index)
         if taken is None:
             return
-        if (view := self.peers.get(taken.choice.peer or StoreId(""))) is not None and view.in_flight:
+        if taken.done and done:
+            return
+        view = self.peers.get(taken.choice.peer or StoreId(""))
+        if not taken.done and view is not None and view.in_flight:
             view.in_flight -= 1
+        taken.done = done
         if done and taken.choice.first_copy:
             seconds = now_seconds - taken.since_seconds
             before = self._first_copy_seconds
@@ -228,8 +239,15 @@ class FileSwarm:
         first_copy = not any(view.loading for _, view in holders)
         return Choice(index=index, peer=min(free)[3], first_copy=first_copy), len(holders)
 
+    def _most_first_copies(self) -> int:
+        if not self.peers:
+            return self.chunks
+        rivals = sum(view.loading or view.interested for view in self.peers.values())
+        return max(FIRST_COPIES, ALL_FIRST_COPIES // (1 + rivals))
+
     def _outranks(self, peer: StoreId, index: int) -> bool:
-        return (_rank(peer, index), peer) > (_rank(self.me, index), self.me)
+        run = index // self.run_chunks
+        return (_rank(peer, run), peer) > (_rank(self.me, run), self.me)
 
     def _waits_for(self, view: PeerView, now_seconds: float, claims: bool) -> bool:  # noqa: FBT001 - of rule 2
         """Tell whether there is patience left with a rival that claims a chunk, or owns it."""

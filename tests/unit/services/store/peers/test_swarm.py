@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.store.peers.swarm import (
+    FIRST_COPIES,
     MAX_REQUESTS_PER_PEER,
     PATIENCE_SECONDS,
     SETTLE_SECONDS,
@@ -155,6 +156,32 @@ def test_an_origin_that_is_slow_for_me_may_be_slow_for_others():
     assert made.choose([999], NOW) is None
 
     assert made.choose([999], NOW + 2 * PATIENCE_SECONDS) is None
+
+
+def test_chunks_that_are_read_together_are_owned_by_one_store():
+    made = FileSwarm(me="me", chunks=64, joined_seconds=NOW, run_chunks=4)
+    made.update("a", have=0, fetching=0, loading=True)
+
+    mine = [made._outranks("a", index) for index in range(64)]
+    assert all(len(set(mine[at : at + 4])) == 1 for at in range(0, 64, 4))
+
+
+def test_a_run_that_is_half_read_does_not_wait_for_itself():
+    made = swarm(1000, a={}, b={}, c={}, d={})
+    mine = [index for index in range(1000) if not any(made._outranks(peer, index) for peer in "abcd")]
+    for index in mine[:20]:  # none of them has arrived: they are checked together at the end
+        assert made.choose([index], NOW) is not None
+        made.release(index, NOW, done=True)
+
+
+def test_first_copies_at_a_time_are_few_when_others_wait_for_them():
+    alone, among = FileSwarm(me="me", chunks=64, joined_seconds=NOW), swarm(64, a={}, b={}, c={})
+    for each in (alone, among):
+        while each.choose(range(64), NOW):
+            pass
+
+    assert alone.fetching.bit_count() == 64
+    assert among.fetching.bit_count() == FIRST_COPIES
 
 
 def test_what_a_rival_has_is_had_from_it():
