@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import stoker
+from stoker.attach.memory import MappedRange
 from stoker.checkpoint.convert import convert
 from stoker.errors import CheckpointInvalid, InvalidRequest, LoadFailed, NotFound, PeerError
 from stoker.loader import file_memory
@@ -82,8 +83,8 @@ def test_the_stored_dtype_stays_unless_another_is_asked_for(tmp_path) -> None:
     assert found == [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_tensors_of_every_dtype_come_back_bit_by_bit(tmp_path, monkeypatch, layout, cached) -> None:
+@pytest.mark.parametrize("can_map", [True, False])
+def test_tensors_of_every_dtype_come_back_bit_by_bit(tmp_path, monkeypatch, layout, can_map) -> None:
     bits = torch.randint(0, 2, (999, 8), dtype=torch.uint8)
     wanted = {
         f"model.{dtype}": bits.bool()
@@ -98,7 +99,8 @@ def test_tensors_of_every_dtype_come_back_bit_by_bit(tmp_path, monkeypatch, layo
     folder = tmp_path / "hf"
     if layout == "converted":
         folder = convert(folder, tmp_path / "converted").path
-    monkeypatch.setattr(file_memory, "is_cached", lambda _file: cached)
+    if not can_map:
+        monkeypatch.setattr(MappedRange, "fault_in", lambda *_, **__: False)
 
     found = stoker.load_tensors(folder, daemon=None)
 
@@ -117,10 +119,12 @@ def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_tensors_outlive_whatever_they_came_from(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("can_map", [True, False])
+def test_tensors_outlive_whatever_they_came_from(tmp_path, monkeypatch, can_map) -> None:
     folder = saved(tiny_model("llama"), tmp_path, "in_place")
     wanted = stoker.load_tensors(folder, daemon=None)["model.norm.weight"].clone()
-    monkeypatch.setattr(file_memory, "is_cached", lambda _file: False)
+    if not can_map:
+        monkeypatch.setattr(MappedRange, "fault_in", lambda *_, **__: False)
     found = stoker.load_tensors(folder, daemon=None)["model.norm.weight"]
 
     (folder / "model.safetensors").unlink()
@@ -167,6 +171,32 @@ def test_quantised_models_are_refused_and_their_tensors_are_not(tmp_path) -> Non
     with pytest.raises(CheckpointInvalid, match="quantised"):
         stoker.load_model(folder, daemon=None)
     assert stoker.load_tensors(folder, daemon=None)
+
+
+def test_a_file_that_is_not_cached_is_brought_in_piece_by_piece(tmp_path, monkeypatch) -> None:
+    folder = saved(tiny_model("llama"), tmp_path, "in_place")
+    wanted = stoker.load_tensors(folder, daemon=None)
+    monkeypatch.setattr(file_memory, "is_cached", lambda _file: False)
+    monkeypatch.setattr(file_memory, "POPULATE_BYTES", 4096)
+
+    found = stoker.load_tensors(folder, daemon=None)
+
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_refused(tmp_path, monkeypatch) -> None:
+    folder = saved(tiny_model("llama"), tmp_path, "in_place")
+
+    def change(_file) -> bool:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+        return True
+
+    monkeypatch.setattr(file_memory, "is_cached", change)
+
+    with pytest.raises(LoadFailed, match="was changed"):
+        stoker.load_tensors(folder, daemon=None)
 
 
 def test_a_file_that_is_cut_between_header_and_bytes_is_refused(tmp_path, monkeypatch) -> None:
