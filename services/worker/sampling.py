@@ -42,9 +42,8 @@ BLOCK_BITS = 8
 BLOCK_TOKENS = 1 << BLOCK_BITS
 MAXIMA = 1024
 """Groups of logits whose maxima bound the k-th largest logit from below, for k up to this."""
-NUCLEUS_FLOORS = (1e-3, 1e-4, 1e-5, 0.0)
-"""Weights relative to the largest, tried in turn: the tokens above the first floor that together reach
-`top_p` hold the whole nucleus, so only they are sorted."""
+RUN_TOKENS = 64
+"""Weights, in falling order, that are added up before `top_p` looks which run it ends in."""
 
 
 class LogitsNotFinite(StokerError):
@@ -135,19 +134,16 @@ class TokenChooser:
         noise = exponential_noise(sampling.seed, position, self._vocab_size)
         if not 0 < sampling.top_k < logits.size:
             weights = _weights(logits, largest, sampling.temperature)
-            if sampling.top_p == 1 and sampling.min_p == 0:
-                return _draw_dense(weights, noise)
             if sampling.top_p < 1:
-                kept = _nucleus_of_all(weights, sampling.top_p)
-            else:
-                kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
-            weights = weights[kept]
-        else:
-            kept = largest_ids(logits, sampling.top_k)
-            weights = _weights(logits[kept], largest, sampling.temperature)
-            if sampling.top_p < 1:
-                inside = _nucleus(weights, sampling.top_p, float(weights.sum(dtype=np.float64)))
-                kept, weights = kept[inside], weights[inside]
+                weights[~_nucleus(weights, sampling.top_p, float(weights.sum(dtype=np.float64)))] = 0
+            if sampling.min_p > 0:
+                weights[weights < np.float32(sampling.min_p)] = 0
+            return _draw_dense(weights, noise)
+        kept = largest_ids(logits, sampling.top_k)
+        weights = _weights(logits[kept], largest, sampling.temperature)
+        if sampling.top_p < 1:
+            inside = _nucleus(weights, sampling.top_p, float(weights.sum(dtype=np.float64)))
+            kept, weights = kept[inside], weights[inside]
         likely = weights >= np.float32(sampling.min_p)
         return _draw_sparse(kept[likely], weights[likely], noise, self._vocab_size)
 
@@ -210,26 +206,20 @@ def _weights(logits: Floats, largest: float, temperature: float) -> Floats:
     return np.asarray(np.exp(weights, out=weights))
 
 
-def _nucleus_of_all(weights: Floats, top_p: float) -> Ids:
-    total = float(weights.sum(dtype=np.float64))
-    for floor in NUCLEUS_FLOORS:
-        candidates = np.flatnonzero(weights > np.float32(floor))
-        inside = weights[candidates]
-        if floor == 0 or float(inside.sum(dtype=np.float64)) >= top_p * total:
-            break
-    return candidates[_nucleus(inside, top_p, total)]
-
-
-def _nucleus(weights: Floats, top_p: float, total: float) -> Ids:
-    """Return the places, ascending, of the fewest largest weights that reach `top_p * total`."""
-    # Weights are not negative, so their bits order like numbers: one sort of (falling weight, place) keys,
-    # which numpy vectorises, instead of a stable argsort, which it doesn't (7 ms for 49152).
-    falling = ~weights.view(np.uint32).astype(np.uint64) << np.uint64(32)
-    places = np.sort(falling | np.arange(weights.size, dtype=np.uint64)) & np.uint64(0xFFFFFFFF)
-    order = places.astype(np.int64)
-    reached = np.cumsum(weights[order], dtype=np.float64)
-    size = int(np.searchsorted(reached, top_p * total)) + 1
-    return np.sort(order[:size])
+def _nucleus(weights: Floats, top_p: float, total: float) -> NDArray[np.bool_]:
+    """Return which are the fewest largest weights that reach `top_p * total`; lower places among equals."""
+    target = top_p * total
+    falling = np.sort(weights)[::-1]  # of floats only: vectorised, ten times as fast as an argsort
+    runs = np.cumsum(np.add.reduceat(falling, np.arange(0, falling.size, RUN_TOKENS), dtype=np.float64))
+    run = min(int(np.searchsorted(runs, target)), runs.size - 1)
+    first = run * RUN_TOKENS
+    reached = np.cumsum(falling[first : first + RUN_TOKENS], dtype=np.float64)
+    before = float(runs[run - 1]) if run else 0.0
+    count = first + min(int(np.searchsorted(reached, target - before)), reached.size - 1) + 1
+    smallest = falling[count - 1]
+    kept = np.asarray(weights > smallest)
+    kept[np.flatnonzero(weights == smallest)[: count - np.count_nonzero(kept)]] = True
+    return kept
 
 
 def _draw_dense(weights: Floats, noise: NDArray[np.float64]) -> int:
@@ -255,5 +245,5 @@ def _sums_by(group_of: Ids, weights: Floats, groups: int) -> NDArray[np.float64]
 
 def _first_arrival(noise: NDArray[np.float64], rates: Floats | NDArray[np.float64]) -> int:
     """Return which of several Poisson processes arrives first: index i with probability rate i / sum."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # what was dropped never arrives
         return int((noise / rates).argmin())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from services.worker import sampling
 from services.worker.engine import Sampling
 from services.worker.sampling import (
     LogitsNotFinite,
@@ -69,6 +70,29 @@ def test_top_p_keeps_the_smallest_likely_set_that_reaches_it(top_p: float) -> No
     wanted[order[size:]] = 0
 
     assert_distribution(frequencies(LOGITS, temperature=1.0, top_p=top_p), wanted / wanted.sum())
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.9, 0.99, 0.999999])
+@pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "some equal", "vanishing"])
+def test_the_nucleus_of_many_tokens_is_the_shortest_head_of_a_full_sort(kind: str, top_p: float) -> None:
+    noise = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
+    logits = {
+        "flat": noise * 0.1,
+        "peaked": noise * 6,
+        "equal": noise * 0,
+        "some equal": np.round(noise * 2),
+        "vanishing": noise * 60,
+    }[kind]
+    weights = np.exp(logits - logits.max())
+    order = np.argsort(-weights, kind="stable")
+    reached = np.cumsum(weights[order], dtype=np.float64)
+    total = float(weights.sum(dtype=np.float64))
+
+    kept = np.flatnonzero(sampling._nucleus(weights, top_p, total))
+
+    assert sorted(order[: len(kept)]) == list(kept)
+    assert reached[len(kept) - 1] >= top_p * total * (1 - 1e-9)
+    assert len(kept) == 1 or reached[len(kept) - 2] < top_p * total * (1 + 1e-9)
 
 
 def test_top_p_applies_to_what_top_k_left() -> None:
