@@ -7,7 +7,9 @@ two stores that know of each other never both own a chunk, whatever else each of
 only when everyone it can reach has told what it has and is fetching (`settled`), and who answers takes the
 newcomer into account from then on. Everyone else gets the chunk from whichever rival has it.
 
-1. Somebody who is loading has it: ask the least busy one; the chunks that fewest have go first.
+1. Somebody who is loading has it: ask the least busy one; the chunks that fewest have go first. As many
+   rivals ask at a time as have it, in the order of their ranks, so that a chunk spreads through all links
+   (nobody waits long for a rival that wants other chunks).
 2. A rival is fetching it: wait.
 3. I own it: first copy, from the least busy seed, else from the origin.
 4. A rival owns it: wait.
@@ -45,6 +47,9 @@ link and all end late: until then nobody has anything to hand on."""
 MAX_REQUESTS_PER_PEER = 4
 SETTLE_SECONDS = 1.0
 """Longest wait for the answers of peers before the first chunk is fetched."""
+
+MAX_SPREAD_SECONDS = 2.0
+"""Longest wait for rivals that rank before this store to get a chunk from the few who have it."""
 
 PATIENCE_SECONDS = 10.0
 """A chunk that a rival claims may take this long, or four times what first copies take here."""
@@ -120,7 +125,9 @@ class FileSwarm:
     have: int = 0
     peers: dict[StoreId, PeerView] = field(default_factory=dict)
     _taken: dict[int, _Taken] = field(default_factory=dict)
+    _spreading: dict[int, float] = field(default_factory=dict)
     _first_copy_seconds: float = 0.0
+    _fetch_seconds: float = 0.0
 
     # --- what is learnt ---
 
@@ -152,6 +159,7 @@ class FileSwarm:
         """Note that a chunk is here, checked."""
         self.have |= 1 << index
         self._taken.pop(index, None)
+        self._spreading.pop(index, None)
 
     # --- what is decided ---
 
@@ -203,10 +211,11 @@ class FileSwarm:
         if not taken.done and view is not None and view.in_flight:
             view.in_flight -= 1
         taken.done = done
-        if done and taken.choice.first_copy:
+        if done:
             seconds = now_seconds - taken.since_seconds
-            before = self._first_copy_seconds
-            self._first_copy_seconds = 0.75 * before + 0.25 * seconds if before else seconds
+            self._fetch_seconds = _learnt(self._fetch_seconds, seconds)
+            if taken.choice.first_copy:
+                self._first_copy_seconds = _learnt(self._first_copy_seconds, seconds)
         if not done:
             del self._taken[index]
 
@@ -229,15 +238,35 @@ class FileSwarm:
                     return None, 0
             if not holders:
                 return Choice(index=index, peer=None, first_copy=True), 0
+        elif self._others_first(index, len(holders), rivals, now_seconds):
+            return None, 0
         free = [
-            (not view.loading, view.in_flight, -_rank(peer, index, self.me), peer)
+            (not view.loading, view.in_flight // 2, self._only_there(peer), _rank(peer, index, self.me), peer)
             for peer, view in holders
             if view.in_flight < MAX_REQUESTS_PER_PEER
         ]
         if not free:
             return None, 0
         first_copy = not any(view.loading for _, view in holders)
-        return Choice(index=index, peer=min(free)[3], first_copy=first_copy), len(holders)
+        return Choice(index=index, peer=min(free)[4], first_copy=first_copy), len(holders)
+
+    def _others_first(
+        self, index: int, holders: int, rivals: list[tuple[StoreId, PeerView]], now_seconds: float
+    ) -> bool:
+        """Tell whether those who have a chunk are busy enough with rivals that rank before this store."""
+        before = sum(not view.have >> index & 1 and self._outranks(peer, index) for peer, view in rivals)
+        if before < holders:
+            return False
+        since_seconds = self._spreading.setdefault(index, now_seconds)
+        return now_seconds - since_seconds < min(MAX_SPREAD_SECONDS, 2 * self._fetch_seconds)
+
+    def _only_there(self, peer: StoreId) -> int:
+        """Return how many chunks nobody else has: who has many is asked last for the others."""
+        others = self.have
+        for other, view in self.peers.items():
+            if other != peer:
+                others |= view.have
+        return (self.peers[peer].have & ~others).bit_count()
 
     def _most_first_copies(self) -> int:
         if not self.peers:
@@ -265,6 +294,10 @@ class FileSwarm:
         if choice.peer is not None:
             self.peers[choice.peer].in_flight += 1
         return choice
+
+
+def _learnt(before: float, latest: float) -> float:
+    return 0.75 * before + 0.25 * latest if before else latest
 
 
 def _rank(store: StoreId, index: int, salt: str = "") -> int:
