@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import urllib.parse
 from http.server import BaseHTTPRequestHandler
@@ -20,7 +19,7 @@ from stoker.errors import AlreadyExists, InvalidRequest
 from stoker.units import KIB
 from stoker.v1 import checkpoint_store_pb2 as pb
 from tests.integration.store.daemon import running
-from tests.integration.store.origin_server import OriginServer, origin_server, serve_file
+from tests.integration.store.origin_server import OriginServer, origin_server, serve_file, tag_of
 from tests.integration.store.test_store import SECONDS, contents, files, write_checkpoint
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -50,7 +49,7 @@ def tiny_s3(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
     prefix = asked.get("prefix", [""])[0]
     listed = "".join(
         f"<Contents><Key>{escape('model/' + file.name)}</Key><Size>{file.stat().st_size}</Size>"
-        f"<ETag>&quot;{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}&quot;</ETag>"
+        f"<ETag>{escape(tag_of(file))}</ETag>"
         "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
         for file in sorted(server.folder.iterdir())
         if ("model/" + file.name).startswith(prefix)
