@@ -1,0 +1,57 @@
+"""Three real daemons and one HTTP origin that counts what it sends."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from stoker.units import KIB, MIB
+from stoker.v1 import checkpoint_store_pb2 as pb
+from tests.integration.store.daemon import free_port, running
+from tests.integration.store.origin_server import origin_server
+from tests.unit.services.store.checkpoints import write_checkpoint
+
+
+def test_three_daemons_that_load_one_checkpoint_read_its_origin_once(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", size=2 * MIB)
+    size = (folder / "model.safetensors").stat().st_size
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    listed = "[" + ",".join(f'"{address}"' for address in addresses) + "]"
+    with ExitStack() as stack:
+        origin = stack.enter_context(origin_server(folder))
+        daemons = [
+            stack.enter_context(
+                running(
+                    tmp_path / f"run-{number}",
+                    pool_bytes=16 * MIB,
+                    chunk_bytes=256 * KIB,
+                    peer_address=address,
+                    peers=listed,
+                )
+            )
+            for number, address in enumerate(addresses)
+        ]
+        for daemon in daemons:
+            wait_for_links(daemon, 2)
+        with ThreadPoolExecutor(3) as threads:
+            replies = list(threads.map(lambda daemon: prefetch(daemon, origin.url), daemons))
+        tiers = [{each.tier: each.bytes for each in reply.transfers} for reply in replies]
+
+    assert sum(tier.get("remote", 0) for tier in tiers) == size
+    assert sum(tier.get("peer", 0) for tier in tiers) == 2 * size
+    assert origin.weights_sent() < 1.5 * size  # every daemon reads the header by itself
+
+
+def wait_for_links(daemon, count: int) -> None:
+    """Return when the daemon has logged so many links to peers."""
+    deadline = time.monotonic() + 20
+    while daemon.log.read_text().count('"peer.linked"') < count:
+        assert time.monotonic() < deadline, daemon.log.read_text()
+        time.sleep(0.02)
+
+
+def prefetch(daemon, uri: str) -> pb.PrefetchResponse:
+    """Load a checkpoint with a daemon."""
+    with daemon.stub() as stub:
+        return stub.Prefetch(pb.PrefetchRequest(uri=uri), timeout=60)
