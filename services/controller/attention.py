@@ -1,65 +1,117 @@
 """When `reconcile` must look at a model next: never later than something is to be done about it. Pure.
 
 It may be too early, which costs a look; policy and time stay out of it, so that it holds until the model, its
-demand or one of its replicas changes.
+demand or one of its replicas changes. Each replica is a `Mark`, and a model's marks are summed in a `Tally`,
+so that one replica's change costs the same however many the model has.
 """
 
 from __future__ import annotations
 
-from services.controller.fleet import Member, Standing, is_idle, member
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from services.controller.fleet import Member, Standing, is_idle
 from services.controller.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.view import Model, Reservation, Scheduling, View
+from services.controller.view import Scheduling, View
 from stoker.ids import ModelName
 
 NOW = 0.0
 """At every look."""
+LIVE = (Standing.STARTING, Standing.READY)
 
 
-def due_of(view: View, name: ModelName, reservations: tuple[Reservation, ...]) -> float | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """What one replica adds to its model's tally."""
+
+    cares: int = 0
+    live: int = 0
+    waiting: int = 0
+    sessions: int = 0
+    idle_since_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """A model's replicas, summed.
+
+    Attributes:
+        replicas: How many are reserved.
+        cares: Those in a state that rules other than keep-alive are about.
+        live: Those ready or starting, and not moving away.
+        waiting: Those in which sessions wait for a place in the batch.
+        sessions: On all of them.
+        idle_since: When the idle ones fell idle, sorted.
+    """
+
+    replicas: int = 0
+    cares: int = 0
+    live: int = 0
+    waiting: int = 0
+    sessions: int = 0
+    idle_since: tuple[float, ...] = ()
+
+    def plus(self, mark: Mark, sign: int) -> Tally:
+        """Return the tally with a mark added (`sign` 1) or taken out (-1)."""
+        idle = self.idle_since
+        if mark.idle_since_seconds is not None:
+            place = bisect_left(idle, mark.idle_since_seconds)
+            added = (mark.idle_since_seconds,) if sign > 0 else ()
+            idle = (*idle[:place], *added, *idle[place + (sign < 0) :])
+        return Tally(
+            replicas=self.replicas + sign,
+            cares=self.cares + sign * mark.cares,
+            live=self.live + sign * mark.live,
+            waiting=self.waiting + sign * mark.waiting,
+            sessions=self.sessions + sign * mark.sessions,
+            idle_since=idle,
+        )
+
+
+EMPTY = Tally()
+
+
+def mark_of(view: View, found: Member) -> Mark:
+    """Return what a replica adds to its model's tally."""
+    replica, moving = found.replica, found.reservation.moving_to is not None
+    return Mark(
+        cares=int(
+            found.standing not in LIVE
+            or found.stale
+            or moving
+            or found.node is None
+            or replica is None  # ordered and not reported yet: given up after a grace
+            or view.scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
+        ),
+        live=int(found.standing in LIVE and not moving),
+        waiting=int(replica is not None and replica.waiting_since_seconds is not None),
+        sessions=replica.sessions if replica is not None else 0,
+        idle_since_seconds=replica.idle_since_seconds if replica is not None and is_idle(found) else None,
+    )
+
+
+def due_of(view: View, name: ModelName, tally: Tally) -> float | None:
     """Return from when on the model needs a look; None = not before something happens to it."""
     model = view.models.get(name)
-    members = [member(view, reservation) for reservation in reservations]
     if model is None:
-        return NOW if members else None
-    if any(_needs_care(view, found) for found in members):
+        return NOW if tally.replicas else None
+    asked = 1 if name in view.demands else 0
+    loaded = tally.sessions // model.concurrency + 1 if tally.sessions else 0
+    wanted = min(model.max_replicas, max(model.min_replicas, asked, loaded))
+    if tally.cares or tally.live < wanted or tally.live > model.max_replicas or name in view.refusals:
         return NOW
-    live = sum(found.standing in (Standing.STARTING, Standing.READY) for found in members)
-    if _wants_more(view, model, members, live) or live > model.max_replicas or name in view.refusals:
+    if tally.waiting and tally.live < model.max_replicas:
         return NOW
-    return _next_seconds(view, model, members, live)
+    return _next_seconds(view, name, tally)
 
 
-def _needs_care(view: View, found: Member) -> bool:
-    """Tell whether a replica is in a state that rules other than keep-alive are about."""
-    if found.standing not in (Standing.READY, Standing.STARTING) or found.stale:
-        return True
-    if found.reservation.moving_to is not None or found.node is None:
-        return True
-    if found.replica is None:
-        return True  # ordered and not reported yet: given up after a grace
-    return view.scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
-
-
-def _wants_more(view: View, model: Model, members: list[Member], live: int) -> bool:
-    if live >= model.max_replicas:
-        return False
-    sessions = sum(found.replica.sessions for found in members if found.replica is not None)
-    if any(found.replica and found.replica.waiting_since_seconds is not None for found in members):
-        return True
-    asked = 1 if model.name in view.demands else 0
-    return live < max(model.min_replicas, asked, -(-(sessions + 1) // model.concurrency) if sessions else 0)
-
-
-def _next_seconds(view: View, model: Model, members: list[Member], live: int) -> float | None:
+def _next_seconds(view: View, name: ModelName, tally: Tally) -> float | None:
     """Return when a keep-alive ends or a forecast begins; None = neither will."""
-    arrivals = view.arrivals.get(model.name)
-    if not live:
+    model, arrivals = view.models[name], view.arrivals.get(name)
+    if not tally.live:
         prewarm = prewarm_window_seconds(model, arrivals)
         return prewarm[0] if prewarm is not None else None
-    if live <= model.min_replicas or model.name in view.demands:
+    if tally.live <= model.min_replicas or name in view.demands or not tally.idle_since:
         return None
     keep_seconds = keep_alive_seconds(model, arrivals)
-    if keep_seconds < 0:
-        return None
-    idle = [found.replica.idle_since_seconds or 0.0 for found in members if is_idle(found) and found.replica]
-    return max(NOW, min(idle) + keep_seconds) if idle else None
+    return max(NOW, tally.idle_since[0] + keep_seconds) if keep_seconds >= 0 else None

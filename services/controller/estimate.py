@@ -149,8 +149,8 @@ def source_of(model: Model, held: Held, *, has_peer: bool) -> str:
 
 
 def worker_start_seconds(node: Node) -> float:
-    """Return how long a worker takes to be spawned, to two digits: what differs less is the same."""
-    return float(f"{node.worker_start_seconds or SEED_WORKER_SECONDS:.2g}")
+    """Return how long a worker takes to be spawned and warm."""
+    return node.worker_start_seconds or SEED_WORKER_SECONDS
 
 
 def bytes_per_second(node: Node, stage: str) -> float:

@@ -82,6 +82,15 @@ def is_idle(member: Member) -> bool:
     )
 
 
+_OF_PHASE = {
+    Phase.STARTING.value: Standing.STARTING,
+    Phase.READY.value: Standing.READY,
+    Phase.STOPPING.value: Standing.STOPPING,
+    Phase.FAILED.value: Standing.FAILED,
+}
+"""By value: an enum member's hash is computed in Python."""
+
+
 def _standing(view: View, reservation: Reservation, node: Node | None, replica: Replica | None) -> Standing:
     if reservation.stopping_since_seconds is not None or reservation.releasing:
         return Standing.STOPPING
@@ -91,9 +100,4 @@ def _standing(view: View, reservation: Reservation, node: Node | None, replica: 
         return Standing.GONE
     if replica is None:
         return Standing.GONE if reservation.reported else Standing.STARTING
-    return {
-        Phase.STARTING: Standing.STARTING,
-        Phase.READY: Standing.READY,
-        Phase.STOPPING: Standing.STOPPING,
-        Phase.FAILED: Standing.FAILED,
-    }[replica.phase]
+    return _OF_PHASE[replica.phase.value]

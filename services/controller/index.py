@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from immutables import Map
 
-from services.controller.attention import due_of
+from services.controller.attention import EMPTY, Mark, Tally, due_of, mark_of
+from services.controller.fleet import member
 from services.controller.summary import ORIGINS, Shape, Summary, shape_of, summary_of
 from services.controller.view import Checkpoint, Node, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -34,20 +35,18 @@ Members = Map[NodeId, None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """Nodes that differ in nothing but their rates.
+    """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
 
     Attributes:
-        origin: Where bytes come from; one of `ORIGINS`.
         shape: What they can ever take.
         free: How many free slots each has.
-        worker_seconds: Until a worker takes an order.
+        waits: A pre-started worker waits there.
         queued: Bytes wait before a stage.
     """
 
-    origin: str
     shape: Shape
     free: int
-    worker_seconds: float
+    waits: bool
     queued: bool
 
 
@@ -60,7 +59,10 @@ class Index:
         of_model: Reservations of each model, sorted.
         summaries: Of every node.
         holders: Nodes whose stores hold some of a checkpoint.
-        free: Open nodes with free slots, the fastest first; the number is the negative rate.
+        free: Open nodes with free slots, by origin and rung, the fastest first; by negative rate.
+        free_by_worker: Those where no worker waits, by the time that one takes.
+        marks: What each reserved replica adds to its model's tally.
+        tallies: Of every model with replicas.
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
         idle_by_worth: The same, by `worth_key` of the replica cheapest to lose.
         busy_by_rate: Open nodes with a replica that serves sessions, the fastest first, by origin.
@@ -79,7 +81,10 @@ class Index:
     of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
     summaries: Map[NodeId, Summary] = field(default_factory=Map)
     holders: Map[Checkpoint, Members] = field(default_factory=Map)
-    free: Map[Rung, Ladder] = field(default_factory=Map)
+    free: Map[str, Map[Rung, Ladder]] = field(default_factory=Map)
+    free_by_worker: Map[Rung, Ladder] = field(default_factory=Map)
+    marks: Map[ReplicaId, Mark] = field(default_factory=Map)
+    tallies: Map[ModelName, Tally] = field(default_factory=Map)
     idle_by_rate: Map[str, Ladder] = field(default_factory=Map)
     idle_by_worth: Ladder = ()
     busy_by_rate: Map[str, Ladder] = field(default_factory=Map)
@@ -108,6 +113,8 @@ def index_of(view: View) -> Index:
         on_node=Map({key: tuple(found) for key, found in on_node.items()}),
         of_model=Map({key: tuple(found) for key, found in of_model.items()}),
     )
+    for replica_id in sorted(view.reservations):
+        index = _remarked(index, view, replica_id, view.reservations[replica_id].model)
     for node_id in sorted(view.nodes):
         index = _node_changed(index, None, view, node_id)
     for node_id in sorted(on_node):
@@ -157,17 +164,34 @@ def reservations_of(view: View, index: Index, name: ModelName) -> tuple[Reservat
 
 def _reservation_changed(index: Index, before: View, after: View, replica_id: ReplicaId) -> Index:
     was, now = before.reservations.get(replica_id), after.reservations.get(replica_id)
-    if (was is None) == (now is None):
-        return index  # neither its node nor its model ever changes
     found = was or now
     if found is None:
         return index
+    index = _remarked(index, after, replica_id, found.model)
+    if (was is None) == (now is None):
+        return index  # neither its node nor its model ever changes
     index = replace(
         index,
         on_node=_listed(index.on_node, found.node_id, replica_id, present=now is not None),
         of_model=_listed(index.of_model, found.model, replica_id, present=now is not None),
     )
     return _rehomed(index, after, found.node_id)
+
+
+def _remarked(index: Index, view: View, replica_id: ReplicaId, name: ModelName) -> Index:
+    reservation = view.reservations.get(replica_id)
+    was = index.marks.get(replica_id)
+    now = mark_of(view, member(view, reservation)) if reservation is not None else None
+    if was == now:
+        return index
+    tally = index.tallies.get(name, EMPTY)
+    tally = tally.plus(was, -1) if was is not None else tally
+    tally = tally.plus(now, 1) if now is not None else tally
+    return replace(
+        index,
+        marks=index.marks.set(replica_id, now) if now is not None else _dropped(index.marks, replica_id),
+        tallies=index.tallies.set(name, tally) if tally.replicas else _dropped(index.tallies, name),
+    )
 
 
 def _rehomed(index: Index, view: View, node_id: NodeId) -> Index:
@@ -226,28 +250,31 @@ def _reranked(index: Index, shape: Shape, summary: Summary, node_id: NodeId, *, 
         leaving = leaving.set(node_id, None) if present else _dropped(leaving, node_id)
     if summary.has_orphans:
         orphaned = orphaned.set(node_id, None) if present else _dropped(orphaned, node_id)
+    rung = (
+        Rung(shape=shape, free=len(summary.free), waits=not summary.worker_seconds, queued=summary.queued)
+        if summary.is_open and summary.free
+        else None
+    )
+    by_worker = index.free_by_worker
+    if rung is not None and not rung.waits:
+        by_worker = _reladdered(by_worker, rung, (summary.worker_seconds, node_id), present=present)
     if summary.is_open:
         open_nodes = _changed(open_nodes, node_id, present=present)
         for origin, rate in zip(ORIGINS, summary.rates, strict=True):
             rank = (-rate, node_id)
-            if summary.free:
-                rung = Rung(
-                    origin=origin,
-                    shape=shape,
-                    free=len(summary.free),
-                    worker_seconds=summary.worker_seconds,
-                    queued=summary.queued,
-                )
-                free = _reladdered(free, rung, rank, present=present)
-            if summary.worth_key is not None:
+            if rung is not None:
+                rungs = _reladdered(free.get(origin, Map()), rung, rank, present=present)
+                free = free.set(origin, rungs) if rungs else _dropped(free, origin)
+            if summary.worth_keys:
                 idle = _reladdered(idle, origin, rank, present=present)
             if summary.has_busy:
                 busy = _reladdered(busy, origin, rank, present=present)
-        if summary.worth_key is not None:
-            worth = _changed(worth, (summary.worth_key, node_id), present=present)
+        if summary.worth_keys:
+            worth = _changed(worth, (summary.worth_keys[0][0], node_id), present=present)
     return replace(
         index,
         free=free,
+        free_by_worker=by_worker,
         idle_by_rate=idle,
         busy_by_rate=busy,
         idle_by_worth=worth,
@@ -309,7 +336,7 @@ def _models_changed(index: Index, view: View, names: Iterable[ModelName]) -> Ind
     due, due_at = index.due, index.due_at
     for name in names:
         was = due_at.get(name)
-        now = due_of(view, name, reservations_of(view, index, name))
+        now = due_of(view, name, index.tallies.get(name, EMPTY))
         if was == now:
             continue
         if was is not None:

@@ -24,7 +24,7 @@ from services.controller.room import (
     on_node,
     pool_has_room,
 )
-from services.controller.summary import is_busy, is_disposable, worth_key, worth_seconds
+from services.controller.summary import is_busy, is_disposable, worth_seconds
 from services.controller.view import Model, Node, Policy
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -92,14 +92,18 @@ def rank(option: Option, policy: Policy) -> Rank:
     )
 
 
-def best_on(situation: Situation, node: Node, destinations: Destinations) -> Option | None:
-    """Return the best way to start the model on this node now; None where there is none."""
+def best_on(
+    situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
+) -> Option | None:
+    """Return the best way to start the model on this node now; None where there is none below `limit`."""
     if never_fits(situation.model, node) is not None:
         return None
     free = free_option(situation, node, situation.model)
     if free is not None or not situation.may_disturb:
         return free
-    return _disturbing_option(situation, node, destinations)
+    search = _Cheapest(situation, node, destinations, limit)
+    search.run()
+    return search.best
 
 
 def free_option(situation: Situation, node: Node, model: Model) -> Option | None:
@@ -151,24 +155,19 @@ class _Victim:
     drains: bool = False
 
 
-Destinations = Callable[[Situation, Model, NodeId, int], tuple[Option, ...]]
+Destinations = Callable[[Model, NodeId, int], tuple[Option, ...]]
 """The best `count` ways to start a model without disturbing anybody and not on a given node, best first."""
 
 
-def _disturbing_option(situation: Situation, node: Node, destinations: Destinations) -> Option | None:
-    victims = _victims(situation, node)
-    found = _Cheapest(situation, node, victims, destinations)
-    found.search()
-    return found.best
-
-
-def _victims(situation: Situation, node: Node) -> list[_Victim]:
+def _victims(situation: Situation, node: Node, destinations: Destinations) -> list[_Victim]:
     found: list[_Victim] = []
+    summary = situation.index.summaries[node.node_id]
+    keys = {replica_id: key for key, replica_id in summary.worth_keys}
     for member in on_node(situation, node):
         if not is_disposable(situation.view, member) or member.reservation.model == situation.model.name:
             continue
         if idle_may_go(situation, member):
-            worth = worth_seconds(worth_key(situation.view, node, member), situation.now_seconds)
+            worth = worth_seconds(keys[member.reservation.replica_id], situation.now_seconds)
             found.append(
                 _Victim(
                     member=member,
@@ -177,18 +176,28 @@ def _victims(situation: Situation, node: Node) -> list[_Victim]:
                 )
             )
         elif is_busy(member) and _has_stayed(situation, member, situation.policy.minimum_residency_seconds):
-            found.extend(_busy_victims(situation, member))
+            found.extend(_busy_victims(situation, member, destinations))
     found.sort(key=lambda victim: (victim.disturbance_seconds, victim.member.reservation.replica_id))
     return found[:MAX_VICTIMS_CONSIDERED]
 
 
-def _busy_victims(situation: Situation, member: Member) -> list[_Victim]:
+def _busy_victims(situation: Situation, member: Member, destinations: Destinations) -> list[_Victim]:
     """Return the ways in which a replica that serves sessions could go: moved, or drained after the bound."""
     policy = situation.policy
     tokens = member.replica.context_tokens if member.replica else 0
     if policy.may_migrate:
         seconds = move_seconds(situation.view, member.reservation.model, tokens, policy)
-        return [_Victim(member=member, wait_seconds=seconds, disturbance_seconds=seconds, moves=True)]
+        model = situation.view.models[member.reservation.model]
+        nearest = destinations(model, member.reservation.node_id, 1)
+        return [
+            _Victim(
+                member=member,
+                wait_seconds=nearest[0].estimate.total_seconds + seconds,
+                disturbance_seconds=seconds,
+                moves=True,
+            )
+            for _ in nearest
+        ]
     if situation.waited_too_long and _has_stayed(situation, member, policy.waiting_bound_seconds):
         seconds = policy.drain_grace_seconds
         return [_Victim(member=member, wait_seconds=seconds, disturbance_seconds=seconds, drains=True)]
@@ -221,22 +230,23 @@ class _Cheapest:
     """Branch and bound over sets of victims; a set's cost never falls as it grows, so large ones are cut."""
 
     def __init__(
-        self, situation: Situation, node: Node, victims: list[_Victim], destinations: Destinations
+        self, situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
     ) -> None:
         self.best: Option | None = None
+        self._limit = limit
         self._situation = situation
         self._node = node
-        self._victims = victims
+        self._victims = victims = _victims(situation, node, destinations)
         self._destinations = destinations
-        self._known: dict[ModelName, tuple[Option, ...]] = {}
         self._spare = {
             name: live_replicas(situation, name) - situation.view.models[name].min_replicas
             for name in {victim.member.reservation.model for victim in victims}
         }
         self._estimate = estimate_on(situation, node, situation.model)
-        self._movers = sum(victim.moves for victim in victims)
+        self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
+        self._preferred = len(situation.model.preferred_labels & node.labels)
 
-    def search(self) -> None:
+    def run(self) -> None:
         """Find the best set, if any."""
         everybody = tuple(victim.member for victim in self._victims)
         if self._victims and enough(self._situation, self._node, everybody):
@@ -256,8 +266,29 @@ class _Cheapest:
                 self._grow((*chosen, victim), place + 1)
 
     def _could_win(self, chosen: tuple[_Victim, ...]) -> bool:
-        return self.best is None or rank(self._option(chosen, ()), self._situation.policy) < rank(
-            self.best, self._situation.policy
+        return self._limit is None or self._rank(chosen, ()) < self._limit
+
+    def _rank(self, chosen: tuple[_Victim, ...], moves: tuple[Move, ...]) -> Rank:
+        """Return the rank of an option of these victims, without making it; must agree with `rank`."""
+        disturbance_seconds = sum(sorted(victim.disturbance_seconds for victim in chosen))
+        total_seconds = self._total_seconds(_wait_seconds(chosen, moves))
+        cost_seconds = total_seconds + self._weight * disturbance_seconds
+        return (
+            int(cost_seconds / self._situation.policy.tie_seconds),
+            len(chosen),
+            disturbance_seconds,
+            -self._preferred,
+            cost_seconds,
+            self._node.node_id,
+        )
+
+    def _total_seconds(self, wait_seconds: float) -> float:
+        estimate = self._estimate
+        return (
+            wait_seconds
+            + estimate.worker_seconds
+            + max(estimate.load_seconds, estimate.skeleton_seconds + estimate.first_forward_seconds)
+            + estimate.overhead_seconds
         )
 
     def _take(self, chosen: tuple[_Victim, ...]) -> None:
@@ -266,25 +297,18 @@ class _Cheapest:
 
     def _assign(self, chosen: tuple[_Victim, ...], movers: list[_Victim], moves: tuple[Move, ...]) -> None:
         """Give each mover a destination that no other mover takes, over all combinations that could win."""
-        option = self._option(chosen, moves)
-        policy = self._situation.policy
-        if self.best is not None and rank(option, policy) >= rank(self.best, policy):
+        ranked = self._rank(chosen, moves)
+        if self._limit is not None and ranked >= self._limit:
             return
         if len(moves) == len(movers):
-            self.best = option
+            self.best, self._limit = self._option(chosen, moves), ranked
             return
         mover = movers[len(moves)]
-        for destination in self._where(mover):
+        model = self._situation.view.models[mover.member.reservation.model]
+        for destination in self._destinations(model, self._node.node_id, len(movers)):
             move = self._move(mover, destination, moves)
             if move is not None:
                 self._assign(chosen, movers, (*moves, move))
-
-    def _where(self, mover: _Victim) -> tuple[Option, ...]:
-        name = mover.member.reservation.model
-        if name not in self._known:
-            model = self._situation.view.models[name]
-            self._known[name] = self._destinations(self._situation, model, self._node.node_id, self._movers)
-        return self._known[name]
 
     def _move(self, mover: _Victim, destination: Option, moves: tuple[Move, ...]) -> Move | None:
         situation = self._situation
@@ -302,17 +326,13 @@ class _Cheapest:
             to_node_id=node.node_id,
             to_devices=tuple(sorted(free[: devices_needed(model)])),
             estimate=destination.estimate,
-            seconds=mover.wait_seconds,
+            seconds=mover.disturbance_seconds,
         )
 
     def _option(self, chosen: tuple[_Victim, ...], moves: tuple[Move, ...]) -> Option:
         """Return the option of these victims; movers without a destination yet count their least."""
         situation, node = self._situation, self._node
-        starts = {move.replica_id: move.estimate.total_seconds for move in moves}
         members = tuple(victim.member for victim in chosen)
-        wait_seconds = max(
-            victim.wait_seconds + starts.get(victim.member.reservation.replica_id, 0.0) for victim in chosen
-        )
         free = free_devices(situation, node, members)
         estimate = self._estimate
         return Option(
@@ -324,16 +344,22 @@ class _Cheapest:
                 stage_seconds=estimate.stage_seconds,
                 skeleton_seconds=estimate.skeleton_seconds,
                 first_forward_seconds=estimate.first_forward_seconds,
-                stop_seconds=wait_seconds,
+                stop_seconds=_wait_seconds(chosen, moves),
                 overhead_seconds=estimate.overhead_seconds,
                 tier=estimate.tier,
             ),
             disturbance_seconds=sum(sorted(victim.disturbance_seconds for victim in chosen)),
             moves=tuple(sorted(moves, key=lambda move: move.replica_id)),
             drained=frozenset(victim.member.reservation.replica_id for victim in chosen if victim.drains),
-            preferred=len(situation.model.preferred_labels & node.labels),
-            weight=1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio,
+            preferred=self._preferred,
+            weight=self._weight,
         )
+
+
+def _wait_seconds(chosen: tuple[_Victim, ...], moves: tuple[Move, ...]) -> float:
+    """Return when the last of the victims is gone: they go at the same time."""
+    moving = (move.estimate.total_seconds + move.seconds for move in moves)
+    return max(*(victim.wait_seconds for victim in chosen), *moving, 0.0)
 
 
 def room_is_being_made(situation: Situation, node: Node) -> bool:

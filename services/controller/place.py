@@ -23,6 +23,7 @@ from itertools import islice
 
 from services.controller.estimate import Estimate
 from services.controller.fleet import is_idle
+from services.controller.index import Ladder
 from services.controller.options import Move, Option, residency_ends_seconds, room_is_being_made
 from services.controller.room import (
     Never,
@@ -34,6 +35,7 @@ from services.controller.room import (
     situation_of,
 )
 from services.controller.search import search
+from services.controller.summary import is_busy
 from services.controller.view import Model, Node, Policy, Pool, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
@@ -202,14 +204,21 @@ def _retry_at_seconds(situation: Situation) -> float | None:
     now_seconds, policy = situation.now_seconds, situation.policy
     moments = [
         residency_ends_seconds(found, policy)
-        for _, node_id in situation.index.idle_by_worth[:MAX_RESIDENCIES]
+        for _, node_id in _disturbable(situation)
         for found in on_node(situation, situation.view.nodes[node_id])
-        if is_idle(found)
+        if is_idle(found) or (policy.may_migrate and is_busy(found))
     ]
     demand = situation.view.demands.get(situation.model.name)
     if demand is not None:
         moments.append(demand.since_seconds + policy.waiting_bound_seconds + policy.tie_seconds)
     return min((moment for moment in moments if moment > now_seconds), default=None)
+
+
+def _disturbable(situation: Situation) -> Ladder:
+    """Return some nodes whose replicas could make room once they have stayed long enough."""
+    index = situation.index
+    busy = index.busy_by_rate.get("disk", ()) if situation.policy.may_migrate else ()
+    return (*index.idle_by_worth[:MAX_RESIDENCIES], *busy[:MAX_RESIDENCIES])
 
 
 def _busy(situation: Situation, node: Node) -> str:

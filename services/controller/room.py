@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from services.controller.attention import EMPTY
 from services.controller.estimate import LearntParts, learnt_parts
-from services.controller.fleet import Member, Standing, member
-from services.controller.index import Index, index_of, reservations_of, reservations_on
+from services.controller.fleet import Member, member
+from services.controller.index import Index, index_of, reservations_on
 from services.controller.summary import holds_all
 from services.controller.view import Checkpoint, Device, Held, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
@@ -114,10 +115,12 @@ def device_bytes(model: Model, kind: str) -> int:
 
 def fitting_devices(model: Model, node: Node) -> tuple[Device, ...]:
     """Return the slots that are large enough, whoever occupies them."""
+    on_cpu_bytes, on_other_bytes = device_bytes(model, "cpu"), device_bytes(model, "cuda")
     return tuple(
         device
         for device in node.devices
-        if not device.memory_bytes or device.memory_bytes >= device_bytes(model, device.kind)
+        if not device.memory_bytes
+        or device.memory_bytes >= (on_cpu_bytes if device.kind == "cpu" else on_other_bytes)
     )
 
 
@@ -152,7 +155,7 @@ def pool_has_room(
             wanted[model.checkpoint] = model.file_bytes
     if not wanted:
         return True
-    ordered = _unleased_bytes(situation, node)
+    ordered = dict(situation.index.summaries[node.node_id].coming)
     for checkpoint in wanted:
         ordered.pop(checkpoint, None)  # two replicas of one checkpoint share its place
     free_bytes = (
@@ -181,12 +184,7 @@ def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
 
 def live_replicas(situation: Situation, name: ModelName) -> int:
     """Return how many replicas of a model are ready or starting, those that move away not counted."""
-    found = reservations_of(situation.view, situation.index, name)
-    members = [member(situation.view, reservation) for reservation in found]
-    return sum(
-        found.standing in (Standing.STARTING, Standing.READY) and found.reservation.moving_to is None
-        for found in members
-    )
+    return situation.index.tallies.get(name, EMPTY).live
 
 
 def has_peer(situation: Situation, model: Model, node_id: NodeId) -> bool:
@@ -200,18 +198,6 @@ def has_peer(situation: Situation, model: Model, node_id: NodeId) -> bool:
         and holds_all(nodes[holder].held.get(model.checkpoint), model.file_bytes)
         for holder in situation.index.holders.get(model.checkpoint, ())
     )
-
-
-def _unleased_bytes(situation: Situation, node: Node) -> dict[Checkpoint, int]:
-    """Return what replicas that were just ordered will lease, as long as the store does not show it."""
-    ordered: dict[Checkpoint, int] = {}
-    for found in on_node(situation, node):
-        model = situation.view.models.get(found.reservation.model)
-        if model is None or found.standing is not Standing.STARTING:
-            continue
-        if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
-            ordered[model.checkpoint] = model.file_bytes
-    return ordered
 
 
 def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> int:

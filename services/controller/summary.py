@@ -15,7 +15,7 @@ from services.controller.estimate import (
 )
 from services.controller.fleet import Member, Standing, is_idle, member
 from services.controller.view import Checkpoint, Device, Held, Node, Reservation, Scheduling, View
-from stoker.ids import NodeId
+from stoker.ids import NodeId, ReplicaId
 
 ORIGINS = ("disk", "peer", "remote")
 """Tiers that the bytes of a checkpoint come from where a node's memory lacks them."""
@@ -40,9 +40,10 @@ class Summary:
         worker_seconds: Until a worker would take an order; 0 = one waits.
         rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
-        worth_key: Of the idle replica cheapest to lose, `worth_key`; None = none is idle.
+        worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
         has_busy: A replica that serves sessions now may be moved, or drained.
         is_leaving: Replicas are on their way out.
+        coming: Checkpoints that replicas just ordered will lease and the store does not show yet, with bytes.
         has_orphans: Replicas run there that nobody reserved.
     """
 
@@ -53,9 +54,10 @@ class Summary:
     worker_seconds: float
     rates: tuple[float, ...]
     queued: bool
-    worth_key: float | None
+    worth_keys: tuple[tuple[float, ReplicaId], ...]
     has_busy: bool
     is_leaving: bool
+    coming: tuple[tuple[Checkpoint, int], ...]
     has_orphans: bool
 
 
@@ -86,7 +88,9 @@ def summary_of(view: View, node_id: NodeId, reservations: tuple[Reservation, ...
     device_rate = bytes_per_second(node, "device") if has_own_memory(node) else math.inf
     loading_bytes = _loading_bytes(view, node, members)
     keys = [
-        worth_key(view, node, found) for found in members if is_idle(found) and is_disposable(view, found)
+        (worth_key(view, node, found), found.reservation.replica_id)
+        for found in members
+        if is_idle(found) and is_disposable(view, found)
     ]
     return Summary(
         is_open=is_open(view, node),
@@ -97,9 +101,10 @@ def summary_of(view: View, node_id: NodeId, reservations: tuple[Reservation, ...
         rates=tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS),
         queued=loading_bytes > 0
         or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
-        worth_key=min(keys, default=None),
+        worth_keys=tuple(sorted(keys)),
         has_busy=any(is_busy(found) and is_disposable(view, found) for found in members),
         is_leaving=any(is_leaving(found) for found in members),
+        coming=tuple(sorted(_coming(view, node, members).items())),
         has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
     )
 
@@ -147,6 +152,18 @@ def worth_seconds(key: float, now_seconds: float) -> float:
 def holds_all(view_held: Held | None, file_bytes: int) -> bool:
     """Tell whether a store can give all of a checkpoint to a peer."""
     return view_held is not None and max(view_held.dram_bytes, view_held.disk_bytes) >= file_bytes
+
+
+def _coming(view: View, node: Node, members: list[Member]) -> dict[Checkpoint, int]:
+    coming: dict[Checkpoint, int] = {}
+    for found in members:
+        model = view.models.get(found.reservation.model)
+        if model is None or found.standing is not Standing.STARTING:
+            continue
+        held = node.held.get(model.checkpoint)
+        if held is None or not held.leases:
+            coming[model.checkpoint] = model.file_bytes
+    return coming
 
 
 def _loading_bytes(view: View, node: Node, members: list[Member]) -> int:

@@ -453,6 +453,6 @@ class Policy:
     hysteresis_ratio: float = 1.0
     waiting_bound_seconds: float = 30.0
     queue_age_seconds: float = 5.0
-    migration_candidates: int = 32
+    migration_candidates: int = 8
     move_seconds_per_token: float = 0.0005
     move_seconds: float = 0.2

@@ -15,9 +15,10 @@ from services.controller.events import (
     ModelDeleted,
     ModelPut,
     NodeDisconnected,
+    SchedulingSet,
     StopRefused,
 )
-from services.controller.view import Device, Held, Node, Phase, Pool, Stage
+from services.controller.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 
@@ -95,8 +96,14 @@ def _node(world: World, words: list[str]) -> None:
         architectures=frozenset(filter(None, settings.get("architectures", "").split(","))),
         warm_workers=int(settings.get("warm", "1")),
         draining="draining" in settings,
+        labels=_labels(settings.get("labels", "")),
     )
     world.report(node_id)
+
+
+def _labels(text: str) -> frozenset[tuple[str, str]]:
+    pairs = (word.partition(":") for word in text.split(",") if word)
+    return frozenset((key, value) for key, _, value in pairs)
 
 
 def _model(world: World, words: list[str]) -> None:
@@ -106,6 +113,8 @@ def _model(world: World, words: list[str]) -> None:
     for key, field, kind in MODEL_SETTINGS:
         if key in settings:
             values[field] = kind(settings[key])
+    if "pinned" in settings:
+        values["pinned"] = True
     if "size" in settings:
         values["weight_bytes"] = values["file_bytes"]
     world.apply(ModelPut(model=replace(before, **values)))
@@ -119,6 +128,9 @@ MODEL_SETTINGS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("concurrency", "concurrency", int),
     ("runtime", "runtime", str),
     ("architecture", "architecture", str),
+    ("devices", "devices", int),
+    ("require", "required_labels", _labels),
+    ("prefer", "preferred_labels", _labels),
 )
 
 
@@ -145,7 +157,10 @@ def _ready(world: World, words: list[str]) -> None:
 def _sessions(world: World, words: list[str]) -> None:
     count = int(words[1])
     idle_since_seconds = None if count else world.now_seconds
-    world.change_replica(ReplicaId(words[0]), sessions=count, idle_since_seconds=idle_since_seconds)
+    waiting = int(_settings(words[2:]).get("waiting", "0"))
+    world.change_replica(
+        ReplicaId(words[0]), sessions=count, idle_since_seconds=idle_since_seconds, waiting_sessions=waiting
+    )
 
 
 def _fails(world: World, words: list[str]) -> None:
@@ -182,6 +197,10 @@ def _back(world: World, words: list[str]) -> None:
 
 def _drain(world: World, words: list[str]) -> None:
     world.change_node(NodeId(words[0]), draining=True)
+
+
+def _schedule(world: World, words: list[str]) -> None:
+    world.apply(SchedulingSet(node_id=NodeId(words[0]), scheduling=Scheduling(words[1])))
 
 
 def _wait(world: World, words: list[str]) -> None:
@@ -241,6 +260,7 @@ SENTENCES: dict[str, Callable[[World, list[str]], None]] = {
     "silent": _silent,
     "back": _back,
     "drain": _drain,
+    "schedule": _schedule,
     "wait": _wait,
     "restart": _restart,
     "expect": _expect,
