@@ -1,6 +1,6 @@
 """Compare ways to run a transformers model for many requests: `generate`, its continuous batching, our loop.
 
-    python benchmarks/engine_spike.py --model FOLDER [--threads 2] [--dtype float32] [--new-tokens 32]
+    python benchmarks/engine_spike.py --model FOLDER [--threads 2] [--dtype float32] [--continuous]
 
 Same prompts, greedy, the same run, rounds interleaved; medians. The last line is a figure beside its target:
 our loop's throughput at batch 8, `generate` being 1, by CPU seconds with one thread (on a shared machine
@@ -57,9 +57,10 @@ def main() -> int:
         prompts = _prompts(batch, reference.config.vocab_size)
         ways: dict[str, Callable[[], Tokens]] = {
             "generate": lambda p=prompts: _generate(reference, p, options.new_tokens),
-            "continuous batching": lambda p=prompts: _continuous(reference, p, options.new_tokens),
             "our loop": lambda p=prompts: _ours(engine, p, options.new_tokens),
         }
+        if options.continuous:
+            ways["continuous batching"] = lambda p=prompts: _continuous(reference, p, options.new_tokens)
         rates, tokens = _measure(ways, batch * options.new_tokens, options.rounds)
         print(f"batch {batch:<20} wall tok/s  ratio   cpu tok/s  ratio   tokens = generate's")
         for way, (wall, cpu) in rates.items():
@@ -88,8 +89,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--continuous", action="store_true", help="measure transformers' own, too")
     return parser.parse_args()
 
 

@@ -3,10 +3,11 @@
 Theory of operation. Models run without a transformers cache on one packed row of tokens, [1, T]. Each
 attention layer calls `attend`, which finds in the active `ForwardPlan` what the T rows are: chunks of some
 sessions' prompts (`PrefillPlan`), or single tokens of several sessions (`DecodePlan`). It stores the new keys
-and values and attends session by session, so the arithmetic of a row never sees its neighbours.
+and values and attends session by session, or for several where the kernel keeps them apart, so the arithmetic
+of a row never sees its neighbours.
 
-Shapes: B batch (always 1), H query heads, K kv heads, G query heads of a kv head, T rows of this pass,
-S tokens of a session, D head dim.
+Shapes: B batch (1 in what models pass; sessions that share a call), H query heads, K kv heads, G query heads
+of a kv head, T rows of this pass, S tokens of a session, N slots, D head dim, P places in the pool.
 """
 
 # ruff: noqa: N803, N806 - tensors carry shape suffixes
@@ -21,7 +22,9 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from services.worker.kv_store import BLOCK_TOKENS, SLOT_TOKENS
 from stoker.errors import CheckpointInvalid
+from stoker.units import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -80,6 +83,15 @@ class Attention:
             scale=self.scale,
             enable_gqa=q_HTD.shape[0] != k_KSD.shape[0],
         )[0]
+
+    def masked(
+        self, q_BKGD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, mask_B11S: torch.Tensor
+    ) -> torch.Tensor:
+        """Return [B, K, G, D] of B sessions, on the CPU, without a look at which kernel to take."""
+        out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - its name
+            q_BKGD, k_BKSD, v_BKSD, attn_mask=mask_B11S, scale=self.scale
+        )[0]
+        return out
 
     def _softcapped(  # noqa: PLR0913 - as `over`
         self,
@@ -150,17 +162,32 @@ class PrefillPlan:
 class DecodePlan:
     """One token of some session per row; rows beyond `rows` are padding.
 
+    On a CPU a row of a session that fits a slot sees a whole number of blocks, masked behind its own token,
+    so that sessions of as many blocks in neighbouring slots share a call. The kernel works through each row
+    of such a call by itself, with the same products in the same order as in a call of its own; how many
+    blocks there are depends on the session alone.
+
     Args:
         rows: For each row its session's KV and the token's index in the session. Rows of one session are
-            consecutive and ascending.
+            consecutive and ascending; those of neighbouring slots should be, too.
         group_rows: Rows per matrix product.
+        shares_calls: Whether several sessions may share an attention call.
     """
 
-    __slots__ = ("_group_rows", "rows")
+    __slots__ = ("_calls", "_group_rows", "_last", "_masks", "_places", "_pooled", "rows")
 
-    def __init__(self, rows: Sequence[tuple[SessionKv, int]], group_rows: int) -> None:
+    def __init__(
+        self, rows: Sequence[tuple[SessionKv, int]], group_rows: int, *, shares_calls: bool = True
+    ) -> None:
         self.rows = rows
         self._group_rows = group_rows
+        self._last = max(index for _, index in rows)
+        self._calls = _shared_calls(rows) if shares_calls else [(i, i + 1) for i in range(len(rows))]
+        self._pooled = all(kv.slot is not None for kv, _ in rows)
+        self._places: torch.Tensor | None = None
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        for kv, index in rows:
+            kv.note_written(index + 1)
 
     def group_of(self, rows: int) -> int:  # noqa: ARG002 - all products of a decode pass are alike
         """See `ForwardPlan`."""
@@ -171,17 +198,81 @@ class DecodePlan:
     ) -> torch.Tensor:
         """See `ForwardPlan`."""
         heads, width = q_BHTD.shape[1], v_BKTD.shape[-1]
-        kv_2KTD = _stack(k_BKTD, v_BKTD)
-        kv_heads = kv_2KTD.shape[1]
-        # The query heads of one kv head become its query rows: no copies of keys, and no mask needed.
+        kv_heads = k_BKTD.shape[1]
+        # The query heads of one kv head become its query rows: no copies of keys.
         q_TKGD = q_BHTD[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, q_BHTD.shape[-1])
+        self._write(layer, k_BKTD, v_BKTD)
         out_TKGD = q_TKGD.new_zeros((*q_TKGD.shape[:3], width))
-        for row, (kv, index) in enumerate(self.rows):
-            k_KSD, v_KSD = kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
-            if how.window is not None and index >= how.window:
-                k_KSD, v_KSD = k_KSD[:, index + 1 - how.window :], v_KSD[:, index + 1 - how.window :]
-            out_TKGD[row] = how.over(q_TKGD[row], k_KSD, v_KSD[..., :width], None, is_causal=False)
+        reach = SLOT_TOKENS if how.window is None else min(SLOT_TOKENS, how.window)
+        in_blocks = q_TKGD.device.type == "cpu" and how.softcap is None
+        shares = in_blocks and self._last < reach
+        for first, end in self._calls if shares else [(i, i + 1) for i in range(len(self.rows))]:
+            if in_blocks and self.rows[first][1] < reach:
+                out_BKGD = self._over_blocks(layer, first, q_TKGD[first:end], how)
+                out_TKGD[first:end] = out_BKGD if out_BKGD.shape[-1] == width else out_BKGD[..., :width]
+            else:
+                out_TKGD[first] = self._over_exactly(layer, first, q_TKGD[first], width, how)
         return out_TKGD.reshape(1, -1, heads, width)
+
+    def _write(self, layer: int, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor) -> None:
+        """Store each row's keys and values: in one call each where all are in the pool."""
+        count = len(self.rows)
+        if not self._pooled or k_BKTD.shape[-1] != v_BKTD.shape[-1]:
+            kv_2KTD = _stack(k_BKTD, v_BKTD)
+            for row, (kv, index) in enumerate(self.rows):
+                kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
+            return
+        layer_2NKSD = self.rows[0][0].pool.made(layer)
+        _, _, heads, tokens, width = layer_2NKSD.shape
+        if self._places is None:
+            starts = torch.tensor([kv.slot * heads * tokens + index for kv, index in self.rows])  # type: ignore[operator]
+            self._places = (torch.arange(heads)[:, None] * tokens + starts).view(-1)
+        for store_NKSD, new_BKTD in zip(layer_2NKSD, (k_BKTD, v_BKTD), strict=True):
+            new_PD = new_BKTD[0, :, :count].reshape(-1, width)
+            store_NKSD.view(-1, width).index_copy_(0, self._places, new_PD)
+
+    def _over_blocks(self, layer: int, first: int, q_BKGD: torch.Tensor, how: Attention) -> torch.Tensor:
+        kv, index = self.rows[first]
+        tokens, count = align_up(index + 1, BLOCK_TOKENS), q_BKGD.shape[0]
+        if count > 1 and kv.slot is not None:
+            both = kv.pool.made(layer)[:, kv.slot : kv.slot + count, :, :tokens]
+        else:
+            both = kv.layer(layer)[:, None, :, :tokens]
+        mask_B11S = self._masks.get((first, count))
+        if mask_B11S is None:
+            last_B = torch.tensor([index for _, index in self.rows[first : first + count]])
+            hidden_BS = torch.arange(tokens) > last_B[:, None]
+            mask_B11S = q_BKGD.new_zeros(hidden_BS.shape).masked_fill_(hidden_BS, float("-inf"))[
+                :, None, None
+            ]
+            self._masks[first, count] = mask_B11S
+        return how.masked(q_BKGD, both[0], both[1], mask_B11S)
+
+    def _over_exactly(
+        self, layer: int, row: int, q_KGD: torch.Tensor, width: int, how: Attention
+    ) -> torch.Tensor:
+        kv, index = self.rows[row]
+        start = 0 if how.window is None else max(0, index + 1 - how.window)
+        k_KSD, v_KSD = kv.layer(layer)[:, :, start : index + 1]
+        return how.over(q_KGD, k_KSD, v_KSD[..., :width], None, is_causal=False)
+
+
+def _shared_calls(rows: Sequence[tuple[SessionKv, int]]) -> list[tuple[int, int]]:
+    """Return first and end of each run of rows in neighbouring slots with as many blocks."""
+    calls: list[tuple[int, int]] = []
+    for row, (kv, index) in enumerate(rows):
+        if calls:
+            before, its_index = rows[row - 1]
+            if (
+                kv.slot is not None
+                and before.slot is not None
+                and kv.slot == before.slot + 1
+                and index // BLOCK_TOKENS == its_index // BLOCK_TOKENS
+            ):
+                calls[-1] = (calls[-1][0], row + 1)
+                continue
+        calls.append((row, row + 1))
+    return calls
 
 
 def _stack(k_BKTD: torch.Tensor, v_BKTD: torch.Tensor) -> torch.Tensor:

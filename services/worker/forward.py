@@ -87,6 +87,7 @@ class ModelRunner:
         self.packs_prefill = (
             is_aligned and self.device.type == "cpu" and torch.get_num_threads() in EVEN_THREADS
         )
+        self._shares_attention = _shares_attention(parameter.dtype)
         if not make_rows_uniform(model):
             self.packs_prefill = False
             self._prefill_rows = self._tail_rows = 0
@@ -119,10 +120,16 @@ class ModelRunner:
             One row of float32 logits, on the CPU, for each of `logits_of`.
         """
         padding = [0] * (align_up(len(rows) + self._tail_rows, self._group_rows) - len(rows))
-        plan = DecodePlan([(kv, index) for kv, index, _ in rows], self._group_rows)
-        tokens = [token for _, _, token in rows] + padding
-        positions = [index for _, index, _ in rows] + padding
-        logits = self._run(plan, tokens, positions, logits_of)
+        # Neighbouring slots next to each other: their sessions share attention calls.
+        order = sorted(range(len(rows)), key=lambda row: -1 if (slot := rows[row][0].slot) is None else slot)
+        place = {row: at for at, row in enumerate(order)}
+        ordered = [rows[row] for row in order]
+        plan = DecodePlan(
+            [(kv, index) for kv, index, _ in ordered], self._group_rows, shares_calls=self._shares_attention
+        )
+        tokens = [token for _, _, token in ordered] + padding
+        positions = [index for _, index, _ in ordered] + padding
+        logits = self._run(plan, tokens, positions, [place[row] for row in logits_of])
         PROOFS.prove_next()  # after decode passes only, so never in a cold start
         return logits
 
@@ -175,6 +182,14 @@ class ModelRunner:
             )
         rows: np.ndarray = out.logits[0].float().cpu().numpy()
         return list(rows[: len(wanted)])
+
+
+def _shares_attention(dtype: torch.dtype) -> bool:
+    """Say whether the CPU's attention treats each session of a call as in a call of its own.
+
+    With matrix units for small floats it first weighs the work of the whole call against packing the keys.
+    """
+    return dtype is torch.float32 or not torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - its only name
 
 
 def _max_context_tokens(config: object) -> int:

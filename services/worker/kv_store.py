@@ -1,14 +1,23 @@
-"""Keys and values: one contiguous store per session, within a budget of tokens for all of them.
+"""Keys and values: one store per session, within a budget of tokens for all of them.
 
-A session's store grows by whole blocks. Contiguous, because attention runs session by session and then needs
-no gather; the copy at each growth costs less than a hundredth of the decode steps in between.
+A session begins in a slot of the pool if one is free: slots lie side by side, so that one attention call can
+read the keys of several sessions in place. Beyond a slot's size, or where no slot is free, a session has a
+contiguous store of its own that grows by whole blocks; the copy at each growth costs less than a hundredth of
+the decode steps in between.
 
-Shapes: K kv heads, T new tokens, S tokens a store has room for, D head dim.
+What no token was written to is zero, always: attention reads whole blocks and masks what lies behind a
+session's last token, which removes numbers but not NaN.
+
+Shapes: K kv heads, T new tokens, S tokens a store has room for, N slots, D head dim.
 """
 
 # ruff: noqa: N803, N806 - tensors carry shape suffixes
 
 from __future__ import annotations
+
+import heapq
+import math
+import mmap
 
 import torch
 
@@ -16,15 +25,65 @@ from services.worker.engine import KvExport
 from stoker.units import align_up
 
 BLOCK_TOKENS = 128
-"""Granularity of growth and of the budget."""
+"""Granularity of growth, of the budget, and of attention over sessions that fit a slot."""
+SLOT_TOKENS = 512
+"""Room of a slot. Longer sessions' attention is long enough for a call of its own."""
+
+
+class KvPool:
+    """Equal slots for short sessions, in host memory that is touched only where tokens are written.
+
+    Args:
+        slots: How many.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._free = list(range(slots))
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def take(self) -> int | None:
+        """Return the lowest free slot, or None."""
+        return heapq.heappop(self._free) if self._free else None
+
+    def give_back(self, slot: int, written_tokens: int) -> None:
+        """Free a slot and make it zero again."""
+        with torch.inference_mode():
+            for layer_2NKSD in self._layers.values():
+                layer_2NKSD[:, slot, :, :written_tokens] = 0
+        heapq.heappush(self._free, slot)
+
+    def layer(self, layer: int, like_2KTD: torch.Tensor) -> torch.Tensor:
+        """Return a layer's [2, N, K, S, D], made at the first call in the dtype and shape of `like_2KTD`."""
+        made = self._layers.get(layer)
+        if made is None:
+            shape = (2, self._slots, like_2KTD.shape[1], SLOT_TOKENS, like_2KTD.shape[3])
+            memory = mmap.mmap(
+                -1, math.prod(shape) * like_2KTD.element_size()
+            )  # zero, and free until written
+            made = self._layers[layer] = torch.frombuffer(memory, dtype=like_2KTD.dtype).view(shape)
+        return made
+
+    def made(self, layer: int) -> torch.Tensor:
+        """Return a layer's [2, N, K, S, D], which some session has written to."""
+        return self._layers[layer]
 
 
 class KvBudget:
-    """Counts the KV tokens that all sessions of an engine have allocated."""
+    """Counts the KV tokens that all sessions of an engine have allocated.
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+    Args:
+        max_tokens: Bound.
+        slots: Slots of the pool; they are part of the bound, whether used or not.
+    """
+
+    def __init__(self, max_tokens: int, slots: int = 0) -> None:
+        self.pool = KvPool(slots)
+        self.max_own_tokens = max_tokens - slots * SLOT_TOKENS
         self.used_tokens = 0
+        """Slots in use count whole."""
+        self.own_tokens = 0
+        """Of sessions with a store of their own."""
 
 
 class SessionKv:
@@ -32,12 +91,22 @@ class SessionKv:
 
     The tensors live where the model's keys come from. Keys and values of a layer are one tensor of shape
     [2, K, S, D], so that storing a token is one copy.
+
+    Attributes:
+        slot: Its slot in the pool, if it has one.
     """
 
     def __init__(self, budget: KvBudget) -> None:
         self._budget = budget
         self._capacity = 0
+        self._written = 0
         self._layers: dict[int, torch.Tensor] = {}
+        self.slot: int | None = None
+
+    @property
+    def pool(self) -> KvPool:
+        """Return the pool that its slot, if any, belongs to."""
+        return self._budget.pool
 
     @property
     def layer_count(self) -> int:
@@ -48,33 +117,60 @@ class SessionKv:
         """Make room for `tokens` tokens in all; return False, changing nothing, if the budget has none."""
         if tokens <= self._capacity:
             return True
-        if tokens > self._budget.max_tokens:
+        budget = self._budget
+        if self._capacity == 0 and tokens <= SLOT_TOKENS and (slot := budget.pool.take()) is not None:
+            self.slot, self._capacity = slot, SLOT_TOKENS
+            budget.used_tokens += SLOT_TOKENS
+            return True
+        if tokens > budget.max_own_tokens:
             return False
-        capacity = min(align_up(tokens, BLOCK_TOKENS), self._budget.max_tokens)
-        if self._budget.used_tokens + capacity - self._capacity > self._budget.max_tokens:
+        capacity = min(align_up(tokens, BLOCK_TOKENS), budget.max_own_tokens)
+        own = 0 if self.slot is not None else self._capacity
+        if budget.own_tokens + capacity - own > budget.max_own_tokens:
             return False
-        self._budget.used_tokens += capacity - self._capacity
-        for layer, old_2KSD in self._layers.items():
-            new_2KSD = old_2KSD.new_empty((*old_2KSD.shape[:2], capacity, old_2KSD.shape[3]))
-            new_2KSD[:, :, : self._capacity] = old_2KSD
-            self._layers[layer] = new_2KSD
-        self._capacity = capacity
+        old_layers, written, old_slot = self._layers, self._written, self.slot
+        room = align_up(capacity, BLOCK_TOKENS)  # attention reads whole blocks
+        with torch.inference_mode():
+            self._layers = {layer: _grown(old, written, room) for layer, old in old_layers.items()}
+        budget.used_tokens += capacity - self._capacity
+        budget.own_tokens += capacity - own
+        self._capacity, self.slot = capacity, None
+        if old_slot is not None:
+            budget.pool.give_back(old_slot, written)
         return True
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """Return a layer's whole store [2, K, S, D]."""
+        return self._layers[layer]
+
+    def note_written(self, tokens: int) -> None:
+        """Remember that up to `tokens` tokens were written, by `write` or into the slot."""
+        self._written = max(self._written, tokens)
 
     def write(self, layer: int, start: int, kv_2KTD: torch.Tensor) -> torch.Tensor:
         """Store T tokens from `start` on; return a view [2, K, start + T, D] of all up to the last."""
         store_2KSD = self._layers.get(layer)
         if store_2KSD is None:
-            shape = (2, kv_2KTD.shape[1], self._capacity, kv_2KTD.shape[3])
-            store_2KSD = self._layers[layer] = kv_2KTD.new_empty(shape)
+            if self.slot is not None:
+                store_2KSD = self._budget.pool.layer(layer, kv_2KTD)[:, self.slot]
+            else:
+                room = align_up(self._capacity, BLOCK_TOKENS)
+                store_2KSD = kv_2KTD.new_zeros((2, kv_2KTD.shape[1], room, kv_2KTD.shape[3]))
+            self._layers[layer] = store_2KSD
         end = start + kv_2KTD.shape[2]
+        self.note_written(end)
         store_2KSD[:, :, start:end] = kv_2KTD
         return store_2KSD[:, :, :end]
 
     def release(self) -> None:
         """Give everything back."""
-        self._budget.used_tokens -= self._capacity
-        self._capacity = 0
+        budget = self._budget
+        budget.used_tokens -= self._capacity
+        if self.slot is None:
+            budget.own_tokens -= self._capacity
+        else:
+            budget.pool.give_back(self.slot, self._written)
+        self.slot, self._capacity, self._written = None, 0, 0
         self._layers.clear()
 
     def export(self, tokens: int) -> KvExport:
@@ -90,3 +186,9 @@ class SessionKv:
         """Write the first `tokens` tokens of an export; room must have been reserved."""
         for layer, kv_2KTD in enumerate(export.layers):
             self.write(layer, 0, kv_2KTD[:, :, :tokens].to(device))
+
+
+def _grown(old_2KSD: torch.Tensor, written: int, room: int) -> torch.Tensor:
+    new_2KSD = old_2KSD.new_zeros((*old_2KSD.shape[:2], room, old_2KSD.shape[3]))
+    new_2KSD[:, :, :written] = old_2KSD[:, :, :written]
+    return new_2KSD

@@ -43,6 +43,9 @@ BLOCK_BYTES = 8 * MIB
 CACHE_LINE_BYTES = 64
 PROOFS = RowProofs()
 """Facts of this host and process, whatever the model."""
+MAX_REMEMBERED = 65536
+_PROVEN: set[tuple[object, ...]] = set()
+"""Products of this process's weights whose shapes are all proven: one look-up instead of several."""
 
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear, Conv1D: RowConv1D}
 _ROW_LOCAL = (nn.Linear, Conv1D, nn.Embedding)
@@ -97,7 +100,11 @@ def _rows_at_once(rows: torch.Tensor, group: int, weight: torch.Tensor, step: in
     count, columns = rows.shape[0], weight.shape[1]
     if count == group or count > MAX_ROWS or rows.device.type != "cpu":
         return group
-    is_transposed, offset_bytes = weight.stride(0) == 1, weight.data_ptr() % CACHE_LINE_BYTES
+    place, threads = weight.data_ptr(), torch.get_num_threads()
+    known = (count, group, place, weight.shape, rows.dtype, has_bias, threads)
+    if known in _PROVEN:
+        return count
+    is_transposed, offset_bytes = weight.stride(0) == 1, place % CACHE_LINE_BYTES
     widths = {min(step, columns), columns % step or step} if step < columns else {columns}
     # Every width is asked for, so that all that lack a proof get one.
     proofs = [
@@ -112,12 +119,17 @@ def _rows_at_once(rows: torch.Tensor, group: int, weight: torch.Tensor, step: in
                 has_bias=has_bias,
                 is_strided=step < columns,
                 offset_bytes=offset_bytes,
-                threads=torch.get_num_threads(),
+                threads=threads,
             )
         )
         for width in widths
     ]
-    return count if all(proofs) else group
+    if not all(proofs):
+        return group
+    if len(_PROVEN) >= MAX_REMEMBERED:
+        _PROVEN.clear()
+    _PROVEN.add(known)
+    return count
 
 
 def _block_columns(weight: torch.Tensor) -> int:

@@ -39,7 +39,7 @@ from services.worker.engine import (
     TokenOut,
 )
 from services.worker.forward import Chunk, ModelRunner
-from services.worker.kv_store import KvBudget, SessionKv
+from services.worker.kv_store import SLOT_TOKENS, KvBudget, SessionKv
 from services.worker.numerics import numerics
 from services.worker.sampling import LogitsNotFinite, TokenChooser, log_probabilities
 from services.worker.session import Session, prefill_token_count
@@ -79,7 +79,9 @@ class TransformersEngine:
         self._runner = ModelRunner(model, group_rows)
         context = min(limits.max_context_tokens, self._runner.max_context_tokens, limits.max_kv_tokens)
         self._limits = replace(limits, max_context_tokens=context)
-        self._budget = KvBudget(limits.max_kv_tokens)
+        # The longest session fits beside the pool.
+        slots = min(limits.max_batch, (limits.max_kv_tokens - context) // SLOT_TOKENS)
+        self._budget = KvBudget(limits.max_kv_tokens, slots if self._runner.device.type == "cpu" else 0)
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: deque[Session] = deque()
