@@ -7,7 +7,7 @@ their routes as they are when it gets there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
 
 from services.controller.records import ModelRecord
@@ -15,6 +15,9 @@ from services.controller.view import View
 from services.controller.wire import route_message
 from stoker.ids import ModelName
 from stoker.v1 import controller_pb2, model_pb2
+
+ROUTES_IN_MESSAGE = 100
+"""A route is at most some 20 KiB (names and addresses are bounded), usually less than one."""
 
 
 class Routes:
@@ -43,16 +46,19 @@ class Routes:
         watcher = _Watcher()
         self._watchers.add(watcher)
         try:
-            snapshot = [self._routes[name] for name in sorted(self._routes)]
-            yield controller_pb2.RoutesUpdate(snapshot=True, routes=snapshot)
+            for page in _pages([self._routes[name] for name in sorted(self._routes)]):
+                yield page
             while True:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._heartbeat_seconds):
                         await watcher.woken.wait()
                 names, watcher.names = watcher.names, set()
                 watcher.woken.clear()
-                changes = [self._routes.get(name) or _deleted(name) for name in sorted(names)]
-                yield controller_pb2.RoutesUpdate(routes=changes, heartbeat=not changes)
+                ordered = sorted(names)
+                for begin in range(0, max(1, len(ordered)), ROUTES_IN_MESSAGE):
+                    some = ordered[begin : begin + ROUTES_IN_MESSAGE]
+                    changes = [self._routes.get(name) or _deleted(name) for name in some]
+                    yield controller_pb2.RoutesUpdate(routes=changes, heartbeat=not changes)
         finally:
             self._watchers.discard(watcher)
 
@@ -71,6 +77,17 @@ class _Watcher:
     def __init__(self) -> None:
         self.names: set[ModelName] = set()
         self.woken = asyncio.Event()
+
+
+def _pages(routes: list[controller_pb2.Route]) -> Iterator[controller_pb2.RoutesUpdate]:
+    """Yield a snapshot in messages far below gRPC's limit of 4 MiB; at least one."""
+    begins = range(0, max(1, len(routes)), ROUTES_IN_MESSAGE)
+    for begin in begins:
+        yield controller_pb2.RoutesUpdate(
+            snapshot=begin == 0,
+            routes=routes[begin : begin + ROUTES_IN_MESSAGE],
+            more=begin != begins[-1],
+        )
 
 
 def _deleted(name: ModelName) -> controller_pb2.Route:

@@ -105,6 +105,7 @@ class RouteTable:
     def __init__(self) -> None:
         self.synced = False
         self._routes: dict[ModelName, ModelRoute] = {}
+        self._arriving: dict[ModelName, ModelRoute] | None = None
         self._shunned: dict[ReplicaId, float] = {}
 
     def apply(self, update: controller_pb2.RoutesUpdate) -> None:
@@ -112,17 +113,19 @@ class RouteTable:
         if update.heartbeat:
             return
         if update.snapshot:
-            self._routes = {}
-            self._shunned = {}
-            self.synced = True
+            self._arriving = {}
+        routes = self._routes if self._arriving is None else self._arriving
         for message in update.routes:
             route = ModelRoute.from_proto(message)
             if message.deleted:
-                self._routes.pop(route.name, None)
+                routes.pop(route.name, None)
             else:
-                self._routes[route.name] = route
+                routes[route.name] = route
                 for replica in route.replicas:
                     self._shunned.pop(replica.replica_id, None)
+        if self._arriving is not None and not update.more:  # a snapshot counts once it is whole
+            self._routes, self._arriving, self._shunned = self._arriving, None, {}
+            self.synced = True
 
     def models(self) -> tuple[ModelRoute, ...]:
         """Return all routes, by name."""

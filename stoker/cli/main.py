@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 
 import stoker
-from stoker.cli import cache, chat, checkpoint, cluster, doctor, models, push, simulate, up
+from stoker.cli import cache, chat, checkpoint, cluster, doctor, models, operate, push, simulate, up
 from stoker.cli.output import Format, FormatOption, console, errors, print_json
 from stoker.errors import PeerError, StokerError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for part in (up, models, cluster, chat, checkpoint, cache, push, doctor, simulate):
+for part in (up, models, cluster, chat, checkpoint, cache, push, doctor, simulate, operate):
     part.register(app)
 
 

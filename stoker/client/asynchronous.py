@@ -131,6 +131,32 @@ class AsyncClient:
         with translated(f"controller {self.controller}"):
             return await self._admin.GetClusterStatus(controller_pb2.GetClusterStatusRequest())
 
+    async def explain(self, subject: str, *, limit: int = 0) -> Sequence[controller_pb2.ExplainedDecision]:
+        """Return the decisions about a model, or for a request, the latest first; limit 0 = 10."""
+        request = controller_pb2.ExplainRequest(subject=subject, limit=limit)
+        with translated(f"controller {self.controller}"):
+            return (await self._admin.Explain(request)).decisions
+
+    async def set_node_scheduling(
+        self, node_id: str, scheduling: controller_pb2.NodeScheduling.ValueType
+    ) -> int:
+        """Open, cordon or drain a node; returns how many replicas still run there."""
+        request = controller_pb2.SetNodeSchedulingRequest(node_id=node_id, scheduling=scheduling)
+        with translated(f"controller {self.controller}"):
+            return (await self._admin.SetNodeScheduling(request)).replicas
+
+    async def events(
+        self, *, limit: int = 0, follow: bool = False
+    ) -> AsyncGenerator[controller_pb2.ClusterEvent, None]:
+        """Yield the last events (limit 0 = 100), oldest first; with `follow` those to come, too."""
+        request = controller_pb2.WatchEventsRequest(limit=limit, follow=follow)
+        with (
+            translated(f"controller {self.controller}"),
+            cancelled_after(self._admin.WatchEvents(request)) as events,
+        ):
+            async for event in events:
+                yield event
+
     async def acquire(
         self, model: str, *, timeout_seconds: float
     ) -> AsyncGenerator[controller_pb2.AcquireEvent, None]:

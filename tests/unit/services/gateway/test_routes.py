@@ -96,3 +96,15 @@ def test_the_context_is_the_smaller_of_what_is_known() -> None:
 
 def test_capacity_is_the_sum_of_the_batches() -> None:
     assert route(replicas=(replica("a", max_batch=4), replica("b", max_batch=0))).batch_capacity == 5
+
+
+def test_a_snapshot_in_several_messages_counts_once_it_is_whole() -> None:
+    routes = RouteTable()
+    routes.apply(controller_pb2.RoutesUpdate(snapshot=True, routes=[route_message("old")]))
+
+    routes.apply(controller_pb2.RoutesUpdate(snapshot=True, routes=[route_message("a")], more=True))
+    meanwhile = [route.name for route in routes.models()]
+    routes.apply(controller_pb2.RoutesUpdate(routes=[route_message("b")]))
+
+    assert meanwhile == ["old"]
+    assert [route.name for route in routes.models()] == ["a", "b"]

@@ -1,0 +1,247 @@
+"""`stoker nodes`, `explain`, `drain`, `undrain`, `cordon`, `events`, `top`: the operator's view."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from rich.table import Table
+
+from stoker.cli.models import ControllerOption
+from stoker.cli.output import Format, FormatOption, as_json, console, print_json, print_table
+from stoker.client import AsyncClient
+from stoker.units import format_bytes, format_rate, format_seconds
+from stoker.v1 import controller_pb2, node_agent_pb2
+
+READY = node_agent_pb2.REPLICA_STATE_READY
+TOP_REPLICAS = 30
+"""Rows of the live view, the busiest first."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("nodes")(list_nodes)
+    app.command()(explain)
+    app.command()(drain)
+    app.command()(undrain)
+    app.command()(cordon)
+    app.command()(events)
+    app.command()(top)
+
+
+def list_nodes(controller: ControllerOption = None, output: FormatOption = Format.text) -> None:
+    """List the nodes: how they are used, what is free, how fast their tiers are."""
+
+    async def work() -> list[controller_pb2.Node]:
+        async with AsyncClient(controller=controller) as client:
+            return list(await client.nodes())
+
+    nodes = asyncio.run(work())
+    if output is Format.json:
+        print_json([as_json(node) for node in nodes])
+        return
+    print_table(
+        ("NODE", "STATE", "SLOTS FREE", "WARM", "MEMORY FREE", "POOL FREE", "TIERS", "LABELS"),
+        (_node_row(node) for node in nodes),
+        empty="no nodes have joined",
+    )
+
+
+def _node_row(node: controller_pb2.Node) -> tuple[str, ...]:
+    report = node.report
+    taken = {device for replica in report.replicas for device in replica.devices}
+    rates = (
+        f"{rate.stage} {format_rate(rate.bytes_per_second, 1.0)}"
+        for rate in report.store.bandwidths
+        if rate.bytes_per_second
+    )
+    return (
+        report.node_id,
+        node_state(node),
+        f"{len(report.devices) - len(taken)}/{len(report.devices)}",
+        str(report.warm_workers),
+        format_bytes(report.memory_free_bytes),
+        f"{format_bytes(report.store.pool.free_bytes)} of {format_bytes(report.store.pool.total_bytes)}",
+        ", ".join(rates) or "-",
+        ",".join(f"{key}={value}" for key, value in sorted(report.labels.items())) or "-",
+    )
+
+
+def node_state(node: controller_pb2.Node) -> str:
+    """Return how a node is used: `ready`, `cordoned`, `drained`, `draining`, or since when it is silent."""
+    if not node.reachable:
+        return f"unreachable {format_seconds(node.last_seen_seconds)}"
+    if node.scheduling == controller_pb2.NODE_SCHEDULING_CORDONED:
+        return "cordoned"
+    if node.scheduling == controller_pb2.NODE_SCHEDULING_DRAINED:
+        return "drained"
+    return "draining" if node.report.draining else "ready"
+
+
+def explain(
+    subject: Annotated[str, typer.Argument(help="name of a model, or id of a request")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="decisions at most")] = 3,
+    controller: ControllerOption = None,
+    output: FormatOption = Format.text,
+) -> None:
+    """Say why a model started where it did: options, estimates, choice, and what it took in the end."""
+
+    async def work() -> list[controller_pb2.ExplainedDecision]:
+        async with AsyncClient(controller=controller) as client:
+            return list(await client.explain(subject, limit=limit))
+
+    decisions = asyncio.run(work())
+    if output is Format.json:
+        print_json([as_json(decision) for decision in decisions])
+        return
+    if not decisions:
+        console.print(f"nothing had to be decided about {subject} yet", highlight=False)
+    for decision in decisions:
+        _print_decision(decision)
+
+
+def _print_decision(decision: controller_pb2.ExplainedDecision) -> None:
+    when = time.strftime("%H:%M:%S", time.localtime(decision.unix_seconds))
+    console.print(
+        f"{when}  {decision.model}: {decision.choice} — {decision.reason}", highlight=False, markup=False
+    )
+    print_table(
+        ("  OPTION", "SLOTS", "HOW", "TIER", "STOP", "WORKER", "LOAD", "TOTAL", "COST TO OTHERS"),
+        (_option_row(option) for option in decision.options),
+        empty="  there was no option",
+    )
+    if decision.outcome == "ready":
+        measured = decision.measured
+        console.print(
+            f"  it took {format_seconds(measured.total_seconds)} (predicted "
+            f"{format_seconds(measured.predicted_seconds)}): "
+            f"worker {format_seconds(measured.worker_seconds)}, "
+            f"weights {format_seconds(measured.weights_seconds)}, "
+            f"skeleton {format_seconds(measured.skeleton_seconds)}, "
+            f"first forward {format_seconds(measured.first_forward_seconds)}",
+            highlight=False,
+        )
+    elif decision.outcome:
+        console.print(f"  the start {decision.outcome}", highlight=False)
+
+
+def _option_row(option: controller_pb2.ExplainedOption) -> tuple[str, ...]:
+    how = option.kind.replace("_", " ")
+    return (
+        f"  {option.node_id}",
+        ",".join(map(str, option.devices)),
+        f"{how} {', '.join(option.victims)}".strip(),
+        option.tier,
+        format_seconds(option.stop_seconds),
+        format_seconds(option.worker_seconds),
+        format_seconds(option.load_seconds),
+        format_seconds(option.total_seconds),
+        format_seconds(option.disturbance_seconds),
+    )
+
+
+def drain(
+    node: Annotated[str, typer.Argument(help="id of a node")], controller: ControllerOption = None
+) -> None:
+    """Take a node out of placement and empty it: idle replicas stop now, busy ones after their sessions."""
+    _schedule(node, controller_pb2.NODE_SCHEDULING_DRAINED, "drained", controller)
+
+
+def undrain(
+    node: Annotated[str, typer.Argument(help="id of a node")], controller: ControllerOption = None
+) -> None:
+    """Let a drained or cordoned node take replicas again."""
+    _schedule(node, controller_pb2.NODE_SCHEDULING_OPEN, "open", controller)
+
+
+def cordon(
+    node: Annotated[str, typer.Argument(help="id of a node")], controller: ControllerOption = None
+) -> None:
+    """Take a node out of placement; what runs there stays."""
+    _schedule(node, controller_pb2.NODE_SCHEDULING_CORDONED, "cordoned", controller)
+
+
+def _schedule(
+    node: str, scheduling: controller_pb2.NodeScheduling.ValueType, word: str, controller: str | None
+) -> None:
+    async def work() -> int:
+        async with AsyncClient(controller=controller) as client:
+            return await client.set_node_scheduling(node, scheduling)
+
+    console.print(f"{node} is {word}; {asyncio.run(work())} replicas run there", highlight=False)
+
+
+def events(
+    limit: Annotated[int, typer.Option("--tail", "-n", min=1, help="past events at most")] = 100,
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as they come")] = False,
+    controller: ControllerOption = None,
+    output: FormatOption = Format.text,
+) -> None:
+    """Print what has happened in the cluster since its controller began to lead."""
+
+    async def work() -> None:
+        async with AsyncClient(controller=controller) as client:
+            async for event in client.events(limit=limit, follow=follow):
+                if output is Format.json:
+                    print_json(as_json(event))
+                    continue
+                when = time.strftime("%H:%M:%S", time.localtime(event.unix_seconds))
+                fields = " ".join(f"{key}={value}" for key, value in sorted(event.fields.items()))
+                console.print(f"{when}  {event.kind:<24} {fields}", highlight=False, markup=False)
+
+    asyncio.run(work())
+
+
+def top(
+    interval: Annotated[float, typer.Option(min=0.2, help="seconds between looks")] = 1.0,
+    controller: ControllerOption = None,
+) -> None:
+    """Show nodes and the busiest replicas, live, until interrupted."""
+
+    async def work() -> None:
+        async with AsyncClient(controller=controller) as client:
+            with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+                while True:
+                    nodes, replicas = list(await client.nodes()), list(await client.replicas())
+                    live.update(top_table(nodes, replicas), refresh=True)
+                    await asyncio.sleep(interval)
+
+    asyncio.run(work())
+
+
+def top_table(nodes: list[controller_pb2.Node], replicas: list[node_agent_pb2.Replica]) -> Table:
+    """Return one look at the cluster: a line per node in the title, a row per replica, the busiest first."""
+    slots = sum(len(node.report.devices) for node in nodes)
+    taken = sum(len(replica.devices) for replica in replicas)
+    title = f"{len(nodes)} nodes, {taken} of {slots} slots taken, {len(replicas)} replicas"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("REPLICA", "MODEL", "NODE", "STATE", "RUNNING", "WAITING", "IDLE"):
+        table.add_column(column)
+    busiest = sorted(
+        replicas,
+        key=lambda found: (
+            -found.running_sessions - found.waiting_sessions,
+            found.idle_seconds,
+            found.replica_id,
+        ),
+    )
+    for replica in busiest[:TOP_REPLICAS]:
+        state = node_agent_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+        if replica.state != READY:
+            state += f" {replica.loaded_fraction:.0%}"
+        table.add_row(
+            replica.replica_id,
+            replica.model,
+            replica.node_id,
+            state,
+            str(replica.running_sessions),
+            str(replica.waiting_sessions),
+            format_seconds(replica.idle_seconds),
+        )
+    if len(busiest) > TOP_REPLICAS:
+        table.caption = f"and {len(busiest) - TOP_REPLICAS} more replicas: stoker ps"
+    return table
