@@ -315,8 +315,8 @@ class Loads:
         if resident.phase is Phase.GONE:
             self._settle_if_gone(resident)
             self._admit_waiting()
-        elif resident.entry.far is not None and not (resident.reads_left or resident.landings_left):
-            self._changed()  # all that came is on the disk
+        elif resident.entry.far is not None:
+            self._tell()  # the disk has more of it
 
     def _complete(self, resident: Resident) -> None:
         self._close_sources(resident)
@@ -410,6 +410,9 @@ class Loads:
             leased_bytes=self.leased_bytes(),
             leases=sum(each.leases for each in self._residents.values()),
         )
+        self._tell()
+
+    def _tell(self) -> None:
         for event in self._watchers:
             event.set()
 

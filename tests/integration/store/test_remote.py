@@ -65,9 +65,9 @@ def stored(now: pb.StoreStatus, uri: str) -> pb.StoredCheckpoint:
 def wait_until_on_disk(daemon: Daemon, uri: str) -> None:
     wait_for_status(
         daemon,
-        lambda now: any(
-            each.checkpoint.uri == uri and each.disk_bytes == each.checkpoint.file_bytes
-            for each in now.checkpoints
+        lambda now: (
+            stored(now, uri).disk_bytes == stored(now, uri).checkpoint.file_bytes
+            and "checkpoint.cached" in daemon.log.read_text()  # the last byte comes before the renaming
         ),
     )
 
