@@ -19,7 +19,7 @@ from stoker.checkpoint.index import open_checkpoint
 from stoker.errors import LoadFailed
 from stoker.units import KIB, MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
-from tests.integration.store.daemon import Daemon, running, spawn, wait_until_ready
+from tests.integration.store.daemon import Daemon, running, spawn
 from tests.integration.store.origin_server import Fault, OriginServer, origin_server
 from tests.integration.store.test_store import (
     SECONDS,
@@ -225,14 +225,14 @@ def test_a_killed_daemon_fetches_only_what_is_missing(origin: OriginServer, tmp_
             threading.Event().wait(5)
 
     settings = {"cache_dir": tmp_path / "cache", "chunk_bytes": CHUNK, "far_threads": 1}
-    daemon = wait_until_ready(spawn(tmp_path / "run", **settings))
-    describe(daemon, origin.url)
-    origin.gate = gate
-    attachment = attach(daemon.attach_socket, origin.url, holder="test")
-    assert reached.wait(SECONDS)
-    wait_for_status(daemon, lambda now: stored(now, origin.url).disk_bytes >= min(after_reads - 1, 1) * CHUNK)
-    daemon.kill()
-    attachment.close()
+    with running(tmp_path / "run", **settings) as daemon:
+        describe(daemon, origin.url)
+        origin.gate = gate
+        with attach(daemon.attach_socket, origin.url, holder="test"):
+            assert reached.wait(SECONDS)
+            landed = min(after_reads - 1, 1) * CHUNK
+            wait_for_status(daemon, lambda now: stored(now, origin.url).disk_bytes >= landed)
+            daemon.kill()
     origin.gate = lambda _name, _begin: None
 
     with running(tmp_path / "run", **settings) as again:
