@@ -23,7 +23,7 @@ from itertools import islice
 
 from services.controller.estimate import Estimate
 from services.controller.fleet import is_idle
-from services.controller.index import Ladder
+from services.controller.index import Ladder, reservations_on
 from services.controller.options import Move, Option, residency_ends_seconds, room_is_being_made
 from services.controller.room import (
     Never,
@@ -36,7 +36,7 @@ from services.controller.room import (
 )
 from services.controller.search import search
 from services.controller.summary import is_busy
-from services.controller.view import Model, Node, Policy, Pool, View
+from services.controller.view import Model, Node, Phase, Policy, Pool, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
 
@@ -172,6 +172,18 @@ def _making_room(situation: Situation) -> NodeId | None:
         node = situation.view.nodes[node_id]
         if (
             index.summaries[node_id].is_open
+            and any(
+                (
+                    found.stopping_for in {None, situation.model.name}
+                    and (found.stopping_since_seconds is not None or found.moving_to is not None)
+                )
+                or found.releasing
+                or (
+                    found.replica_id in node.replicas
+                    and node.replicas[found.replica_id].phase is Phase.STOPPING
+                )
+                for found in reservations_on(situation.view, index, node_id)
+            )
             and never_fits(situation.model, node) is None
             and room_is_being_made(situation, node)
         ):
