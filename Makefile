@@ -7,7 +7,7 @@ MODEL ?=
 GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo up down test check format fuzz gpu-check env model test-tools clean
+.PHONY: help demo up down test check format oracle fuzz gpu-check env model test-tools clean
 
 help:
 	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       every test, with a real etcd and a real model"
 	@echo "make check      format, lint, types, import contracts"
 	@echo "make fuzz       100,000 mutated files to every reader of checkpoints"
+	@echo "make oracle     the real model, killed after every token, answers the same bits"
 	@echo "make gpu-check  the tests that need a CUDA device"
 	@echo "MODEL=...       hub id or local folder to use instead of SmolLM2-135M-Instruct"
 
@@ -84,6 +85,10 @@ format: env
 
 fuzz: env
 	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000)
+
+# Every kill position on the real model; an hour or so on two cores. ORACLE_ARGS='--step 8' takes every eighth.
+oracle: env
+	@model=$$($(GET_MODEL)) && OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.oracle "$$model" $(ORACLE_ARGS)
 
 gpu-check: env
 	@$(BIN)/python -m pytest tests/gpu -m gpu -rs -s

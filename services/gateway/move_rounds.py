@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stoker.errors import StokerError
+from stoker.errors import PeerError
 from stoker.v1 import session_pb2
 
 LEVEL_TOKENS = 1
@@ -40,8 +40,8 @@ class Abandon:
     why: str
 
 
-class Diverged(StokerError):
-    """The destination made other tokens than the client has: it must not go on from them."""
+class Diverged(PeerError):
+    """The destination made other tokens than the client has: another replica must go on from those."""
 
 
 def after_round(*, number: int, lag: int, earlier_lag: int | None) -> Switch | Again | Abandon:
@@ -62,12 +62,19 @@ def after_round(*, number: int, lag: int, earlier_lag: int | None) -> Switch | A
     return Again()
 
 
-def unseen(event: session_pb2.GenerateEvent, log: Sequence[int]) -> session_pb2.GenerateEvent:
+def unseen(event: session_pb2.GenerateEvent, log: Sequence[int], epoch: int) -> session_pb2.GenerateEvent:
     """Return the event without the tokens that are in the log already; it may have none left.
+
+    Args:
+        event: Of the destination's stream.
+        log: The session's tokens.
+        epoch: The destination's.
 
     Raises:
         Diverged: They differ from the log.
     """
+    if event.epoch != epoch:
+        return event  # an earlier owner's: whoever feeds it refuses it
     known = min(max(0, len(log) - event.position), len(event.tokens))
     if known == 0:
         return event

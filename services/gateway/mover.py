@@ -152,11 +152,13 @@ class Mover:
             epoch = self._session.claim_epoch()
             events = self._round(destination, epoch)
             self._open.append(events)
-            first = await anext(events, None)
+            first = await anext(events)
+            while first.epoch != epoch or first.HasField("leave"):
+                if first.HasField("leave"):
+                    raise PeerError(f"replica {destination.replica_id} is about to stop itself")
+                first = await anext(events)
             await self._drop(keep=events)  # of the round before: the destination has taken it over
-            if first is None:
-                raise PeerError(f"replica {destination.replica_id} ended a move's round without a token")
-            unseen(first, self._session.token_ids)
+            unseen(first, self._session.token_ids, epoch)
             earlier, lag = lag, len(self._session.token_ids) - tokens
             match after_round(number=number, lag=lag, earlier_lag=earlier):
                 case Again():
@@ -197,9 +199,9 @@ class Mover:
 async def in_order(moved: Moved, log: Sequence[int]) -> Events:
     """Yield the destination's events without the tokens that are in the log when they come."""
     async with aclosing(moved.rest):
-        yield unseen(moved.first, log)
+        yield unseen(moved.first, log, moved.epoch)
         async for event in moved.rest:
-            yield unseen(event, log)
+            yield unseen(event, log, moved.epoch)
 
 
 async def next_or_moved(events: Events, mover: Mover) -> session_pb2.GenerateEvent | Moved:

@@ -1,4 +1,4 @@
-"""Replicas in one process: real relays, run streams and engine threads; only gRPC between them is left out."""
+"""Replicas in one process: real relays, run streams and engine threads; only gRPC is left out."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class Node:
     def __init__(self, engine: TransformersEngine) -> None:
         loop = asyncio.get_running_loop()
         self._stream = RunStream(loop)
-        self._engine = EngineThread(engine, on_outputs=self._stream.on_outputs, on_failure=lambda _: None)
+        self._engine = EngineThread(engine, on_outputs=self._stream.on_outputs, on_failure=self._failed)
         self._engine.start()
         self.is_dead = False
+        self.failure: BaseException | None = None
         self.fence = EpochFence()
         self.relay = SessionRelay(
             self,  # type: ignore[arg-type]  # it has the one method that is called
@@ -64,6 +65,10 @@ class Node:
     def Run(self, commands: AsyncIterator[RunCommand]) -> Any:  # noqa: N802 - the rpc's name
         """Stand where the worker's stub does."""
         return _Run(self._stream, self._engine, commands)
+
+    def _failed(self, cause: BaseException) -> None:
+        """Take note of a step that failed as a whole: `close` raises it."""
+        self.failure = cause
 
     def kill(self) -> None:
         """End it as a crash does: nothing more comes from it."""
@@ -80,6 +85,8 @@ class Node:
         self.kill()
         await asyncio.wait([self._relaying])
         assert await asyncio.to_thread(self._engine.close)
+        if self.failure is not None:
+            raise self.failure
 
 
 class Cluster:

@@ -20,18 +20,18 @@ from services.gateway.job import Job
 from services.gateway.placement import Placement
 from services.gateway.routes import Replica, RouteTable
 from services.gateway.sampling import SamplingRequest
-from services.gateway.session import Delta, Session
+from services.gateway.session import Session
 from services.gateway.session_run import SessionRun
 from services.gateway.text.model_text import ModelText
-from services.gateway.text_request import Prompts, TextRequest, Waiting
+from services.gateway.text_request import Prompts, TextRequest
 from services.gateway.trace import Trace
 from services.worker import engine as tokens
 from services.worker import wire
 from services.worker.transformers_engine import TransformersEngine
-from stoker.clock import ManualClock
 from stoker.errors import WorkerDied
 from stoker.ids import ReplicaId, SessionId
 from stoker.v1 import controller_pb2, model_pb2, session_pb2
+from tests.integration.streams.client import HastyClock, Seen
 from tests.unit.services.worker.tiny_models import served
 
 LIMITS = tokens.EngineLimits(prefill_chunk_tokens=32, max_batch=4, max_waiting=8, max_kv_tokens=4096)
@@ -46,34 +46,6 @@ def engine_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 def text_of(folder: Path) -> ModelText:
     """Return a checkpoint's text side."""
     return ModelText({name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()})
-
-
-@dataclass(slots=True)
-class Seen:
-    """All that a client sees of an answer: the sink."""
-
-    text: str = ""
-    logprobs: list[Any] = field(default_factory=list)
-    finish_reason: str | None = None
-    news: list[str] = field(default_factory=list)
-
-    async def waiting(self, news: Waiting) -> None:
-        """Keep the news."""
-        self.news.append(news.state)
-
-    async def delta(self, choice: int, delta: Delta) -> None:
-        """Take a piece."""
-        self.text += delta.text
-        self.logprobs += [
-            (
-                token.raw,
-                token.logprob.hex(),
-                token.offset,
-                [(top.raw, top.logprob.hex()) for top in token.top],
-            )
-            for token in delta.tokens
-        ]
-        self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 class Replicas:
@@ -150,6 +122,7 @@ class Answer:
     logprobs: tuple[Any, ...]
     finish_reason: str | None
     token_ids: tuple[int, ...]
+    trace: Trace = field(compare=False)
 
 
 async def answer(  # noqa: PLR0913 - a builder
@@ -163,7 +136,7 @@ async def answer(  # noqa: PLR0913 - a builder
     **sampling: Any,
 ) -> Answer:
     """Run one session to its end over the replicas."""
-    clock, table, seen = ManualClock(), RouteTable(), Seen()
+    clock, table, seen = HastyClock(), RouteTable(), Seen()
     table.apply(controller_pb2.RoutesUpdate(snapshot=True, routes=[_route(resume)]))
     trace = Trace(
         request_id="r", model="tiny", kind="completion", started_seconds=clock.now_seconds(), unix_seconds=0
@@ -188,6 +161,7 @@ async def answer(  # noqa: PLR0913 - a builder
         logprobs=tuple(seen.logprobs),
         finish_reason=seen.finish_reason,
         token_ids=tuple(session.token_ids),
+        trace=trace,
     )
 
 

@@ -1,0 +1,154 @@
+"""Replicas with a toy engine and a seeded fate: they die, come back, drain, refuse, and speak of the past."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Sequence
+
+from services.gateway.job import Job
+from services.gateway.placement import Placement
+from services.gateway.routes import Replica, RouteTable
+from services.node_agent.epoch_fence import EpochFence
+from stoker.clock import ManualClock
+from stoker.errors import LoadFailed, PeerError, QueueFull, ReplicaGone, StokerError, WorkerDied
+from stoker.v1 import session_pb2
+from tests.unit.services.gateway.builders import ids_of
+
+LETTERS = ids_of("abcdefghijklmnopqrstuvwxyz")
+LENGTH = session_pb2.FINISH_REASON_LENGTH
+
+
+def toy_token(prompt: Sequence[int], seed: int, log: Sequence[int]) -> int:
+    """Return the one token that may follow: it depends on everything before it, as a model's does."""
+    mixed = seed
+    for token in (*prompt, *log):
+        mixed = (mixed * 1_000_003 + token + 1) % (1 << 61)
+    return LETTERS[(mixed >> 17) % len(LETTERS)]
+
+
+class ToyNode:
+    """A replica and the tasks that stream from it."""
+
+    def __init__(self) -> None:
+        self.is_dead = False
+        self.leaves = 0
+        self.fence = EpochFence()
+        self.owners: dict[str, int] = {}
+
+
+class ToyCluster:
+    """Stands where the gateway's `Agents` does.
+
+    Args:
+        seed: Of the faults.
+        nodes: How many.
+        faults: Probability of one at each event.
+    """
+
+    def __init__(self, seed: int, *, nodes: int, faults: float) -> None:
+        self._random = random.Random(seed)
+        self._faults = faults
+        self.nodes = {f"rep-{number}": ToyNode() for number in range(nodes)}
+        self.history: list[str] = []
+        self.streams = 0
+
+    async def generate(
+        self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
+    ) -> AsyncGenerator[session_pb2.GenerateEvent]:
+        """Yield a session's events until it ends or fate strikes."""
+        node, session_id = self.nodes[replica.replica_id], order.session_id
+        self._admit(node, replica, order)
+        self.streams += 1
+        node.owners[session_id] = order.epoch
+        try:
+            async for event in self._events(node, replica, order):
+                yield event
+        finally:
+            self.streams -= 1
+
+    def _admit(self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest) -> None:
+        if node.is_dead:
+            if self._random.random() < 0.5:
+                self._note(f"{replica.replica_id} is back")
+                node.is_dead, node.fence = False, EpochFence()
+            raise ReplicaGone(f"{replica.replica_id} is dead")
+        if self._random.random() < self._faults:
+            self._note(f"{replica.replica_id} is full")
+            raise QueueFull("full")
+        node.fence.admit(order.session_id, order.epoch, follows=order.follows)
+
+    async def _events(
+        self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest
+    ) -> AsyncGenerator[session_pb2.GenerateEvent]:
+        log, sampling = list(order.generated_token_ids), order.sampling
+        left = node.leaves
+        for _ in range(self._random.randrange(4)):  # it computes what it was given
+            await asyncio.sleep(0)
+        while True:
+            for _ in range(1 + self._random.randrange(3)):
+                await asyncio.sleep(0)
+            self._strike(node, replica)
+            if node.is_dead or node.owners.get(order.session_id) != order.epoch:
+                raise WorkerDied(f"{replica.replica_id} died")
+            if node.leaves > left:
+                left = node.leaves
+                yield session_pb2.GenerateEvent(epoch=order.epoch, leave=session_pb2.Leave(grace_seconds=9))
+            if order.epoch and self._random.random() < self._faults:
+                self._note("a zombie speaks")
+                yield _event(order.epoch - 1, len(log), LETTERS[0])
+            if len(log) < sampling.max_tokens:
+                log.append(toy_token(order.prompt_token_ids, sampling.seed, log))
+                event = _event(order.epoch, len(log) - 1, log[-1])
+            else:
+                event = session_pb2.GenerateEvent(epoch=order.epoch, position=len(log))
+            if len(log) == sampling.max_tokens:
+                event.finish_reason = LENGTH
+            yield event
+            if event.finish_reason:
+                return
+
+    def _strike(self, node: ToyNode, replica: Replica) -> None:
+        draw = self._random.random()
+        if draw < self._faults:
+            self._note(f"{replica.replica_id} dies")
+            node.is_dead = True
+        elif draw < 3 * self._faults:
+            self._note(f"{replica.replica_id} drains")
+            node.leaves += 1
+
+    def _note(self, what: str) -> None:
+        self.history.append(what)
+
+    def refusal(self) -> StokerError | None:
+        """Return what the controller answers instead of a replica, if fate will have it."""
+        if self._random.random() < 0.3:
+            return self._random.choice([PeerError("no controller"), LoadFailed("x", retry_after_seconds=1)])
+        return None
+
+    def any_replica(self, table: RouteTable) -> Replica:
+        """Return what the controller answers."""
+        return self._random.choice(table.find("tiny").replicas)
+
+
+def _event(epoch: int, position: int, token: int) -> session_pb2.GenerateEvent:
+    return session_pb2.GenerateEvent(epoch=epoch, position=position, tokens=[session_pb2.Token(id=token)])
+
+
+class ToyPlacement(Placement):
+    """The gateway's own placement, over a controller that is sometimes away."""
+
+    def __init__(self, table: RouteTable, clock: ManualClock, cluster: ToyCluster) -> None:
+        super().__init__(table, None, clock=clock, cold_timeout_seconds=9, patience_seconds=9)  # type: ignore[arg-type]
+        self._cluster = cluster
+
+    async def acquire(self, job: Job, *, failed: Sequence[str] = (), limit_seconds: float = 0) -> Replica:
+        """Answer, or not."""
+        return await self.start_another(job)
+
+    async def start_another(self, job: Job) -> Replica:
+        """Answer, or not."""
+        await asyncio.sleep(0)
+        if (error := self._cluster.refusal()) is not None:
+            raise error
+        return self._cluster.any_replica(self.table)
