@@ -232,3 +232,36 @@ async def test_the_end_of_a_load_is_known_before_the_tokens_it_came_with() -> No
         await session.next()
 
         assert [end.error_code for end in played.load_ends] == ["x"]
+
+
+async def test_a_session_that_is_taken_over_is_not_cancelled_in_the_worker() -> None:
+    async with scene() as played:
+        played.open(epoch=1)
+        played.open(epoch=2)
+        commands = [await played.worker.commands.get() for _ in range(2)]
+
+        assert [command.submit.epoch for command in commands] == [1, 2]
+
+
+async def test_an_owner_that_a_later_one_elsewhere_has_followed_is_cut() -> None:
+    async with scene() as played:
+        session = played.open(epoch=2)
+        played.relay.cut("ses-1", below_epoch=2)
+        assert played.relay.session_count == 1
+
+        played.relay.cut("ses-1", below_epoch=3)
+        played.relay.cut("unknown", below_epoch=3)
+
+        with pytest.raises(Fenced, match="epoch 3"):
+            await session.next()
+        assert played.relay.session_count == 0
+
+
+async def test_who_reads_a_session_is_asked_to_move_it() -> None:
+    async with scene() as played:
+        session = played.open(epoch=4)
+        played.relay.ask_to_leave("drained", 9.0)
+        event = await session.next()
+
+        assert (event.epoch, event.leave.reason, event.leave.grace_seconds) == (4, "drained", 9.0)
+        assert not event.tokens
