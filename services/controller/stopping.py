@@ -136,11 +136,26 @@ def _replace_stale(planner: Planner, members: tuple[Member, ...]) -> None:
 
 
 def _leave_drained_nodes(planner: Planner, members: tuple[Member, ...]) -> None:
-    """Empty nodes that an operator drains: idle replicas now, busy ones once their sessions have ended."""
+    """Empty nodes that an operator drains: idle replicas now, busy ones once their sessions have ended.
+
+    A busy one whose sessions can move at once, for the model is ready elsewhere, is stopped with grace: that
+    is what makes them move.
+    """
+    scheduling = planner.view.scheduling
+
+    def is_drained(found: Member) -> bool:
+        return scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
+
     for found in members:
-        drained = planner.view.scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
-        if drained and is_idle(found) and not found.stale:
+        if not is_drained(found) or found.stale:
+            continue
+        if is_idle(found):
             planner.stop(found, "its node is drained", only_if_idle=True)
+        elif found.standing is Standing.READY and any(
+            other.standing is Standing.READY and not other.stale and not is_drained(other)
+            for other in members
+        ):
+            planner.stop(found, "its node is drained", only_if_idle=False)
 
 
 def _stop_unused(planner: Planner, model: Model, members: tuple[Member, ...]) -> None:
