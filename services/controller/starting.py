@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from services.controller.actions import Migrate as MigrateAction
 from services.controller.actions import Start, Stop
+from services.controller.attention import asked_replicas
 from services.controller.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
 from services.controller.fleet import Member, Standing, members_of
 from services.controller.forecast import prewarm_window_seconds
@@ -27,7 +28,8 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
     asked = [name for name in wanting if name in cold and name in planner.view.demands]
     others = wanting[len(asked) :]
     for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
-        _start(planner, name, may_disturb=name in cold and _is_asked_for(planner, name))
+        starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
+        _start(planner, name, may_disturb=starved)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
 
@@ -46,13 +48,22 @@ def _wants(planner: Planner, name: ModelName) -> bool:
 
 
 def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
-    asked = 1 if model.name in planner.view.demands or _is_expected(planner, model) else 0
+    asked = max(asked_replicas(planner.view, model), int(_is_expected(planner, model)))
     ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
     sessions = sum(replica.sessions for replica in ready)
     loaded = sessions // model.concurrency + 1 if sessions else 0
-    queue = any(_has_queued_too_long(planner, replica.waiting_since_seconds) for replica in ready)
-    queued = len(ready) + 1 if queue else 0
+    queued = len(ready) + 1 if _queues(planner, model.name) else 0
     return min(model.max_replicas, max(model.min_replicas, asked, loaded, queued))
+
+
+def _queues(planner: Planner, name: ModelName) -> bool:
+    """Tell whether sessions wait too long for a place in a ready replica's batch."""
+    return any(
+        found.standing is Standing.READY
+        and found.replica is not None
+        and _has_queued_too_long(planner, found.replica.waiting_since_seconds)
+        for found in members_of(planner.view, name)
+    )
 
 
 def _has_queued_too_long(planner: Planner, since_seconds: float | None) -> bool:

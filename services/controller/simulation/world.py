@@ -420,16 +420,16 @@ class World:
 
     def preempt(self, replica: SimReplica) -> None:
         """Take a busy replica's devices; its sessions begin again from their prompts."""
-        self.counters.preemptions += 1
         self._interrupt(replica, keep_tokens=False)
 
     def displace(self, replica: SimReplica) -> None:
         """Take a busy replica's devices; its sessions wait, and go on elsewhere after their last token."""
-        self.counters.displacements += 1
         self._interrupt(replica, keep_tokens=True)
 
     def _interrupt(self, replica: SimReplica, *, keep_tokens: bool) -> None:
         interrupted = list(replica.sessions)
+        self.counters.preemptions += not keep_tokens
+        self.counters.displacements += keep_tokens
         for session in interrupted:
             tokens = self.tokens_of(session) - session.request.input_tokens
             session.kept_tokens = min(tokens, session.request.output_tokens - 1) if keep_tokens else 0
