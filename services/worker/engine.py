@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from services.worker.adapted_rows import AdapterWeights
     from stoker.ids import SessionId
 
 MAX_TOP_LOGPROBS = 20
@@ -135,6 +136,8 @@ class Submit:
     """Output tokens the client already has: not emitted again; the next one has position `len` of these."""
     resume_mode: ResumeMode = ResumeMode.EXACT
     sampling: Sampling = field(default_factory=Sampling)
+    adapter: AdapterWeights | None = None
+    """What is added to the model for this session; None: the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +217,8 @@ class Snapshot:
     sampling: Sampling
     kv: KvExport | None = None
     """Only when asked for; covers a prefix of prompt and generated tokens."""
+    adapter: AdapterWeights | None = None
+    """As in `Submit`; the KV was computed with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from services.worker.adapted_rows import AdaptedModules
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
 from services.worker.row_linear import PROOFS, make_rows_uniform
 from stoker.errors import CheckpointInvalid
@@ -32,6 +33,7 @@ from stoker.units import align_up
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from services.worker.adapted_rows import AdapterWeights
     from services.worker.attention import ForwardPlan
     from services.worker.kv_store import SessionKv
     from services.worker.sampling import Floats
@@ -63,6 +65,8 @@ class Chunk:
     """Index of the first one in the session."""
     tokens: Sequence[int]
     needs_logits: bool
+    adapter: AdapterWeights | None = None
+    """The session's."""
 
 
 class ModelRunner:
@@ -74,6 +78,7 @@ class ModelRunner:
             raise ValueError(f"build the model with attn_implementation={ATTENTION_NAME!r}")
         parameter = next(model.parameters())
         self._model: nn.Module = model
+        self._adapted = AdaptedModules(model)
         self.device, self.dtype = parameter.device, parameter.dtype
         self.vocab_size = int(config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         self.max_context_tokens = _max_context_tokens(config)
@@ -109,12 +114,18 @@ class ModelRunner:
         for start in range(0, len(rows), self._rows_per_pass):
             yield rows[start : start + self._rows_per_pass]
 
-    def decode(self, rows: Sequence[tuple[SessionKv, int, int]], logits_of: Sequence[int]) -> list[Floats]:
+    def decode(
+        self,
+        rows: Sequence[tuple[SessionKv, int, int]],
+        logits_of: Sequence[int],
+        adapters: Sequence[AdapterWeights | None],
+    ) -> list[Floats]:
         """Feed one token per row: (its session's KV, its index in the session, its id).
 
         Args:
             rows: At most one pass's worth; KV room for each must have been reserved.
             logits_of: The rows whose logits are wanted.
+            adapters: Each row's.
 
         Returns:
             One row of float32 logits, on the CPU, for each of `logits_of`.
@@ -129,7 +140,11 @@ class ModelRunner:
         )
         tokens = [token for _, _, token in ordered] + padding
         positions = [index for _, index, _ in ordered] + padding
-        logits = self._run(plan, tokens, positions, [place[row] for row in logits_of])
+        adding = self._adapted.adding(
+            [adapters[row] for row in order], pass_rows=len(tokens), group_rows=self._group_rows
+        )
+        with adding:
+            logits = self._run(plan, tokens, positions, [place[row] for row in logits_of])
         PROOFS.prove_next()  # after decode passes only, so never in a cold start
         return logits
 
@@ -147,7 +162,9 @@ class ModelRunner:
         wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.needs_logits]
         segments = [(chunk.kv, chunk.start, len(chunk.tokens)) for chunk in chunks]
         plan = PrefillPlan(segments, len(tokens), self._prefill_rows, self._group_rows)
-        logits = iter(self._run(plan, tokens, positions, wanted))
+        adapters = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        with self._adapted.adding(adapters, pass_rows=len(tokens), group_rows=self._prefill_rows):
+            logits = iter(self._run(plan, tokens, positions, wanted))
         for chunk in chunks:
             self._check_layers(chunk.kv)
         return [next(logits) if chunk.needs_logits else None for chunk in chunks]
@@ -162,6 +179,7 @@ class ModelRunner:
     def close(self) -> None:
         """Let go of the model."""
         self._model = nn.Module()
+        self._adapted = AdaptedModules(self._model)
 
     def _run(
         self, plan: ForwardPlan, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int]

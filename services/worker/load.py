@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from services.worker.adapter_cache import AdapterCache
 from services.worker.arrival import Arrival
 from services.worker.arrival_order import ArrivalOrder, arrival_order
 from services.worker.cuda_copy import CudaCopyEngine
@@ -51,6 +52,7 @@ class LoadedModel:
         needs_stages: How many of its stages must be open before there can be a token.
         weights: The model's tensors.
         loaded: Done when all weights are there, or will not come.
+        adapters: What sessions may add to the model.
     """
 
     engine: Engine
@@ -59,6 +61,7 @@ class LoadedModel:
     needs_stages: int
     weights: Weights
     loaded: Future[Loaded]
+    adapters: AdapterCache
 
 
 def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedModel:
@@ -112,6 +115,7 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
         needs_stages=needs_stages,
         weights=weights,
         loaded=arrival.loaded,
+        adapters=AdapterCache(model, max_count=settings.max_adapters, max_bytes=settings.max_adapter_bytes),
     )
 
 

@@ -11,15 +11,22 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from services.worker import wire
-from services.worker.engine import Finished, Output
+from services.worker.engine import Finished, Output, Submit
 from services.worker.engine_thread import EngineThread
 from stoker import log
-from stoker.errors import AlreadyExists, Fenced, StokerError
+from stoker.errors import AlreadyExists, Fenced, InvalidRequest, StokerError
 from stoker.ids import SessionId
+from stoker.v1.model_pb2 import AdapterSpec
 from stoker.v1.session_pb2 import GenerateRequest
 from stoker.v1.worker_pb2 import LoadEnd, RunCommand, StepEvent
+
+if TYPE_CHECKING:  # torch: imported only when the worker is warm
+    from services.worker.adapted_rows import AdapterWeights
+    from services.worker.adapter_cache import AdapterCache
 
 
 class RunStream:
@@ -37,6 +44,8 @@ class RunStream:
         self._waiting = StepEvent()
         self._news = asyncio.Event()
         self._has_reader = False
+        self._adapters: AdapterCache | None = None
+        self._leases: dict[SessionId, AdapterSpec] = {}
 
     # --- from the engine's thread ---
 
@@ -54,6 +63,10 @@ class RunStream:
         self._add(wire.errors_for(owners, error), [])
 
     # --- in the event loop ---
+
+    def use(self, adapters: AdapterCache) -> None:
+        """Take adapters of sessions from here; before this call no session may have one."""
+        self._adapters = adapters
 
     def announce(self, load_end: LoadEnd) -> None:
         """Tell the agent how the rest of the load went."""
@@ -83,17 +96,73 @@ class RunStream:
                 self._end_earlier(earlier_id, request)
             self._owners[engine_id] = owner
             self._current[request.session_id] = engine_id
-            if earlier_id is None:
-                engine.submit(wanted)
+            if request.HasField("adapter"):
+                self._submit_adapted(request.adapter, wanted, earlier_id, engine)
             else:
-                taken = engine.take_over(earlier_id, wanted)
-                taken.add_done_callback(
-                    lambda done: self._loop.call_soon_threadsafe(self._note_taken, done, engine_id, owner)
-                )
+                self._start(wanted, earlier_id, engine)
         except StokerError as error:
-            if self._owners.get(engine_id) is owner:
-                self._release(engine_id)
-            self._add(wire.errors_for([owner], error), [])
+            self._refuse(engine_id, owner, error)
+
+    def _start(self, wanted: Submit, earlier_id: SessionId | None, engine: EngineThread) -> None:
+        if earlier_id is None:
+            engine.submit(wanted)
+            return
+        owner = self._owners[wanted.session_id]
+        taken = engine.take_over(earlier_id, wanted)
+        taken.add_done_callback(
+            lambda done: self._loop.call_soon_threadsafe(self._note_taken, done, wanted.session_id, owner)
+        )
+
+    def _submit_adapted(
+        self, adapter: AdapterSpec, wanted: Submit, earlier_id: SessionId | None, engine: EngineThread
+    ) -> None:
+        """Start a session with its adapter, at once if that is in memory."""
+        if self._adapters is None:
+            raise InvalidRequest(f"this worker serves no adapters, asked for was {adapter.name!r}")
+        coming = self._adapters.lease(adapter)
+        if not coming.done():
+            if earlier_id is not None:  # rare: its adapter was let go of, so it has ended; its KV is lost
+                engine.cancel(earlier_id)
+                earlier_id = None
+            owner = self._owners[wanted.session_id]
+            coming.add_done_callback(
+                lambda done: self._loop.call_soon_threadsafe(
+                    self._start_adapted, done, adapter, wanted, owner, engine
+                )
+            )
+            return
+        weights = coming.result()
+        self._leases[wanted.session_id] = adapter
+        self._start(replace(wanted, adapter=weights), earlier_id, engine)
+
+    def _start_adapted(
+        self,
+        came: Future[AdapterWeights],
+        adapter: AdapterSpec,
+        wanted: Submit,
+        owner: wire.Owner,
+        engine: EngineThread,
+    ) -> None:
+        """Start a session whose adapter has come, or not; unless it was cancelled meanwhile."""
+        engine_id = wanted.session_id
+        error = came.exception()
+        if error is None:
+            self._leases[engine_id] = adapter
+        if self._owners.get(engine_id) is not owner:
+            self._end_lease(engine_id)
+            return
+        try:
+            if isinstance(error, StokerError):
+                raise error
+            self._start(replace(wanted, adapter=came.result()), None, engine)
+        except StokerError as refusal:
+            self._refuse(engine_id, owner, refusal)
+
+    def _refuse(self, engine_id: SessionId, owner: wire.Owner, error: StokerError) -> None:
+        if self._owners.get(engine_id) is owner:
+            self._release(engine_id)
+        self._end_lease(engine_id)
+        self._add(wire.errors_for([owner], error), [])
 
     def _end_earlier(self, earlier_id: SessionId, request: GenerateRequest) -> None:
         """Take the session from its present owner here, whose tokens belong to nobody from now on."""
@@ -108,6 +177,8 @@ class RunStream:
         if taken.cancelled():
             return  # the engine is closing: `fail` tells everybody
         error = taken.exception()
+        if error is not None:
+            self._end_lease(engine_id)
         if error is not None and self._owners.get(engine_id) is owner:
             self._release(engine_id)
             told = error if isinstance(error, StokerError) else wire.engine_failed(error)
@@ -144,6 +215,7 @@ class RunStream:
     def _add(self, step: StepEvent, finished: list[SessionId]) -> None:
         for engine_id in finished:
             self._release(engine_id)
+            self._end_lease(engine_id)
         if not step.sessions:
             return
         if self._waiting.sessions or self._waiting.HasField("load_end"):
@@ -151,6 +223,12 @@ class RunStream:
         else:
             self._waiting = step
         self._news.set()
+
+    def _end_lease(self, engine_id: SessionId) -> None:
+        """Let go of a session's adapter, once the engine has no use for it."""
+        adapter = self._leases.pop(engine_id, None)
+        if adapter is not None and self._adapters is not None:
+            self._adapters.release(adapter)
 
     def _release(self, engine_id: SessionId) -> None:
         owner = self._owners.pop(engine_id, None)

@@ -16,6 +16,7 @@ from services.worker.engine import Finished, FinishReason, ResumeMode, SessionTi
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from services.worker.adapted_rows import AdapterWeights
     from services.worker.engine import KvExport, Sampling, Submit
     from services.worker.kv_store import SessionKv
     from services.worker.sampling import TokenChooser
@@ -37,6 +38,7 @@ class Session:
     chooser: TokenChooser
     kv: SessionKv
     submitted_seconds: float
+    adapter: AdapterWeights | None = None
     started_seconds: float | None = None
     first_token_seconds: float | None = None
     cached: int = 0
@@ -103,6 +105,7 @@ class Session:
             generated_token_ids=tuple(self.tokens[self.prompt_token_count :]),
             sampling=self.sampling,
             kv=self.kv.export(self.cached) if with_kv and self.cached else None,
+            adapter=self.adapter,
         )
 
 

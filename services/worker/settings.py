@@ -49,6 +49,12 @@ class WorkerSettings(ServiceSettings):
     max_waiting: int = Field(default=256, ge=0)
     """Sessions accepted beyond the batch."""
 
+    max_adapters: int = Field(default=64, ge=1)
+    """LoRA adapters kept in memory beside the model; those that no session uses make room for others."""
+
+    max_adapter_bytes: int = Field(default=1024 * MIB, ge=1)
+    """Bytes of these adapters, in the model's dtype."""
+
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the settings that the command line gives; ends the process with a message when it is wrong."""

@@ -115,6 +115,7 @@ class WorkerShell(WorkerServicer):
                 lambda _: self._loop.call_soon_threadsafe(self._on_load_end, loaded)
             )
         self._loaded = loaded
+        self._stream.use(loaded.adapters)
         self._engine = EngineThread(
             loaded.engine,
             on_outputs=self._on_outputs,

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from services.worker.engine import KvExport, Snapshot, Submit
+
+if TYPE_CHECKING:
+    from services.worker.adapted_rows import AdapterWeights
 
 
 def continued(request: Submit, earlier: Snapshot) -> Snapshot:
@@ -21,14 +25,20 @@ def continued(request: Submit, earlier: Snapshot) -> Snapshot:
         earlier: As it was here, with its keys and values if it had any.
     """
     tokens = (*request.prompt_token_ids, *request.generated_token_ids)
+    is_alike = _identity(request.adapter) == _identity(earlier.adapter)  # else its keys are another model's
     common = _common(tokens, (*earlier.prompt_token_ids, *earlier.generated_token_ids))
     return Snapshot(
         session_id=request.session_id,
         prompt_token_ids=tuple(request.prompt_token_ids),
         generated_token_ids=tuple(request.generated_token_ids),
         sampling=request.sampling,
-        kv=_first(earlier.kv, common) if earlier.kv is not None and common else None,
+        kv=_first(earlier.kv, common) if earlier.kv is not None and common and is_alike else None,
+        adapter=request.adapter,
     )
+
+
+def _identity(adapter: AdapterWeights | None) -> tuple[str, str] | None:
+    return None if adapter is None else adapter.identity
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:

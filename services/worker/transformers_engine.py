@@ -132,6 +132,7 @@ class TransformersEngine:
             generated_token_ids=snapshot.generated_token_ids,
             resume_mode=mode,
             sampling=snapshot.sampling,
+            adapter=snapshot.adapter,
         )
         self._enqueue(request, snapshot.kv)
 
@@ -229,6 +230,7 @@ class TransformersEngine:
             chooser=TokenChooser(sampling, prompt, generated, vocab),
             kv=SessionKv(self._budget),
             submitted_seconds=self._clock(),
+            adapter=request.adapter,
             shipped_kv=kv,
         )
 
@@ -293,6 +295,7 @@ class TransformersEngine:
             logits = self._runner.decode(
                 [(s.kv, index, s.tokens[index]) for s, index in part],
                 [row for row, (s, index) in enumerate(part) if index == len(s.tokens) - 1],
+                [s.adapter for s, _ in part],
             )
             complete = [s for s, index in part if index == len(s.tokens) - 1]
             for session, index in part:
@@ -328,7 +331,11 @@ class TransformersEngine:
                 break
             tokens = session.tokens[session.cached : end]
             chunk = Chunk(
-                kv=session.kv, start=session.cached, tokens=tokens, needs_logits=end == len(session.tokens)
+                kv=session.kv,
+                start=session.cached,
+                tokens=tokens,
+                needs_logits=end == len(session.tokens),
+                adapter=session.adapter,
             )
             planned.append((session, chunk))
         return planned

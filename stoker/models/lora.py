@@ -194,7 +194,8 @@ def _fault(module: nn.Module | None, in_features: int, out_features: int) -> str
         return "no such module"
     if isinstance(module, nn.Linear):
         widths = (module.in_features, module.out_features)
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's transposed linear
+    elif any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
+        # GPT-2's transposed linear, or an engine's variant of it
         widths = (int(module.nx), int(module.nf))  # type: ignore[arg-type]
     else:
         return f"a {type(module).__name__}, not a linear module"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 
 import pytest
 
 from services.worker.engine import Finished, FinishReason, Submit, TokenOut
 from services.worker.run_stream import RunStream
-from stoker.errors import AlreadyExists, QueueFull, WorkerDied
+from stoker.errors import AlreadyExists, CheckpointInvalid, QueueFull, WorkerDied
 from stoker.ids import SessionId
+from stoker.v1.model_pb2 import AdapterSpec
 from stoker.v1.session_pb2 import GenerateRequest, Sampling
 from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent, StepEvent
@@ -20,6 +22,7 @@ class PlayedEngine:
 
     def __init__(self) -> None:
         self.submitted: list[SessionId] = []
+        self.adapters: list[object] = []
         self.cancelled: list[SessionId] = []
         self.is_full = False
 
@@ -28,10 +31,30 @@ class PlayedEngine:
         if self.is_full:
             raise QueueFull("no room")
         self.submitted.append(request.session_id)
+        self.adapters.append(request.adapter)
 
     def cancel(self, session_id: SessionId) -> None:
         """End a session."""
         self.cancelled.append(session_id)
+
+
+class PlayedAdapters:
+    """Adapters that come when the test says so."""
+
+    def __init__(self) -> None:
+        self.coming: Future[object] = Future()
+        self.leases = 0
+
+    def lease(self, wanted: AdapterSpec) -> Future[object]:
+        """Promise the adapter."""
+        del wanted
+        self.leases += 1
+        return self.coming
+
+    def release(self, wanted: AdapterSpec) -> None:
+        """Take a lease back."""
+        del wanted
+        self.leases -= 1
 
 
 class Scene:
@@ -42,13 +65,16 @@ class Scene:
         self.stream = RunStream(asyncio.get_running_loop())
         self._events = self.stream.events()
 
-    def submit(self, session_id: str = "ses-1", *, epoch: int = 1, max_tokens: int = 4) -> None:
+    def submit(
+        self, session_id: str = "ses-1", *, epoch: int = 1, max_tokens: int = 4, adapter: str = ""
+    ) -> None:
         """Send a session."""
         request = GenerateRequest(
             session_id=session_id,
             epoch=epoch,
             prompt_token_ids=[1],
             sampling=Sampling(max_tokens=max_tokens),
+            adapter=AdapterSpec(name=adapter) if adapter else None,
         )
         self.stream.take(RunCommand(submit=request), self.engine)  # type: ignore[arg-type]
 
@@ -209,3 +235,58 @@ async def test_the_end_of_a_load_does_not_overwrite_what_waits() -> None:
 
     step = await scene.read_step()
     assert (step.load_end.error_code, len(step.sessions)) == ("load_failed", 1)
+
+
+async def test_a_session_waits_for_its_adapter_and_others_do_not() -> None:
+    scene, adapters, weights = Scene(), PlayedAdapters(), object()
+    scene.stream.use(adapters)  # type: ignore[arg-type]
+    scene.submit("adapted", adapter="poet")
+    scene.submit("plain")
+    assert scene.engine.adapters == [None]
+
+    adapters.coming.set_result(weights)
+    await asyncio.sleep(0)
+
+    assert scene.engine.adapters == [None, weights]
+    scene.stream.on_outputs([_finished(scene.engine.submitted[1])])
+    await asyncio.sleep(0)
+    assert adapters.leases == 0
+
+
+async def test_a_session_whose_adapter_does_not_come_fails_with_the_reason() -> None:
+    scene, adapters = Scene(), PlayedAdapters()
+    scene.stream.use(adapters)  # type: ignore[arg-type]
+    scene.submit(adapter="poet")
+
+    adapters.coming.set_exception(CheckpointInvalid("it is for another model"))
+    events = await scene.read()
+
+    assert [(event.session_id, event.error.code) for event in events] == [("ses-1", "checkpoint_invalid")]
+    assert scene.engine.submitted == []
+
+
+async def test_a_session_that_is_cancelled_while_its_adapter_comes_never_starts() -> None:
+    scene, adapters = Scene(), PlayedAdapters()
+    scene.stream.use(adapters)  # type: ignore[arg-type]
+    scene.submit(adapter="poet")
+    scene.cancel()
+
+    adapters.coming.set_result(object())
+    await asyncio.sleep(0)
+
+    assert scene.engine.submitted == []
+    assert adapters.leases == 0
+
+
+async def test_a_worker_without_adapters_refuses_a_session_with_one() -> None:
+    scene = Scene()
+
+    scene.submit(adapter="poet")
+
+    assert [event.error.code for event in await scene.read()] == ["invalid_request"]
+
+
+def _finished(session_id: SessionId) -> Finished:
+    return Finished(
+        session_id=session_id, reason=FinishReason.LENGTH, prompt_token_count=1, generated_token_count=1
+    )
