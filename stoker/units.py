@@ -5,6 +5,7 @@ from __future__ import annotations
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+MB = 1_000_000
 GB = 1_000_000_000
 """Rates are given in decimal gigabytes per second, as disks and buses are sold."""
 

@@ -27,6 +27,7 @@ from services.store.eviction import Uses
 from services.store.lanes import Lane
 from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, is_held, pool_as_seen
 from services.store.origins.source import REMOTE
+from services.store.pace import Pace
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
@@ -53,6 +54,7 @@ class Loads:
         threads: Mapping[Lane, int],
         clock: Clock,
         sharing: Sharing | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """Start the reader threads; call inside the running loop. `sharing` gives chunks to other stores."""
         self.arena = arena
@@ -63,7 +65,12 @@ class Loads:
         self._loop = asyncio.get_running_loop()
         self._sharing = sharing
         self.transfers = Transfers(
-            threads, counters, arrived=self._arrived, failed=self._fail, ended=self._transfer_ended
+            threads,
+            counters,
+            arrived=self._arrived,
+            failed=self._fail,
+            ended=self._transfer_ended,
+            pace=pace or Pace({}),
         )
         self._keys = itertools.count(1)
         self._residents: dict[int, Resident] = {}

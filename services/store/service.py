@@ -16,6 +16,7 @@ from services.store.disk_sources import DiskSources
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.lanes import Lane
 from services.store.loads import Loads
+from services.store.pace import Pace
 from services.store.peers.exchange import DiskCopy
 from services.store.peers.service import Peers
 from services.store.peers.wire import FileIdentity
@@ -84,6 +85,7 @@ class StoreService:
             },
             clock=self._clock,
             sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
+            pace=Pace(settings.paced_bytes_per_second),
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.store.pace import PacedTier
 from stoker.checkpoint.reading import DIRECT_ALIGNMENT_BYTES
 from stoker.settings import ServiceSettings
 from stoker.units import KIB, MIB
@@ -109,6 +110,12 @@ class StoreSettings(ServiceSettings):
     peers: tuple[str, ...] = ()
     """`host:port` of other stores' `peer_address`, beside those that the cluster names; this one's may be
     among them, so that all hosts can have the same list."""
+
+    paced_bytes_per_second: dict[PacedTier, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+    """Tiers made slower on purpose, for tests and demos: a JSON object of `disk` (all of this host's file
+    systems), `peer` and `remote` to bytes per second; 0 or not named = as fast as it goes."""
 
     max_attachments: int = Field(default=1024, ge=1)
     """Attach connections at a time."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from services.store.bandwidth import RunningRates
 from services.store.counters import ReadyCounters
 from services.store.lanes import Job, Lane, Lanes
+from services.store.pace import Pace
 from services.store.read_queue import ChunkLanding, ChunkRead, Outcome, Urgency
 from services.store.resident import Phase, Resident
 from stoker.checkpoint.reading import ReadPart
@@ -23,7 +24,7 @@ from stoker.errors import StokerError
 class Transfers:
     """All that moves; used from the event loop only."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts it joins
         self,
         threads: Mapping[Lane, int],
         counters: ReadyCounters,
@@ -31,6 +32,7 @@ class Transfers:
         arrived: Callable[[Resident, ChunkRead], None],
         failed: Callable[[Resident, StokerError], None],
         ended: Callable[[Resident], None],
+        pace: Pace,
     ) -> None:
         """Start the threads; call inside the running loop.
 
@@ -40,12 +42,14 @@ class Transfers:
             arrived: Called when a read has filled its chunks, before `ended`.
             failed: Called when a read failed, before `ended`.
             ended: Called after every job of a resident.
+            pace: Holds reads back; closed with this.
         """
         self.rates = RunningRates()
         self._counters = counters
         self._told_arrived = arrived
         self._failed = failed
         self._ended = ended
+        self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # threads have none: log lines would lose theirs
         self._lanes = Lanes(threads, self._done)
@@ -80,10 +84,13 @@ class Transfers:
 
     async def close(self, *, grace_seconds: float) -> None:
         """End the threads."""
+        self._pace.close()
         await asyncio.to_thread(self._lanes.close, grace_seconds=grace_seconds)
 
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Called from a thread."""
+        if not isinstance(outcome, StokerError):
+            outcome = self._pace.hold(outcome)
         try:
             self._loop.call_soon_threadsafe(self._take, job, outcome, context=self._context)
         except RuntimeError:

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoker.cli.local_nodes import (
+    LocalNode,
+    NodeShape,
+    agent_settings,
+    layout,
+    pool_of_each,
+    ports_needed,
+    service_command,
+    store_settings,
+)
 from stoker.cli.supervisor import ServiceCommand, Supervisor
 from stoker.client import AsyncClient
 from stoker.client.connection import LocalCluster, cluster_file
@@ -27,7 +38,7 @@ DRAIN_SECONDS = 5.0
 NODE_JOIN_SECONDS = 30.0
 MAX_SOCKET_PATH = 107
 """Linux: `sun_path` holds 108 bytes with its terminator."""
-LONGEST_SOCKET_NAME = len("/worker-0123456789abcdef01234567.sock")
+LONGEST_SOCKET_NAME = len("/12/worker-0123456789abcdef01234567.sock")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +49,17 @@ class ClusterOptions:
     host: str = "127.0.0.1"
     rest_port: int = 8000
     grpc_port: int = 8001
+    node_count: int = 1
+    """Nodes on this host, a store and an agent each; with several the devices are declared ones."""
+    devices: int | None = None
+    """Declared devices of each node; None = `cpu_slots`, or the host's GPUs where it is the only node."""
     cpu_slots: int = 2
     pool_bytes: int = 0
-    """Host memory for checkpoints; 0 = the store decides."""
+    """Each node's host memory for checkpoints; 0 = automatic."""
+    disk_bytes_per_second: float = 0.0
+    """Each node's disk is made that slow; 0 = as it is."""
+    network_bytes_per_second: float = 0.0
+    """So are each node's reads from other nodes and from remote origins."""
     deploy: tuple[tuple[str, str], ...] = ()
     """(name, absolute folder or URI) of models deployed once the node has joined."""
 
@@ -61,14 +80,16 @@ async def running_cluster(options: ClusterOptions) -> AsyncIterator[LocalCluster
     """Start a cluster, yield its addresses, stop it: nothing is left behind."""
     options.data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(options.data_dir), _run_folder(options.data_dir) as run_dir:
-        cluster = _addresses(options)
+        ports = _free_ports(ports_needed(options.node_count))
+        nodes = layout(options.node_count, options.data_dir, run_dir, ports)
+        cluster = _addresses(options, nodes)
         supervisor = Supervisor(drain_seconds=DRAIN_SECONDS)
         described = cluster_file(options.data_dir)
         try:
             async with asyncio.TaskGroup() as starts:
-                for command in _commands(options, cluster, run_dir):
+                for command in _commands(options, cluster, nodes):
                     starts.create_task(supervisor.start(command))
-            await _until_joined(cluster)
+            await _until_joined(cluster, options.node_count)
             cluster.write(described)
             await _deploy(options, cluster)
             yield cluster
@@ -79,83 +100,98 @@ async def running_cluster(options: ClusterOptions) -> AsyncIterator[LocalCluster
             await asyncio.shield(supervisor.stop())
 
 
-def _commands(options: ClusterOptions, cluster: LocalCluster, run_dir: Path) -> list[ServiceCommand]:
-    data, attach = options.data_dir, str(run_dir / "attach.sock")
+def _commands(
+    options: ClusterOptions, cluster: LocalCluster, nodes: tuple[LocalNode, ...]
+) -> list[ServiceCommand]:
+    data = options.data_dir
     logs, state = data / "logs", data / "state"
-    for folder in (logs, state):
-        folder.mkdir(exist_ok=True)
+    for folder in (logs, state, *(node.run_dir for node in nodes)):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     drain = {"DRAIN_SECONDS": str(DRAIN_SECONDS)}
+    controllers = json.dumps([cluster.controller])
+    controller = service_command(
+        "controller",
+        drain | {"ADDRESS": cluster.controller, "STATE": f"embedded://{state / 'state.db'}"},
+        health_address=cluster.controller,
+        log_dir=logs,
+    )
+    gateway = service_command(
+        "gateway",
+        drain
+        | {
+            "ADDRESS": cluster.rest_url.removeprefix("http://"),
+            "GRPC_ADDRESS": cluster.gateway,
+            "CONTROLLERS": controllers,
+            "CACHE_DIR": str(data / "cache" / "gateway"),
+        },
+        health_address=cluster.gateway,
+        log_dir=logs,
+    )
+    stores, agents = _node_commands(nodes, _shape(options), drain, cluster.controller)
+    return [*stores, controller, *agents, gateway]  # they stop in the opposite order
 
-    def command(name: str, health_address: str, settings: dict[str, str]) -> ServiceCommand:
-        prefix = f"STOKER_{name.upper()}_"
-        return ServiceCommand(
-            name=name,
-            module=f"services.{name}",
-            environment={prefix + key: value for key, value in (drain | settings).items()},
-            health_address=health_address,
-            log_path=logs / f"{name}.log",
+
+def _node_commands(
+    nodes: tuple[LocalNode, ...], shape: NodeShape, drain: dict[str, str], controller: str
+) -> tuple[list[ServiceCommand], list[ServiceCommand]]:
+    """Return the nodes' stores and agents."""
+    stores, agents = [], []
+    for node in nodes:
+        settings = store_settings(node, shape, nodes)
+        told = os.environ.get("STOKER_STORE_CACHE_DIR")
+        if told and len(nodes) == 1:
+            settings["CACHE_DIR"] = told
+        stores.append(
+            service_command(
+                "store",
+                drain | settings,
+                health_address=node.store,
+                log_dir=node.log_dir,
+                node_id=node.node_id,
+            )
         )
-
-    return [
-        command(
-            "store",
-            cluster.store,
-            {
-                "ADDRESS": cluster.store,
-                "RUN_DIR": str(run_dir),
-                "POOL_BYTES": str(options.pool_bytes),
-                "CACHE_DIR": os.environ.get("STOKER_STORE_CACHE_DIR") or str(data / "checkpoints"),
-            },
-        ),
-        command(
-            "controller",
-            cluster.controller,
-            {"ADDRESS": cluster.controller, "STATE": f"embedded://{state / 'state.db'}"},
-        ),
-        command(
-            "node_agent",
-            cluster.node_agent,
-            {
-                "ADDRESS": cluster.node_agent,
-                "STORE": cluster.store,
-                "ATTACH_SOCKET": attach,
-                "CONTROLLERS": f'["{cluster.controller}"]',
-                "RUN_DIR": str(run_dir),
-                "LOG_DIR": str(logs / "workers"),
-                "CPU_SLOTS": str(options.cpu_slots),
-            },
-        ),
-        command(
-            "gateway",
-            cluster.gateway,
-            {
-                "ADDRESS": cluster.rest_url.removeprefix("http://"),
-                "GRPC_ADDRESS": cluster.gateway,
-                "CONTROLLERS": f'["{cluster.controller}"]',
-                "CACHE_DIR": str(data / "cache" / "gateway"),
-            },
-        ),
-    ]
+        agents.append(
+            service_command(
+                "node_agent",
+                drain | agent_settings(node, shape, [controller]),
+                health_address=node.agent,
+                log_dir=node.log_dir,
+                node_id=node.node_id,
+            )
+        )
+    return stores, agents
 
 
-async def _until_joined(cluster: LocalCluster) -> None:
-    """Wait until the controller knows this host."""
+def _shape(options: ClusterOptions) -> NodeShape:
+    declared = options.devices or (options.cpu_slots if options.node_count > 1 else None)
+    available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return NodeShape(
+        devices=declared,
+        cpu_slots=options.cpu_slots,
+        pool_bytes=pool_of_each(options.node_count, options.pool_bytes, available_bytes),
+        disk_bytes_per_second=options.disk_bytes_per_second,
+        network_bytes_per_second=options.network_bytes_per_second,
+    )
+
+
+async def _until_joined(cluster: LocalCluster, count: int) -> None:
+    """Wait until the controller knows all nodes."""
     async with AsyncClient(gateway=cluster.gateway, controller=cluster.controller) as client:
         try:
             async with asyncio.timeout(NODE_JOIN_SECONDS):
-                while not await _joined(client):  # noqa: ASYNC110 - once per start; nobody tells us before
+                while await _joined(client) < count:  # noqa: ASYNC110 - once per start; nobody tells us before
                     await asyncio.sleep(0.05)
         except TimeoutError:
             raise ConfigError(
-                "the node agent has not joined the controller; see `stoker logs node_agent`"
+                f"not all of {count} node agents have joined the controller; see node_agent.log in the logs"
             ) from None
 
 
-async def _joined(client: AsyncClient) -> bool:
+async def _joined(client: AsyncClient) -> int:
     try:
-        return any(node.reachable for node in await client.nodes())
+        return sum(node.reachable for node in await client.nodes())
     except PeerError:
-        return False
+        return 0
 
 
 async def _deploy(options: ClusterOptions, cluster: LocalCluster) -> None:
@@ -164,17 +200,17 @@ async def _deploy(options: ClusterOptions, cluster: LocalCluster) -> None:
             await client.deploy(model_pb2.ModelSpec(name=name, checkpoint_uri=uri))
 
 
-def _addresses(options: ClusterOptions) -> LocalCluster:
+def _addresses(options: ClusterOptions, nodes: tuple[LocalNode, ...]) -> LocalCluster:
     rest = _free_port(options.host, options.rest_port, "--port")
     grpc = _free_port(options.host, options.grpc_port, "--grpc-port")
-    inner = [_free_port("127.0.0.1", 0, "") for _ in range(3)]
+    (controller,) = _free_ports(1)
     return LocalCluster(
         pid=os.getpid(),
         rest_url=f"http://{options.host}:{rest}",
         gateway=f"{options.host}:{grpc}",
-        controller=f"127.0.0.1:{inner[0]}",
-        node_agent=f"127.0.0.1:{inner[1]}",
-        store=f"127.0.0.1:{inner[2]}",
+        controller=f"127.0.0.1:{controller}",
+        node_agent=nodes[0].agent,
+        store=nodes[0].store,
     )
 
 
@@ -189,6 +225,15 @@ def _free_port(host: str, port: int, option: str) -> int:
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another with {option} (0 = any)"
             ) from error
         return int(probe.getsockname()[1])
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports nobody listens on, no two alike."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
 
 
 @contextmanager

@@ -43,6 +43,13 @@ class ServiceCommand:
     """host:port whose gRPC health tells that it serves."""
     log_path: Path
     ready_seconds: float = 30.0
+    node_id: str = ""
+    """Which node it belongs to, where several run side by side."""
+
+    @property
+    def title(self) -> str:
+        """For people: the name, with its node where there are several."""
+        return f"{self.name} of {self.node_id}" if self.node_id else self.name
 
 
 @dataclass(slots=True)
@@ -76,7 +83,7 @@ class Supervisor:
         child = _Child(command=command, process=process, began_seconds=time.monotonic())
         self._children.append(child)
         await self._until_healthy(child, log_begins)
-        child.watch = asyncio.create_task(self._keep_running(child), name=f"watch-{command.name}")
+        child.watch = asyncio.create_task(self._keep_running(child), name=f"watch-{command.title}")
 
     async def stop(self) -> None:
         """Stop all services, the last one started first; returns when every process has been reaped."""
@@ -90,8 +97,8 @@ class Supervisor:
         self._children.clear()
 
     def pids(self) -> dict[str, int]:
-        """Return the pid of each service by name."""
-        return {child.command.name: child.process.pid for child in self._children}
+        """Return the pid of each service by title."""
+        return {child.command.title: child.process.pid for child in self._children}
 
     async def _spawn(self, command: ServiceCommand) -> asyncio.subprocess.Process:
         command.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +131,7 @@ class Supervisor:
             return
         why = f"ended with status {child.process.returncode}" if ended in done else "did not become healthy"
         tail = _tail(command.log_path, log_begins)
-        raise ConfigError(f"{command.name} {why}; its log ({command.log_path}) ends with:\n{tail}")
+        raise ConfigError(f"{command.title} {why}; its log ({command.log_path}) ends with:\n{tail}")
 
     async def _keep_running(self, child: _Child) -> None:
         """Restart the child each time it ends, sooner when it had lived long."""

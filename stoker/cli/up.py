@@ -18,10 +18,13 @@ from stoker.cli.models import checkpoint_uri
 from stoker.cli.output import Format, FormatOption, console, errors, print_json
 from stoker.client.connection import LocalCluster, data_home, local_cluster
 from stoker.errors import ConfigError, NotFound
+from stoker.units import MB
 
 READY_FD_VARIABLE = "STOKER_UP_READY_FD"
 DETACHED_READY_SECONDS = 120.0
 STOP_SECONDS = 60.0
+MAX_NODES = 64
+"""Each is two processes and one worker for every replica."""
 
 
 def register(app: typer.Typer) -> None:
@@ -37,9 +40,22 @@ def up(
     host: Annotated[str, typer.Option(help="address the REST and gRPC faces listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="REST port; 0 = any free one")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 = any free one")] = 8001,
+    nodes: Annotated[
+        int, typer.Option(min=1, max=MAX_NODES, help="nodes on this host, an agent and a store each")
+    ] = 1,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="declared devices of each node, instead of GPUs")
+    ] = None,
+    disk_bandwidth: Annotated[
+        float, typer.Option(min=0, help="MB/s that each node's disk is slowed to; 0 = not at all")
+    ] = 0.0,
+    network_bandwidth: Annotated[
+        float,
+        typer.Option(min=0, help="MB/s that each node's peers and origins are slowed to; 0 = not at all"),
+    ] = 0.0,
     cpu_slots: Annotated[int, typer.Option(min=1, help="replicas at once on a host without GPUs")] = 2,
     pool: Annotated[
-        float, typer.Option(min=0, help="GiB of host memory for checkpoints; 0 = automatic")
+        float, typer.Option(min=0, help="GiB of each node's memory for checkpoints; 0 = automatic")
     ] = 0.0,
     deploy: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER, deployed at once; repeatable")
@@ -48,14 +64,18 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="go on in the background")] = False,
     output: FormatOption = Format.text,
 ) -> None:
-    """Run gateway, controller, node agent and store on this host until Ctrl-C (or `stoker down`)."""
+    """Run gateway, controller, node agents and stores on this host until Ctrl-C (or `stoker down`)."""
     options = ClusterOptions(
         data_dir=(data or data_home()).expanduser().resolve(),
         host=host,
         rest_port=port,
         grpc_port=grpc_port,
+        node_count=nodes,
+        devices=devices,
         cpu_slots=cpu_slots,
         pool_bytes=int(pool * 2**30),
+        disk_bytes_per_second=disk_bandwidth * MB,
+        network_bytes_per_second=network_bandwidth * MB,
         deploy=tuple(_name_and_folder(item) for item in deploy or ()),
     )
     if detach:
