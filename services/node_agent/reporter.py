@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from services.node_agent import metrics
 from services.node_agent.devices import read_memory
 from services.node_agent.host import Host
 from services.node_agent.host_state import FenceSeen
+from services.node_agent.leader_search import LeaderSearch
 from services.node_agent.reports import Identity, Observed, build_report
 from services.node_agent.store_watch import StoreWatch
 from stoker import log
@@ -28,8 +30,9 @@ ACK_SECONDS = 10.0
 LAZY_SECONDS = 0.1
 """Changes of session counts and of the store wait this long for company; all others go out at once."""
 
-FIRST_RETRY_SECONDS = 0.1
-LONGEST_RETRY_SECONDS = 2.0
+FIRST_ACK_SECONDS = 3.0
+"""The first one: a controller that is paused, or whose host is gone, takes connections or nothing at all."""
+
 LEADER_DETAIL = "leader"
 """Key in the details of `NotLeader` that names the leader's address."""
 
@@ -76,26 +79,25 @@ class Reporter:
 
     async def run(self, host: Host, store: StoreWatch) -> None:
         """Report for ever: finds the leader, and finds it again."""
-        turn, hint, said, retry_seconds = 0, "", "", FIRST_RETRY_SECONDS
+        search = LeaderSearch(self._controllers)
+        said: set[str] = set()
         while True:
-            address = hint or self._controllers[turn % len(self._controllers)]
+            address, named = search.address, ""
             before = self._sequence
             try:
                 await self._report_to(address, host, store)
             except NotLeader as error:
-                hint = "" if hint else str(error.details.get(LEADER_DETAIL) or "")
+                named = str(error.details.get(LEADER_DETAIL) or "")
                 message = error.message
             except StokerError as error:
-                hint, message = "", error.message
-            if not hint:
-                turn += 1
+                message = error.message
             if self._sequence > before + 1:  # it had answered
-                said, retry_seconds = "", FIRST_RETRY_SECONDS
-            if message != said:  # once, not at every try
+                said.clear()
+                search.found()
+            if message not in said:  # once, not at every try
                 log.get().warning("controller.lost", address=address, message=message)
-                said = message
-            await asyncio.sleep(retry_seconds)
-            retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
+                said.add(message)
+            await asyncio.sleep(search.failed(named) * random.uniform(0.5, 1.0))  # noqa: S311 - agents apart
 
     async def _report_to(self, address: str, host: Host, store: StoreWatch) -> None:
         """Report to one controller until it fails; always raises."""
@@ -107,7 +109,12 @@ class Reporter:
                 while True:
                     self._changed.clear()
                     self._lazy = None
-                    ack = await self._send(call, self.build(host, store), address)
+                    ack = await self._send(
+                        call,
+                        self.build(host, store),
+                        address,
+                        seconds=FIRST_ACK_SECONDS if is_new else ACK_SECONDS,
+                    )
                     if is_new:
                         log.get().info("controller.joined", address=address, fence=ack.fence)
                         is_new = False
@@ -117,16 +124,21 @@ class Reporter:
                         await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
 
     async def _send(
-        self, call: grpc.aio.StreamStreamCall[NodeReport, ReportAck], report: NodeReport, address: str
+        self,
+        call: grpc.aio.StreamStreamCall[NodeReport, ReportAck],
+        report: NodeReport,
+        address: str,
+        *,
+        seconds: float,
     ) -> ReportAck:
         try:
-            async with asyncio.timeout(ACK_SECONDS):
+            async with asyncio.timeout(seconds):
                 with contextlib.suppress(asyncio.InvalidStateError):  # it ended: reading says why
                     await call.write(report)
                 ack = await call.read()
         except TimeoutError:
             call.cancel()
-            raise PeerError(f"controller {address} did not answer a report in {ACK_SECONDS:.0f} s") from None
+            raise PeerError(f"controller {address} did not answer a report in {seconds:g} s") from None
         if isinstance(ack, ReportAck):
             return ack
         raise PeerError(f"controller {address} ended the stream of reports")

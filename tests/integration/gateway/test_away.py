@@ -52,6 +52,27 @@ async def test_a_second_controller_is_asked_when_the_first_is_away(tmp_path: Pat
     assert answer.status_code == 200
 
 
+async def test_a_cold_request_whose_controller_dies_is_asked_of_the_next_one(tmp_path: Path) -> None:
+    async with FakeCluster() as first, FakeCluster() as second:
+        for cluster in (first, second):
+            cluster.controller.push(cluster.route("cold", ready=False))
+        second.controller.may_start.set()
+        addresses = f'["{first.controller_address}", "{second.controller_address}"]'
+        async with (
+            GatewayProcess("", tmp_path, controllers=addresses) as process,
+            httpx.AsyncClient(base_url=process.url, timeout=30) as http,
+        ):
+            await process.wait_for_log("routes.synced")
+            waiting = asyncio.create_task(http.post(CHAT, json=body("cold")))
+            while not first.controller.acquired:  # noqa: ASYNC110 - the fake keeps a list, no event
+                await asyncio.sleep(0.01)
+            await first.stop_controller()
+            answer = await waiting
+
+    assert answer.status_code == 200
+    assert len(second.controller.acquired) == 1
+
+
 async def test_a_restarted_gateway_finds_its_tokenizers_on_disk(tmp_path: Path) -> None:
     async with FakeCluster() as cluster:
         cluster.controller.push(cluster.route("tiny"))
