@@ -6,7 +6,7 @@ bytes are those of the revision that was asked for, or raises; it never returns 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from stoker.checkpoint.reading import ReadPart
@@ -44,6 +44,16 @@ class RunSource(ChunkSource, Protocol):
 
     def read_run(self, chunks: Sequence[memoryview], *, offset: int, length: int) -> list[ReadPart]:
         """Fill chunks, all of one size, from `offset` of the file with `length` bytes; else as `read`."""
+
+
+@runtime_checkable
+class GradualSource(ChunkSource, Protocol):
+    """A source that tells how far it is, so that others can have bytes of a chunk before it is whole."""
+
+    def read_gradually(
+        self, chunk: memoryview, *, offset: int, length: int, told: Callable[[int], None] | None
+    ) -> list[ReadPart]:
+        """As `read`; fills from the first byte on, and tells `told` how many bytes are there."""
 
 
 def fill_run(

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from services.store.origins.http_replies import REDIRECTS
-from services.store.origins.origin import Broken, OriginRefused
+from services.store.origins.origin import TOLD_BYTES, Broken, OriginRefused, Told
 
 MAX_REDIRECTS = 5
 MAX_IDLE = 16
@@ -48,16 +48,17 @@ class Answer:
     url: str
     response: http.client.HTTPResponse = field(repr=False)
 
-    def fill(self, into: memoryview) -> None:
-        """Receive exactly `into`'s length.
+    def fill(self, into: memoryview, told: Told | None = None) -> None:
+        """Receive exactly `into`'s length, telling `told` of it on the way.
 
         Raises:
             Broken: The connection broke or ended before; says how many bytes arrived.
         """
         done = 0
+        step_bytes = PIECE_BYTES if told is None else TOLD_BYTES  # read whole, however slowly they come
         while done < len(into):
             try:
-                count = self.response.readinto(into[done : done + PIECE_BYTES])
+                count = self.response.readinto(into[done : done + step_bytes])
             except (OSError, http.client.HTTPException) as error:
                 raise Broken(f"{without_query(self.url)}: {_reason(error)}", done_bytes=done) from error
             if count == 0:
@@ -66,6 +67,8 @@ class Answer:
                     done_bytes=done,
                 )
             done += count
+            if told is not None:
+                told(done)
 
 
 class HttpClient:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from services.store.origins.http_client import HttpClient, without_query
 from services.store.origins.http_replies import Wanted, conditions, fault, range_fault, version_of
-from services.store.origins.origin import OriginRefused, RemoteFile
+from services.store.origins.origin import OriginRefused, RemoteFile, Told
 from stoker.errors import NotFound
 
 _FINDERS = 8
@@ -54,7 +54,7 @@ class HttpOrigin:
             found = threads.map(self._head, names)
         return {file.name: file for file in found if file is not None}
 
-    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int, told: Told | None = None) -> None:
         """See `Origin`."""
         if not len(into):
             return
@@ -68,7 +68,7 @@ class HttpOrigin:
             )
             if error is not None:
                 raise error
-            answer.fill(into)
+            answer.fill(into, told)
 
     def close(self) -> None:
         """See `Origin`."""

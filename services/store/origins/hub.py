@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from services.store.origins.http_origin import HttpOrigin
-from services.store.origins.origin import Broken, OriginRefused, RemoteFile
+from services.store.origins.origin import Broken, OriginRefused, RemoteFile, Told
 from stoker.errors import ConfigError, NotFound, StokerError
 
 _TOO_MANY, _SERVER_FAULT = 429, 500
@@ -69,10 +69,10 @@ class HubOrigin:
             if sibling.rfilename in wanted and sibling.size is not None
         }
 
-    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int, told: Told | None = None) -> None:
         """See `Origin`; a commit never changes, so no version is compared."""
         fixed = RemoteFile(name=file.name, size_bytes=file.size_bytes, version="")
-        self._http.read_into(fixed, into, offset=offset)
+        self._http.read_into(fixed, into, offset=offset, told=told)
 
     def close(self) -> None:
         """See `Origin`."""

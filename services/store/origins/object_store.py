@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from services.store.origins.http_replies import changed, fault
-from services.store.origins.origin import Broken, OriginRefused, RemoteFile
+from services.store.origins.origin import TOLD_BYTES, Broken, OriginRefused, RemoteFile, Told
 from stoker.errors import ConfigError, NotFound, StokerError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class ObjectStoreOrigin:
         )
         return {file.name: file for file in found if file.name in wanted}
 
-    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int, told: Told | None = None) -> None:
         """See `Origin`."""
         if not len(into):
             return
@@ -117,9 +117,12 @@ class ObjectStoreOrigin:
         try:
             answer = self._obstore.get(self._store, file.name, options=options)
             self._check(answer, file, offset, len(into))
-            for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+            step_bytes = PIECE_BYTES if told is None else TOLD_BYTES
+            for piece in answer.stream(min_chunk_size=step_bytes):
                 into[done : done + len(piece)] = piece
                 done += len(piece)
+                if told is not None:
+                    told(done)
         except StokerError:
             raise
         except Exception as error:

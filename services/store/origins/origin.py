@@ -5,7 +5,7 @@ Origins block and are used from several threads at once. They make one attempt; 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,13 @@ class RemoteFile:
     version: str
 
 
+Told = Callable[[int], None]
+"""Told, again and again, how many bytes of a range have arrived, counted from its start; must not block."""
+
+TOLD_BYTES = 256 * 1024
+"""Whoever is told is told at least this often."""
+
+
 class Origin(Protocol):
     """A checkpoint's folder, far away."""
 
@@ -44,8 +51,14 @@ class Origin(Protocol):
             OriginRefused: The origin doesn't let this store read there.
         """
 
-    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
-        """Fill `into` from `offset` of `file`.
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int, told: Told | None = None) -> None:
+        """Fill `into` from `offset` of `file`, from its first byte to its last.
+
+        Args:
+            file: Which.
+            into: As long as the range.
+            offset: Of the range's first byte.
+            told: Told of bytes as they arrive; None = nobody wants to know.
 
         Raises:
             Broken: It did not work this time; says how many bytes arrived.

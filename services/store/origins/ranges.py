@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
-from services.store.origins.origin import Broken, Origin, RemoteFile
+from services.store.origins.origin import Broken, Origin, RemoteFile, Told
 from stoker.errors import CheckpointInvalid, PeerError
 from stoker.units import format_bytes
 
@@ -81,7 +81,7 @@ class Ranges:
                 failures += 1
                 self._pause(error, failures)
 
-    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int) -> None:
+    def read_into(self, file: RemoteFile, into: memoryview, *, offset: int, told: Told | None = None) -> None:
         """Fill `into` from `offset` of `file`; goes on where an attempt stopped.
 
         Raises:
@@ -90,7 +90,8 @@ class Ranges:
         done, failures = 0, 0
         while done < len(into):
             try:
-                self.origin.read_into(file, into[done:], offset=offset + done)
+                further = None if told is None else _from(done, told)
+                self.origin.read_into(file, into[done:], offset=offset + done, told=further)
             except Broken as error:
                 failures = 1 if error.done_bytes else failures + 1
                 done += error.done_bytes
@@ -129,3 +130,8 @@ class Ranges:
             ) from error
         if self._stopped.wait(seconds):
             raise PeerError(f"{self.origin.uri}: the store is being stopped", retry_after_seconds=1.0)
+
+
+def _from(begin_bytes: int, told: Told) -> Told:
+    """Return a `Told` for the rest of a range."""
+    return lambda arrived_bytes: told(begin_bytes + arrived_bytes)

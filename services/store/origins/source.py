@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from services.store.origins.origin import RemoteFile
+from services.store.origins.origin import RemoteFile, Told
 from services.store.origins.ranges import Ranges
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed, StokerError
@@ -31,9 +31,15 @@ class OriginSource:
 
     def read(self, chunk: memoryview, *, offset: int, length: int) -> list[ReadPart]:
         """See `ChunkSource`."""
+        return self.read_gradually(chunk, offset=offset, length=length, told=None)
+
+    def read_gradually(
+        self, chunk: memoryview, *, offset: int, length: int, told: Told | None
+    ) -> list[ReadPart]:
+        """See `GradualSource`."""
         began = self._now()
         try:
-            self._ranges.read_into(self._file, chunk[:length], offset=offset)
+            self._ranges.read_into(self._file, chunk[:length], offset=offset, told=told)
         except StokerError as error:
             raise LoadFailed(error.message, retry_after_seconds=error.retry_after_seconds) from error
         return [ReadPart(tier=REMOTE, byte_count=length, began_seconds=began, ended_seconds=self._now())]

@@ -14,9 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.store.peers.arriving import Arriving
 from services.store.peers.swarm import FileSwarm
 from services.store.peers.wire import FileId, FileIdentity, State, StoreId
 from stoker.checkpoint.digests import digest
+
+_BEGIN_SECONDS = 1.0
+"""Longest wait for the fetch of a claimed chunk to begin."""
 
 MAX_FILES = 4096
 """Files shared or asked for at a time."""
@@ -45,6 +49,7 @@ class Borrowed:
 
     Attributes:
         memory: Its bytes in the pool; None = it is on disk.
+        arriving: Set when they aren't all there yet.
         copy: Where on disk; None = it is in the pool.
         offset: In the file.
         length: Bytes.
@@ -54,6 +59,7 @@ class Borrowed:
     copy: DiskCopy | None
     offset: int
     length: int
+    arriving: Arriving | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,25 +70,27 @@ class SharedFile:
         identity: Which.
         holder: Whose chunks of the pool it has: a resident's key.
         memory: Chunks in the pool.
+        arriving: Chunks that this store is fetching the first copies of.
         digests: Of those, where one was asked for.
         copy: On this host's disk.
         swarm: Set while this store is loading it.
         loading_peers: Who asked for it because they load it, for a load that begins later.
         subscribers: Who is told of its state; loading or not.
         borrowed: Chunks of the pool that are being sent.
-        idle: Called when the last of them is back; set once its holder wants its memory.
+        idle: Called when the last of them is back: of those who want its memory.
     """
 
     identity: FileIdentity
     holder: int | None = None
     memory: dict[int, memoryview] = field(default_factory=dict)
+    arriving: dict[int, Arriving] = field(default_factory=dict)
     digests: dict[int, bytes] = field(default_factory=dict)
     copy: DiskCopy | None = None
     swarm: FileSwarm | None = None
     loading_peers: set[StoreId] = field(default_factory=set)
     subscribers: int = 0
     borrowed: int = 0
-    idle: Callable[[], None] | None = None
+    idle: list[Callable[[], None]] = field(default_factory=list)
 
     def have(self) -> int:
         """Bits of the chunks that peers can have."""
@@ -159,9 +167,29 @@ class Exchange:
             if file is None or file.swarm is None:
                 return
             file.swarm = None
+            _end_arriving(file)
             self._forget_unneeded(file)
             self.changed.notify_all()
         self._tell(file_id)
+
+    def begin(self, file_id: FileId, index: int, memory: memoryview) -> Arriving | None:
+        """Have a chunk sent on while its first copy comes in; None when the load has ended.
+
+        Args:
+            file_id: Of which file.
+            index: Which chunk.
+            memory: Where it goes; stays the load's until a `withdraw` after the fetch has ended says yes.
+        """
+        with self.changed:
+            file = self._files.get(file_id)
+            if file is None or file.swarm is None:
+                return None
+            before = file.arriving.pop(index, None)
+            if before is not None:
+                before.end(whole=False)
+            file.arriving[index] = arriving = Arriving(memory[: file.identity.length(index)])
+            self.changed.notify_all()
+            return arriving
 
     def put(self, identity: FileIdentity, holder: int, index: int, memory: memoryview) -> None:
         """Share a chunk that has arrived in the pool, checked.
@@ -178,6 +206,8 @@ class Exchange:
                 return
             file.holder = holder
             file.memory[index] = memory[: identity.length(index)]
+            if (arriving := file.arriving.pop(index, None)) is not None:
+                arriving.end(whole=True)
             if file.swarm is not None:
                 file.swarm.arrived(index)
                 self.changed.notify_all()
@@ -193,12 +223,15 @@ class Exchange:
         """
         with self.changed:
             file = self._files.get(file_id)
-            if file is None or file.holder != holder:
+            if file is None or file.holder not in {None, holder}:
                 return True
             file.memory.clear()
             file.digests.clear()
+            for at, arriving in list(file.arriving.items()):
+                if arriving.ended:  # and never put: its load failed
+                    del file.arriving[at]
             if file.borrowed:
-                file.idle = idle
+                file.idle.append(idle)
             else:
                 file.holder = None
             is_idle = not file.borrowed
@@ -280,10 +313,14 @@ class Exchange:
 
     @contextmanager
     def borrow(self, file_id: FileId, index: int) -> Iterator[Borrowed | None]:
-        """Keep a chunk in place while it is sent; None when it is not here."""
+        """Keep a chunk in place while it is sent; None when it is neither here nor on its way."""
         with self.changed:
+            self.changed.wait_for(lambda: not self._about_to_arrive(file_id, index), timeout=_BEGIN_SECONDS)
             file = self._files.get(file_id)
             memory = None if file is None else file.memory.get(index)
+            arriving = None if file is None or memory is not None else file.arriving.get(index)
+            if arriving is not None:
+                memory = arriving.memory
             if file is not None and memory is not None:
                 file.borrowed += 1
         if file is None or memory is None:
@@ -291,9 +328,20 @@ class Exchange:
             return
         try:
             offset = index * file.identity.chunk_bytes
-            yield Borrowed(memory=memory, copy=None, offset=offset, length=len(memory))
+            yield Borrowed(memory=memory, copy=None, offset=offset, length=len(memory), arriving=arriving)
         finally:
             self._give_back(file)
+
+    def _about_to_arrive(self, file_id: FileId, index: int) -> bool:
+        """Tell whether a chunk is claimed whose fetch has not begun: its thread has yet to wake up."""
+        file = self._files.get(file_id)
+        return (
+            file is not None
+            and file.swarm is not None
+            and index not in file.memory
+            and index not in file.arriving
+            and bool(file.swarm.fetching >> index & 1)
+        )
 
     def digest_of(self, file_id: FileId, index: int, memory: memoryview) -> bytes:
         """Return the 16 bytes of a borrowed chunk's digest; reckoned once."""
@@ -311,12 +359,12 @@ class Exchange:
     def _give_back(self, file: SharedFile) -> None:
         with self.changed:
             file.borrowed -= 1
-            idle = None
-            if not file.borrowed and file.idle is not None:
-                idle, file.idle, file.holder = file.idle, None, None
+            idle: list[Callable[[], None]] = []
+            if not file.borrowed and file.idle:
+                idle, file.idle, file.holder = file.idle, [], None
             self._forget_unneeded(file)
-        if idle is not None:
-            idle()
+        for call in idle:
+            call()
 
     def _file(self, identity: FileIdentity) -> SharedFile | None:
         file = self._files.get(identity.file_id)
@@ -340,6 +388,13 @@ class Exchange:
 def raw_digest(memory: memoryview | bytes) -> bytes:
     """Return the 16 bytes of the digest of `memory`."""
     return bytes.fromhex(digest(memory).rpartition(":")[2])
+
+
+def _end_arriving(file: SharedFile) -> None:
+    """Tell those who send chunks on that nothing more of them comes."""
+    for arriving in file.arriving.values():
+        arriving.end(whole=False)
+    file.arriving.clear()
 
 
 def _state(file: SharedFile) -> State:

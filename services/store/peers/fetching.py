@@ -5,15 +5,29 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from enum import StrEnum
 
 from services.store.peers.exchange import raw_digest
 from services.store.peers.limits import Limits
 from services.store.peers.sockets import Address, receive_blocking, recv_all, send_blocking
-from services.store.peers.wire import Chunk, FileId, Hello, Purpose, Refused, Request, StoreId
+from services.store.peers.wire import (
+    Arriving,
+    Chunk,
+    FileId,
+    Hello,
+    Part,
+    Purpose,
+    Refused,
+    Request,
+    StoreId,
+    Whole,
+)
 from stoker.errors import PeerError
+from stoker.units import KIB
 
 _KEPT_PER_PEER = 4
+_TOLD_BYTES = 256 * KIB
 _NO_DIGEST = bytes(16)
 _LEARNING = 0.2
 """Weight of the latest chunk in what chunks usually take."""
@@ -48,6 +62,7 @@ class PeerConnections:
         self._addresses: dict[StoreId, Address] = {}
         self._kept: dict[StoreId, list[socket.socket]] = {}
         self._usual_seconds_per_byte = 0.0
+        self._under_way = 0
 
     def known(self, peer: StoreId, address: Address) -> None:
         """Remember where a peer is."""
@@ -67,8 +82,15 @@ class PeerConnections:
         for peer in list(self._addresses):
             self.forget(peer)
 
-    def fetch(
-        self, peer: StoreId, file_id: FileId, index: int, into: memoryview, *, want_digest: bool
+    def fetch(  # noqa: PLR0913 - what, whence, whereto
+        self,
+        peer: StoreId,
+        file_id: FileId,
+        index: int,
+        into: memoryview,
+        *,
+        want_digest: bool,
+        told: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Fill `into` with a peer's chunk; blocks.
 
@@ -78,6 +100,7 @@ class PeerConnections:
             index: Which chunk.
             into: As long as the chunk.
             want_digest: Check the bytes against the peer's own digest: the caller has none.
+            told: Told how many bytes are there, as they arrive; must not block.
 
         Raises:
             FetchFailed: Says what is wrong with the peer; `into` may hold anything.
@@ -86,8 +109,12 @@ class PeerConnections:
             connection = self._connection(peer)
         except OSError as error:
             raise FetchFailed(f"cannot be reached: {error.strerror or error}", Fault.DEAD) from error
+        with self._lock:
+            self._under_way += 1
         try:
-            self._fetch(connection, file_id, index, into, want_digest=want_digest)
+            self._fetch(
+                connection, Request(file_id=file_id, index=index, want_digest=want_digest), into, told
+            )
         except TimeoutError as error:
             connection.close()
             raise FetchFailed(f"chunk {index}: too slow: {error}", Fault.SLOW) from error
@@ -103,28 +130,75 @@ class PeerConnections:
         except BaseException:
             connection.close()
             raise
+        finally:
+            with self._lock:
+                self._under_way -= 1
         self._keep(peer, connection)
 
     def _fetch(
-        self, connection: socket.socket, file_id: FileId, index: int, into: memoryview, *, want_digest: bool
+        self, connection: socket.socket, request: Request, into: memoryview, told: Callable[[int], None]
     ) -> None:
+        index = request.index
         began_seconds = time.monotonic()
         until_seconds = began_seconds + self._time_for(len(into))
         stall_seconds = self._limits.stall_seconds
-        send_blocking(connection, Request(file_id=file_id, index=index, want_digest=want_digest))
+        send_blocking(connection, request)
         answer = receive_blocking(connection, until_seconds=until_seconds, stall_seconds=stall_seconds)
         if isinstance(answer, Refused):
             raise FetchFailed(f"chunk {index}: {answer.reason}", Fault.REFUSED)
-        if not isinstance(answer, Chunk) or answer.length != len(into):
+        if not isinstance(answer, Chunk | Arriving) or answer.length != len(into):
             raise FetchFailed(f"chunk {index} has {len(into):,} bytes, it sent {answer}", Fault.LYING)
-        recv_all(connection, into, until_seconds=until_seconds, stall_seconds=stall_seconds)
-        if want_digest and (answer.digest == _NO_DIGEST or raw_digest(into) != answer.digest):
+        if isinstance(answer, Arriving):
+            digest = self._receive_parts(connection, index, into)
+        else:
+            digest = answer.digest
+            for at in range(0, len(into), _TOLD_BYTES):
+                piece = into[at : at + _TOLD_BYTES]
+                recv_all(connection, piece, until_seconds=until_seconds, stall_seconds=stall_seconds)
+                told(at + len(piece))
+            self._learn((time.monotonic() - began_seconds) / max(1, len(into)))
+        if request.want_digest and (digest == _NO_DIGEST or raw_digest(into) != digest):
             raise FetchFailed(f"chunk {index} is not what its own digest says", Fault.LYING)
-        self._learn((time.monotonic() - began_seconds) / max(1, len(into)))
+
+    def _receive_parts(self, connection: socket.socket, index: int, into: memoryview) -> bytes:
+        """Take a chunk that the peer is fetching itself; returns its digest there."""
+        limits = self._limits
+        done, moved_seconds = 0, time.monotonic()
+        until_seconds = moved_seconds + limits.arriving_factor * self._longest(len(into))
+        while True:
+            message = receive_blocking(
+                connection, until_seconds=until_seconds, stall_seconds=limits.stall_seconds
+            )
+            match message:
+                case Part(length=0):
+                    if time.monotonic() - moved_seconds > limits.pause_seconds:
+                        raise TimeoutError(f"it waits for its own source after {done:,} bytes")
+                case Part(length=length) if length <= len(into) - done:
+                    recv_all(
+                        connection,
+                        into[done : done + length],
+                        until_seconds=until_seconds,
+                        stall_seconds=limits.stall_seconds,
+                    )
+                    done += length
+                    moved_seconds = time.monotonic()
+                case Whole(digest=digest) if done == len(into):
+                    return digest
+                case Refused(reason=reason):
+                    raise FetchFailed(f"chunk {index}: {reason}", Fault.REFUSED)
+                case _:
+                    raise FetchFailed(f"chunk {index}: {message} after {done:,} bytes", Fault.LYING)
+
+    def _longest(self, byte_count: int) -> float:
+        """Return what a chunk may take at the slowest rate, which all that is under way shares."""
+        limits = self._limits
+        return max(
+            limits.stall_seconds, max(1, self._under_way) * byte_count / limits.slowest_bytes_per_second
+        )
 
     def _time_for(self, byte_count: int) -> float:
         limits = self._limits
-        longest = max(limits.stall_seconds, byte_count / limits.slowest_bytes_per_second)
+        longest = self._longest(byte_count)
         if not self._usual_seconds_per_byte:
             return longest
         usual = self._usual_seconds_per_byte * byte_count

@@ -7,15 +7,18 @@ import socket
 import time
 
 from services.store.peers import metrics
+from services.store.peers.arriving import Arriving
 from services.store.peers.exchange import Borrowed, DiskCopy, Exchange, raw_digest
 from services.store.peers.limits import Limits
 from services.store.peers.sockets import receive_blocking, send_all, send_blocking
-from services.store.peers.wire import Chunk, Refused, Request
+from services.store.peers.wire import Arriving as OnItsWay
+from services.store.peers.wire import Chunk, Part, Refused, Request, Whole
 from stoker import log
 from stoker.checkpoint.folder import open_regular
 from stoker.errors import PeerError, StokerError
 
 _NO_DIGEST = bytes(16)
+_SIGNS_PER_STALL = 4
 
 
 class Sender:
@@ -50,6 +53,8 @@ class Sender:
             if chunk is None:
                 metrics.REFUSED.labels(reason="not_here").inc()
                 self._refuse("it is not here any more")
+            elif chunk.arriving is not None:
+                self._send_on(request, chunk.arriving)
             elif chunk.memory is not None:
                 self._send_memory(request, chunk.memory)
             elif chunk.copy is not None:
@@ -60,6 +65,36 @@ class Sender:
         if request.want_digest:
             digest = self._exchange.digest_of(request.file_id, request.index, memory)
         self._send(memory, digest)
+
+    def _send_on(self, request: Request, arriving: Arriving) -> None:
+        """Send a chunk's bytes as they come in; the fetch's own deadlines bound how long that may take."""
+        memory = arriving.memory
+        send_blocking(self._connection, OnItsWay(length=len(memory)))
+        sent = 0
+        while True:
+            ready, whole = arriving.after(sent, seconds=self._limits.stall_seconds / _SIGNS_PER_STALL)
+            if whole is False:
+                self._refuse("its fetch failed here")
+                return
+            if ready > sent or whole is None:
+                self._send_part(memory[sent:ready])
+                sent = ready
+            if whole and sent == len(memory):
+                break
+        digest = _NO_DIGEST
+        if request.want_digest:
+            digest = self._exchange.digest_of(request.file_id, request.index, memory)
+        send_blocking(self._connection, Whole(digest=digest))
+
+    def _send_part(self, memory: memoryview) -> None:
+        send_blocking(self._connection, Part(length=len(memory)))
+        send_all(
+            self._connection,
+            memory,
+            until_seconds=self._until(len(memory)),
+            stall_seconds=self._limits.stall_seconds,
+        )
+        metrics.SENT_BYTES.inc(len(memory))
 
     def _send(self, memory: memoryview, digest: bytes) -> None:
         send_blocking(self._connection, Chunk(length=len(memory), digest=digest))

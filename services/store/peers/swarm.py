@@ -7,15 +7,20 @@ two stores that know of each other never both own a chunk, whatever else each of
 only when everyone it can reach has told what it has and is fetching (`settled`), and who answers takes the
 newcomer into account from then on. Everyone else gets the chunk from whichever rival has it.
 
-1. Somebody who is loading has it: ask the least busy one; the chunks that fewest have go first. As many
-   rivals ask at a time as have it, in the order of their ranks, so that a chunk spreads through all links
-   (nobody waits long for a rival that wants other chunks).
-2. A rival is fetching it: wait.
+1. Somebody who is loading has it: as many rivals as have it ask, in the order of their ranks, each the least
+   busy one; the chunks that fewest have go first. The others do as in 2.
+2. A rival is fetching it: ask it now, the bytes are sent on as they arrive there. So N stores that each fetch
+   their share of the origin and send it on all have the file when the origin has sent it once, and whoever
+   has much of it sends it once too.
 3. I own it: first copy, from the least busy seed, else from the origin.
 4. A rival owns it: wait.
 
+What is sent on while it arrives (2) goes to `DIRECT` rivals, so that in a large fleet a chunk spreads as a
+tree. Nobody waits long for a rival that could ask and wants other chunks.
+
 A rival that gets nowhere while others wait for it loses its shares and, later, its claims (4, 2) in their
-eyes, until it moves again; so does one that is gone. One that lies or is too slow is let go (`drop`).
+eyes, until it moves again; so does one that is gone. One from which bytes come, or that has claimed other
+chunks, is busy: its shares are left to it. One that lies or is too slow is let go (`drop`).
 
 Order: a prefix of the file is worth more than its rest (execution starts on it), so chunks count in blocks of
 `BLOCK_CHUNKS`: own shares go first until `FIRST_COPIES` are under way, then the rarest of the first block.
@@ -42,7 +47,12 @@ FIRST_COPIES = 2
 
 ALL_FIRST_COPIES = 8
 """First copies under way in all rivals together, at most, but `FIRST_COPIES` each. Many at a time share one
-link and all end late: until then nobody has anything to hand on."""
+link and all end late: until then nobody has anything to hand on. A store that has peers begins with
+`FIRST_COPIES` and takes one more whenever one is done: the others are finding out what to load over the same
+link."""
+
+DIRECT = 8
+"""Rivals that get a chunk from a store that is fetching it: its link is shared among them."""
 
 MAX_REQUESTS_PER_PEER = 4
 SETTLE_SECONDS = 1.0
@@ -55,7 +65,7 @@ PATIENCE_SECONDS = 10.0
 """A chunk that a rival claims may take this long, or four times what first copies take here."""
 
 UNCLAIMED_PATIENCE_SECONDS = 2.0
-"""A rival that neither gets nor claims anything for so long loses its shares to those who wait for it."""
+"""A rival that claims nothing and gets nothing for so long loses its shares to those who wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +75,14 @@ class Choice:
     Attributes:
         index: Which chunk.
         peer: From whom; None = from the origin.
-        first_copy: No rival has it yet: the others wait for this fetch.
+        first_copy: No rival has it yet.
+        claimed: Rivals lack it, too: they are told of this fetch, and its bytes are sent on.
     """
 
     index: int
     peer: StoreId | None
     first_copy: bool
+    claimed: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +91,7 @@ class PeerView:
 
     Attributes:
         have: Bits of the chunks it has.
-        fetching: Bits of the first copies it is fetching.
+        fetching: Bits of the chunks it has claimed.
         loading: It is loading, as it says.
         interested: It asked what this store has, because it is loading.
         answered: It has told its state.
@@ -126,6 +138,7 @@ class FileSwarm:
     peers: dict[StoreId, PeerView] = field(default_factory=dict)
     _taken: dict[int, _Taken] = field(default_factory=dict)
     _spreading: dict[int, float] = field(default_factory=dict)
+    _first_copies_done: int = 0
     _first_copy_seconds: float = 0.0
     _fetch_seconds: float = 0.0
 
@@ -155,6 +168,13 @@ class FileSwarm:
         if peer in self.peers:
             self.peers[peer].unusable_until_seconds = until_seconds
 
+    def refused(self, peer: StoreId, index: int) -> None:
+        """Note that a peer doesn't give a chunk that it had or was fetching; its next state says more."""
+        view = self.peers.get(peer)
+        if view is not None:
+            view.have &= ~(1 << index)
+            view.fetching &= ~(1 << index)
+
     def arrived(self, index: int) -> None:
         """Note that a chunk is here, checked."""
         self.have |= 1 << index
@@ -165,8 +185,8 @@ class FileSwarm:
 
     @property
     def fetching(self) -> int:
-        """Bits of the first copies under way here: what others wait for."""
-        return sum(1 << index for index, taken in self._taken.items() if taken.choice.first_copy)
+        """Bits of the chunks claimed here: what others wait for, or have sent on to them."""
+        return sum(1 << index for index, taken in self._taken.items() if taken.choice.claimed)
 
     def settled(self, now_seconds: float) -> bool:
         """Tell whether everyone who was asked has answered, or had the time to."""
@@ -215,13 +235,14 @@ class FileSwarm:
             seconds = now_seconds - taken.since_seconds
             self._fetch_seconds = _learnt(self._fetch_seconds, seconds)
             if taken.choice.first_copy:
+                self._first_copies_done += 1
                 self._first_copy_seconds = _learnt(self._first_copy_seconds, seconds)
         if not done:
             del self._taken[index]
 
     def take_from_origin(self, index: int, now_seconds: float) -> Choice:
         """Claim a chunk whatever the rules say: its peers failed, and it is needed."""
-        return self._take(Choice(index=index, peer=None, first_copy=True), now_seconds)
+        return self._take(Choice(index=index, peer=None, first_copy=True, claimed=True), now_seconds)
 
     def _consider(self, index: int, now_seconds: float) -> tuple[Choice | None, int]:
         """Return how to get a chunk now, if it can be, and how many have it: rules 1 to 4."""
@@ -230,15 +251,21 @@ class FileSwarm:
             (peer, view) for peer, view in self.peers.items() if now_seconds >= view.unusable_until_seconds
         ]
         holders = [(peer, view) for peer, view in usable if view.have & bit]
-        rivals = [(peer, view) for peer, view in usable if view.loading or view.interested]
-        if not any(view.loading for _, view in holders):
+        rivals = [
+            (peer, view) for peer, view in usable if (view.loading or view.interested) and not view.have & bit
+        ]
+        first_copy = not any(view.loading for _, view in holders)
+        before = [each for each in rivals if self._outranks(each[0], index)]
+        if first_copy or len(before) >= len(holders):
             for peer, view in rivals:
-                claims = bool(view.fetching & bit)
-                if (claims or self._outranks(peer, index)) and self._waits_for(view, now_seconds, claims):
-                    return None, 0
+                if view.fetching & bit and self._waits_for(view, now_seconds):
+                    return self._sent_on(index, peer, view, rivals), 1
+        if first_copy:
+            if any(self._waits_for(view, now_seconds) for _, view in before):
+                return None, 0
             if not holders:
-                return Choice(index=index, peer=None, first_copy=True), 0
-        elif self._others_first(index, len(holders), rivals, now_seconds):
+                return Choice(index=index, peer=None, first_copy=True, claimed=True), 0
+        elif len(before) >= len(holders) and self._spreads(index, now_seconds):
             return None, 0
         free = [
             (not view.loading, view.in_flight // 2, self._only_there(peer), _rank(peer, index, self.me), peer)
@@ -247,16 +274,21 @@ class FileSwarm:
         ]
         if not free:
             return None, 0
-        first_copy = not any(view.loading for _, view in holders)
-        return Choice(index=index, peer=min(free)[4], first_copy=first_copy), len(holders)
+        claimed = first_copy or bool(rivals)
+        choice = Choice(index=index, peer=min(free)[4], first_copy=first_copy, claimed=claimed)
+        return choice, len(holders)
 
-    def _others_first(
-        self, index: int, holders: int, rivals: list[tuple[StoreId, PeerView]], now_seconds: float
-    ) -> bool:
-        """Tell whether those who have a chunk are busy enough with rivals that rank before this store."""
-        before = sum(not view.have >> index & 1 and self._outranks(peer, index) for peer, view in rivals)
-        if before < holders:
-            return False
+    def _sent_on(
+        self, index: int, claimer: StoreId, view: PeerView, rivals: list[tuple[StoreId, PeerView]]
+    ) -> Choice | None:
+        """Return how to get a chunk while a rival is fetching it, unless that one has enough to do."""
+        before = sum(peer != claimer and self._outranks(peer, index) for peer, _ in rivals)
+        if before >= DIRECT or view.in_flight >= MAX_REQUESTS_PER_PEER:
+            return None
+        return Choice(index=index, peer=claimer, first_copy=False)
+
+    def _spreads(self, index: int, now_seconds: float) -> bool:
+        """Tell whether to leave those who have a chunk to rivals that rank before this store, for a while."""
         since_seconds = self._spreading.setdefault(index, now_seconds)
         return now_seconds - since_seconds < min(MAX_SPREAD_SECONDS, 2 * self._fetch_seconds)
 
@@ -272,17 +304,21 @@ class FileSwarm:
         if not self.peers:
             return self.chunks
         rivals = sum(view.loading or view.interested for view in self.peers.values())
-        return max(FIRST_COPIES, ALL_FIRST_COPIES // (1 + rivals))
+        fair = ALL_FIRST_COPIES // (1 + rivals)
+        return max(FIRST_COPIES, min(fair, FIRST_COPIES + self._first_copies_done))
 
     def _outranks(self, peer: StoreId, index: int) -> bool:
         run = index // self.run_chunks
         return (_rank(peer, run), peer) > (_rank(self.me, run), self.me)
 
-    def _waits_for(self, view: PeerView, now_seconds: float, claims: bool) -> bool:  # noqa: FBT001 - of rule 2
+    def _waits_for(self, view: PeerView, now_seconds: float) -> bool:
         """Tell whether there is patience left with a rival that claims a chunk, or owns it."""
+        if view.in_flight:  # what comes from it has deadlines of its own
+            view.waited_since_seconds = None
+            return True
         if view.waited_since_seconds is None:
             view.waited_since_seconds = now_seconds
-        if claims:  # an origin that is slow for me may be slow for it
+        if view.fetching:  # an origin that is slow for me may be slow for it
             oldest = min((taken.since_seconds for taken in self._taken.values()), default=now_seconds)
             patience = max(PATIENCE_SECONDS, 4 * self._first_copy_seconds, 2 * (now_seconds - oldest))
         else:

@@ -3,8 +3,9 @@
 A frame is `kind: u8, length: u32` (little endian) and a body of that length. A connection begins with `Hello`
 from both ends. On a *control* connection the dialler then asks (`Interest`, `Leave`) and the listener tells
 (`State`, `Ping`); on a *data* connection the dialler sends `Request` and the listener answers each with
-`Chunk` and bytes, or with `Refused`. A file is named by 16 bytes, the digest of its identity, so only who
-knows a revision can ask for it.
+`Chunk` and bytes, or with `Refused`, or, when the chunk is on its way to itself, with `Arriving` and `Part`s
+as they come, closed by `Whole` or `Refused`. A file is named by 16 bytes, the digest of its identity, so only
+who knows a revision can ask for it.
 
 What comes from a socket is hostile: every length is bounded before anything is allocated, and whatever is not
 exactly a message raises `PeerError`.
@@ -22,7 +23,7 @@ from stoker.checkpoint.layout import chunk_count
 from stoker.errors import PeerError
 from stoker.units import GIB, KIB
 
-VERSION = 1
+VERSION = 2
 MAX_BODY_BYTES = 512 * KIB
 """A `State` of `MAX_CHUNKS` chunks fits."""
 
@@ -37,6 +38,8 @@ _INTEREST = struct.Struct("<BQI")
 _STATE = struct.Struct("<16sBI")
 _REQUEST = struct.Struct("<16sIB")
 _CHUNK = struct.Struct("<I16s")
+_LENGTH = struct.Struct("<I")
+_DIGEST_BYTES = 16
 _MAX_TEXT_BYTES = 1024
 
 StoreId = NewType("StoreId", str)
@@ -179,11 +182,56 @@ class Refused:
     reason: str
 
 
-Message = Hello | Interest | Leave | State | Ping | Request | Chunk | Refused
-_KINDS: tuple[type[Message], ...] = (Hello, Interest, Leave, State, Ping, Request, Chunk, Refused)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arriving:
+    """The chunk is on its way to the speaker; its bytes follow in parts as they come.
+
+    Attributes:
+        length: How many bytes in all.
+    """
+
+    length: int
 
 
-def encode(message: Message) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The next bytes of a chunk follow.
+
+    Attributes:
+        length: How many; 0 = none for a while, the speaker lives.
+    """
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """All parts were sent, and the speaker has found them right.
+
+    Attributes:
+        digest: As in `Chunk`.
+    """
+
+    digest: bytes
+
+
+Message = Hello | Interest | Leave | State | Ping | Request | Chunk | Refused | Arriving | Part | Whole
+_KINDS: tuple[type[Message], ...] = (
+    Hello,
+    Interest,
+    Leave,
+    State,
+    Ping,
+    Request,
+    Chunk,
+    Refused,
+    Arriving,
+    Part,
+    Whole,
+)
+
+
+def encode(message: Message) -> bytes:  # noqa: C901 - one case per kind
     """Return the frame of a message."""
     match message:
         case Hello():
@@ -205,6 +253,10 @@ def encode(message: Message) -> bytes:
             body = _CHUNK.pack(message.length, message.digest)
         case Refused():
             body = _text(message.reason)
+        case Arriving() | Part():
+            body = _LENGTH.pack(message.length)
+        case Whole():
+            body = message.digest
     return HEAD.pack(_KINDS.index(type(message)), len(body)) + body
 
 
@@ -233,7 +285,7 @@ def decode(head: bytes, body: bytes) -> Message:
         raise PeerError(f"a malformed {kind.__name__} from a peer: {error}") from error
 
 
-def _decode(kind: type[Message], body: bytes) -> Message:  # noqa: PLR0911 - one return per kind
+def _decode(kind: type[Message], body: bytes) -> Message:  # noqa: C901, PLR0911 - one return per kind
     if kind is Hello:
         return _hello(body)
     if kind is Interest:
@@ -255,9 +307,23 @@ def _decode(kind: type[Message], body: bytes) -> Message:  # noqa: PLR0911 - one
         if length > MAX_CHUNK_BYTES:
             raise ValueError(f"a chunk of {length} bytes")
         return Chunk(length=length, digest=digest)
+    if kind is Arriving:
+        return Arriving(length=_length(body))
+    if kind is Part:
+        return Part(length=_length(body))
+    if kind is Whole:
+        _end(body, _DIGEST_BYTES)
+        return Whole(digest=body)
     reason, at = _read_text(body, 0)
     _end(body, at)
     return Refused(reason=reason)
+
+
+def _length(body: bytes) -> int:
+    (length,) = _LENGTH.unpack(body)
+    if length > MAX_CHUNK_BYTES:
+        raise ValueError(f"{length} bytes of a chunk")
+    return int(length)
 
 
 def _hello(body: bytes) -> Hello:

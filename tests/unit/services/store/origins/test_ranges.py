@@ -26,7 +26,7 @@ class Origin:
         """See `Origin`."""
         raise self.pieces.pop(0)
 
-    def read_into(self, file, into, *, offset):
+    def read_into(self, file, into, *, offset, told=None):
         """See `Origin`."""
         self.offsets.append(offset)
         piece = self.pieces.pop(0) if self.pieces else len(into)

@@ -150,7 +150,7 @@ class Fleet:
                 self.origin[choice.index] += 1
             else:
                 self.sent[choice.peer] += 1
-            if choice.first_copy:
+            if choice.claimed:
                 self._tell_all(name)
             seconds = self.random.uniform(0.02, 0.6) * self.speed.get(name, 1.0)
             self.at(self.now + seconds, lambda choice=choice: self._fetched(name, choice))
@@ -159,11 +159,18 @@ class Fleet:
         node = self.nodes[name]
         if node.dead or node.swarm is None:
             return
+        giver = None if choice.peer is None else self.nodes[choice.peer]
+        if giver is not None and not giver.dead and self._is_fetching(giver, choice.index):
+            self.at(self.now + 0.1, lambda: self._fetched(name, choice))  # it sends on what it gets
+            return
         node.busy -= 1
-        failed = choice.peer is not None and self.nodes[choice.peer].dead
-        node.swarm.release(choice.index, self.now, done=not failed)
+        failed = giver is not None and giver.dead
+        refused = giver is not None and not failed and choice.index not in giver.have
+        node.swarm.release(choice.index, self.now, done=not (failed or refused))
         if failed:
             node.swarm.drop(choice.peer, until_seconds=self.now + 30)
+        elif refused:
+            node.swarm.refused(choice.peer, choice.index)
         else:
             node.swarm.arrived(choice.index)
             node.have.add(choice.index)
@@ -171,6 +178,10 @@ class Fleet:
             node.swarm = None
         self._tell_all(name)
         self._work(name)
+
+    @staticmethod
+    def _is_fetching(node: Node, index: int) -> bool:
+        return node.swarm is not None and bool(node.swarm.fetching >> index & 1) and index not in node.have
 
     def _tell_all(self, name: str) -> None:
         for asker in self.nodes[name].asked_by:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.store.peers.swarm import (
+    DIRECT,
     FIRST_COPIES,
     MAX_REQUESTS_PER_PEER,
     PATIENCE_SECONDS,
@@ -102,13 +103,44 @@ def test_nothing_is_fetched_before_the_peers_have_answered():
     alone.expect("a")
 
     assert alone.choose([0], NOW + SETTLE_SECONDS / 2) is None
-    assert alone.choose([0], NOW + SETTLE_SECONDS) == Choice(index=0, peer=None, first_copy=True)
+    assert alone.choose([0], NOW + SETTLE_SECONDS) == Choice(
+        index=0, peer=None, first_copy=True, claimed=True
+    )
 
 
-def test_a_chunk_that_a_rival_is_fetching_is_waited_for():
+def test_a_chunk_that_a_rival_is_fetching_is_had_from_it_while_it_arrives():
     index = owned_by("me", "a")
 
-    assert swarm(1000, a={"fetching": 1 << index}).choose([index], NOW) is None
+    choice = swarm(1000, a={"fetching": 1 << index}).choose([index], NOW)
+    assert choice == Choice(index=index, peer="a", first_copy=False)
+
+
+def test_a_chunk_that_is_sent_on_goes_to_a_few_at_a_time():
+    fleet = {f"s{number}": {} for number in range(3 * DIRECT)}
+    chosen = 0
+    for me in fleet:
+        made = FileSwarm(me=me, chunks=1, joined_seconds=NOW)
+        for name in fleet:
+            if name != me:
+                made.update(name, have=0, fetching=0, loading=True)
+        made.update("owner", have=0, fetching=1, loading=True)
+        chosen += made.choose([0], NOW) is not None
+
+    assert chosen == DIRECT
+
+
+def test_of_those_who_lack_what_one_loader_has_one_fetches_it_and_sends_it_on():
+    first, second = sorted(["me", "a"], key=lambda name: owned_by(name, "me" if name == "a" else "a") == 0)
+    made = {}
+    for me, other in [(first, second), (second, first)]:
+        made[me] = FileSwarm(me=me, chunks=1, joined_seconds=NOW)
+        made[me]._fetch_seconds = 1.0
+        made[me].update("b", have=1, fetching=0, loading=True)
+        made[me].update(other, have=0, fetching=0, loading=True)
+    choices = {me: each.choose([0], NOW) for me, each in made.items()}
+    (asks,) = [choice for choice in choices.values() if choice is not None]
+
+    assert asks == Choice(index=0, peer="b", first_copy=False, claimed=True)
 
 
 def test_a_chunk_that_a_rival_owns_is_left_to_it():
@@ -123,7 +155,7 @@ def test_a_rival_that_does_nothing_loses_what_it_has_not_claimed():
     late = NOW + UNCLAIMED_PATIENCE_SECONDS + 0.1
     assert made.choose([index], NOW) is None
 
-    assert made.choose([index], late) == Choice(index=index, peer=None, first_copy=True)
+    assert made.choose([index], late) == Choice(index=index, peer=None, first_copy=True, claimed=True)
 
 
 def test_a_rival_is_given_time_from_when_it_is_waited_for_and_not_from_when_it_joined():
@@ -143,19 +175,41 @@ def test_a_rival_that_moves_again_is_waited_for_again():
 
 
 def test_a_rival_that_gets_nowhere_loses_its_claim():
-    made = swarm(8, a={"fetching": 1})
-    assert made.choose([0], NOW) is None
+    index = owned_by("a", "me")
+    made = swarm(1000, a={"fetching": 1 << 999})  # it is busy with another one
+    assert made.choose([index], NOW) is None
 
-    assert made.choose([0], NOW + PATIENCE_SECONDS - 0.1) is None
-    assert made.choose([0], NOW + PATIENCE_SECONDS + 0.1) == Choice(index=0, peer=None, first_copy=True)
+    assert made.choose([index], NOW + PATIENCE_SECONDS - 0.1) is None
+    assert made.choose([index], NOW + PATIENCE_SECONDS + 0.1) == Choice(
+        index=index, peer=None, first_copy=True, claimed=True
+    )
 
 
 def test_an_origin_that_is_slow_for_me_may_be_slow_for_others():
     made = swarm(1000, a={"fetching": 1 << 999})
+    theirs = owned_by("a", "me")
     assert made.choose([owned_by("me", "a")], NOW) is not None
-    assert made.choose([999], NOW) is None
+    assert made.choose([theirs], NOW) is None
 
-    assert made.choose([999], NOW + 2 * PATIENCE_SECONDS) is None
+    assert made.choose([theirs], NOW + 2 * PATIENCE_SECONDS) is None
+
+
+def test_a_rival_is_believed_while_bytes_come_from_it():
+    theirs = owned_by("a", "me")
+    made = swarm(1000, a={"have": 1 << 999})
+    assert made.choose([999], NOW) == Choice(index=999, peer="a", first_copy=False)
+
+    assert made.choose([theirs], NOW + 100 * PATIENCE_SECONDS) is None
+
+
+def test_a_chunk_that_a_peer_refuses_is_not_asked_of_it_again():
+    index = owned_by("me", "a")
+    made = swarm(1000, a={"have": 1 << index})
+    made.choose([index], NOW)
+    made.release(index, NOW, done=False)
+    made.refused("a", index)
+
+    assert made.choose([index], NOW).peer is None
 
 
 def test_chunks_that_are_read_together_are_owned_by_one_store():
@@ -222,8 +276,8 @@ def test_a_dropped_peer_is_neither_asked_nor_waited_for():
     made = swarm(a={"have": 0b01, "fetching": 0b10})
     made.drop("a", until_seconds=NOW + 5)
 
-    assert made.choose([0], NOW) == Choice(index=0, peer=None, first_copy=True)
-    assert made.choose([1], NOW) == Choice(index=1, peer=None, first_copy=True)
+    assert made.choose([0], NOW) == Choice(index=0, peer=None, first_copy=True, claimed=True)
+    assert made.choose([1], NOW) == Choice(index=1, peer=None, first_copy=True, claimed=True)
 
 
 def test_a_failed_fetch_gives_its_claim_up_and_a_done_one_keeps_it_until_the_chunk_is_there():
