@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from services.controller.actions import Migrate as MigrateAction
 from services.controller.actions import Start, Stop
-from services.controller.attention import asked_replicas
 from services.controller.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
 from services.controller.fleet import Member, Standing, members_of
 from services.controller.forecast import prewarm_window_seconds
@@ -48,7 +47,7 @@ def _wants(planner: Planner, name: ModelName) -> bool:
 
 
 def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
-    asked = max(asked_replicas(planner.view, model), int(_is_expected(planner, model)))
+    asked = 1 if model.name in planner.view.demands or _is_expected(planner, model) else 0
     ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
     sessions = sum(replica.sessions for replica in ready)
     loaded = sessions // model.concurrency + 1 if sessions else 0
