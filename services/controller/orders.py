@@ -77,6 +77,19 @@ class Orders:
                 checkpoint_store_pb2.DescribeRequest(uri=uri), timeout=self._settings.describe_timeout_seconds
             )
 
+    async def describe_adapter(
+        self, store_address: str, uri: str, checkpoint_uri: str
+    ) -> model_pb2.AdapterSpec:
+        """Ask a store what an adapter is, and whether it fits a checkpoint.
+
+        Raises:
+            StokerError: As the store answered; `PeerError` when it cannot be reached.
+        """
+        stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(self._channel(store_address))
+        request = checkpoint_store_pb2.DescribeAdapterRequest(uri=uri, checkpoint_uri=checkpoint_uri)
+        with translated(f"checkpoint store at {store_address}"):
+            return await stub.DescribeAdapter(request, timeout=self._settings.describe_timeout_seconds)
+
     async def forget(self, keep: set[str]) -> None:
         """Close channels to addresses no node has any more."""
         for address in sorted(self._channels.keys() - keep):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from services.controller.adapters import check_adapters, described
 from services.controller.answer import near_names
 from services.controller.cluster import Cluster
 from services.controller.records import ModelRecord
@@ -14,6 +18,8 @@ from services.controller.view import Node
 from stoker.errors import AlreadyExists, CapacityError, ModelNotFound, PeerError
 from stoker.ids import ModelName
 from stoker.v1 import model_pb2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +39,10 @@ class Registry:
         self._settings = settings
         self._writing = asyncio.Lock()
 
-    async def deploy(self, spec: model_pb2.ModelSpec, *, create_only: bool) -> Deployed:
-        """Create a model, or change it when it exists.
+    async def deploy(
+        self, spec: model_pb2.ModelSpec, *, create_only: bool, dry_run: bool = False
+    ) -> Deployed:
+        """Create a model, or change it when it exists; with `dry_run` check all and write nothing.
 
         Raises:
             InvalidRequest: The description is not sound.
@@ -47,6 +55,8 @@ class Registry:
         name = ModelName(full.name)
         self._check_new(name, create_only=create_only)
         checkpoint = await self._describe(full)
+        if full.adapters:
+            full = await self._with_adapters(full)
         async with self._writing:
             before = self._check_new(name, create_only=create_only)
             if before is not None and (before.spec, before.checkpoint) == (full, checkpoint):
@@ -61,6 +71,8 @@ class Registry:
                     created_unix_seconds=self._cluster.clock.unix_seconds(),
                 )
             )
+            if dry_run:
+                return Deployed(record=record, created=before is None, changed=True)
             record = await self._cluster.ledger.put_model(record)
             self._cluster.put_record(record)
         self._cluster.tell(
@@ -98,25 +110,42 @@ class Registry:
         return before
 
     async def _describe(self, spec: model_pb2.ModelSpec) -> model_pb2.CheckpointInfo:
-        """Ask the first store that answers; stores that already hold the checkpoint first."""
+        orders, uri = self._cluster.orders, spec.checkpoint_uri
+        checkpoint = await self._ask(spec, lambda address: orders.describe(address, uri))
+        served = {architecture for node in self._nodes(spec) for architecture in node.architectures}
+        check_architecture(checkpoint, served)
+        return checkpoint
+
+    async def _with_adapters(self, spec: model_pb2.ModelSpec) -> model_pb2.ModelSpec:
+        check_adapters(spec)
+        orders, base = self._cluster.orders, spec.checkpoint_uri
+
+        async def ask(uri: str) -> model_pb2.AdapterSpec:
+            return await self._ask(spec, lambda address: orders.describe_adapter(address, uri, base))
+
+        return await described(spec, ask)
+
+    async def _ask(self, spec: model_pb2.ModelSpec, call: Callable[[str], Awaitable[T]]) -> T:
+        """Return what the first store that is there answers."""
+        nodes = self._nodes(spec)
+        for node in nodes[:-1]:
+            with suppress(PeerError):  # that store is not there; another one may be
+                return await call(node.store_address)
+        return await call(nodes[-1].store_address)
+
+    def _nodes(self, spec: model_pb2.ModelSpec) -> list[Node]:
+        """Return the nodes whose stores can be asked.
+
+        Raises:
+            PeerError: There is none.
+        """
         nodes = [node for node in self._cluster.view.nodes.values() if node.connected and node.store_address]
         if not nodes:
             raise PeerError(
                 f"model {spec.name} can't be checked: no node has joined yet; start a node agent",
                 retry_after_seconds=1.0,
             )
-        checkpoint = await self._ask(sorted(nodes, key=lambda node: node.node_id), spec.checkpoint_uri)
-        served = {architecture for node in nodes for architecture in node.architectures}
-        check_architecture(checkpoint, served)
-        return checkpoint
-
-    async def _ask(self, nodes: list[Node], uri: str) -> model_pb2.CheckpointInfo:
-        for node in nodes[:-1]:
-            try:
-                return await self._cluster.orders.describe(node.store_address, uri)
-            except PeerError:  # that store is not there; another one may be
-                continue
-        return await self._cluster.orders.describe(nodes[-1].store_address, uri)
+        return sorted(nodes, key=lambda node: node.node_id)
 
 
 def model_not_found(name: str, near: tuple[str, ...]) -> ModelNotFound:

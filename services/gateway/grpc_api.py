@@ -84,7 +84,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.ListDeployedModelsResponse:
         """Return the names of the deployed models."""
         self._admit(context)
-        names = [route.name for route in self._watch.table.models()]
+        names = sorted(name for route in self._watch.table.models() for name in route.names)
         return inference_pb2.ListDeployedModelsResponse(names=names)
 
     def _admit(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stoker.errors import ModelNotFound, PeerError
 from stoker.ids import ModelName, ReplicaId
-from stoker.v1 import controller_pb2, session_pb2
+from stoker.v1 import controller_pb2, model_pb2, session_pb2
 
+ADAPTER_MARK = ":"
+"""Between a model's name, which has none, and an adapter's."""
 MAX_NEAR_NAMES = 3
 UNSYNCED_RETRY_SECONDS = 2.0
 SHUN_SECONDS = 2.0
@@ -70,6 +72,13 @@ class ModelRoute:
     store_addresses: tuple[str, ...]
     resume_mode: session_pb2.ResumeMode.ValueType = session_pb2.RESUME_MODE_EXACT
     """How a session's tokens get into its next replica."""
+    adapters: Mapping[str, model_pb2.AdapterSpec] = field(default_factory=dict)
+    """By name, sorted; clients ask for `model:adapter`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return all that clients may ask for: the model as it is, then with each adapter."""
+        return self.name, *(f"{self.name}{ADAPTER_MARK}{adapter}" for adapter in self.adapters)
 
     @property
     def batch_capacity(self) -> int:
@@ -92,6 +101,7 @@ class ModelRoute:
             resume_mode=RESUME_MODES.get(spec.resume, session_pb2.RESUME_MODE_EXACT),
             replicas=tuple(Replica.from_proto(replica) for replica in route.replicas),
             store_addresses=tuple(route.store_addresses),
+            adapters={adapter.name: adapter for adapter in sorted(spec.adapters, key=lambda one: one.name)},
         )
 
 
@@ -132,17 +142,17 @@ class RouteTable:
         return tuple(self._routes[name] for name in sorted(self._routes))
 
     def __contains__(self, name: str) -> bool:
-        """Say whether the model is deployed, as far as this table knows."""
-        return name in self._routes
+        """Say whether `model` or `model:adapter` is deployed, as far as this table knows."""
+        return self._get(name) is not None
 
     def find(self, name: str) -> ModelRoute:
-        """Return a model's route.
+        """Return the route of `model` or `model:adapter`.
 
         Raises:
-            ModelNotFound: No model of that name; the message suggests near names.
+            ModelNotFound: No model of that name, or no such adapter; the message suggests near names.
             PeerError: No controller has told any route yet.
         """
-        route = self._routes.get(ModelName(name))
+        route = self._get(name)
         if route is not None:
             return route
         if not self.synced:
@@ -150,7 +160,13 @@ class RouteTable:
                 "this gateway has not heard from a controller yet, so it knows no model; try again shortly",
                 retry_after_seconds=UNSYNCED_RETRY_SECONDS,
             )
-        raise ModelNotFound(_not_found(name, self._routes), param="model")
+        names = [known for route in self._routes.values() for known in route.names]
+        raise ModelNotFound(_not_found(name, names), param="model")
+
+    def _get(self, name: str) -> ModelRoute | None:
+        model, adapter = split_name(name)
+        route = self._routes.get(model)
+        return route if route is not None and (adapter is None or adapter in route.adapters) else None
 
     def shun(self, replica_id: ReplicaId, *, now_seconds: float) -> None:
         """Pass over a replica that failed, for `SHUN_SECONDS`."""
@@ -162,6 +178,12 @@ class RouteTable:
         if not self._shunned:
             return frozenset()
         return frozenset(known for known, until in self._shunned.items() if until > now_seconds)
+
+
+def split_name(name: str) -> tuple[ModelName, str | None]:
+    """Return the model and the adapter, if any, of what a client asks for."""
+    model, mark, adapter = name.partition(ADAPTER_MARK)
+    return ModelName(model), adapter if mark else None
 
 
 def choose_replica(

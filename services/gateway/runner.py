@@ -20,7 +20,7 @@ from services.gateway.job import Job
 from services.gateway.placement import Placement
 from services.gateway.prompts import content_characters, encode_prompts
 from services.gateway.route_watch import RouteWatch
-from services.gateway.routes import ModelRoute, Replica
+from services.gateway.routes import ModelRoute, Replica, split_name
 from services.gateway.sampling import derive_seed, output_budget, resolve
 from services.gateway.session import LENGTH, STOP, Session
 from services.gateway.session_run import SessionRun
@@ -32,6 +32,7 @@ from stoker import log
 from stoker.clock import Clock
 from stoker.errors import CapacityError, DeadlineExceeded, StokerError
 from stoker.ids import SessionId, new_id
+from stoker.v1 import model_pb2
 
 INLINE_CHARACTERS = 4096
 """Shorter contents are encoded in the event loop (well below 1 ms); a thread's hop would cost more."""
@@ -88,9 +89,11 @@ class Runner:
 
     def start_trace(self, request: TextRequest) -> Trace:
         """Return the request's trace, kept from now on."""
+        model, adapter = split_name(request.model)
         trace = Trace(
             request_id=request.request_id,
-            model=request.model,
+            model=model,
+            adapter=adapter or "",
             kind=request.kind,
             started_seconds=self._clock.now_seconds(),
             unix_seconds=self._clock.unix_seconds(),
@@ -176,11 +179,12 @@ class Runner:
             text = await self._fetch_text(job)
             prompts = await self._encode(job, route, text)
         job.trace.prompt_tokens = sum(map(len, prompts))
-        return self._sessions(job.request, text, prompts, _context_tokens(route, replica)), replica
+        adapter = route.adapters.get(job.trace.adapter)
+        return self._sessions(job.request, text, prompts, _context_tokens(route, replica), adapter), replica
 
     async def _fetch_text(self, job: Job) -> ModelText:
         began_seconds = self._clock.now_seconds()
-        route = self._watch.table.find(job.request.model)  # by now it may name a store
+        route = self._watch.table.find(job.trace.model)  # by now it may name a store
         try:
             async with asyncio.timeout(job.left_seconds()):
                 return await self._texts.get(route)
@@ -204,7 +208,12 @@ class Runner:
         return prompts
 
     def _sessions(
-        self, request: TextRequest, text: ModelText, prompts: list[list[int]], context_tokens: int
+        self,
+        request: TextRequest,
+        text: ModelText,
+        prompts: list[list[int]],
+        context_tokens: int,
+        adapter: model_pb2.AdapterSpec | None,
     ) -> list[Session]:
         asked = request.sampling
         seed = asked.seed if asked.seed is not None else secrets.randbits(SEED_BITS)
@@ -222,6 +231,7 @@ class Runner:
                 ),
                 text=text,
                 stop=asked.stop,
+                adapter=adapter,
             )
             for prompt in prompts
             for choice in range(request.choices)

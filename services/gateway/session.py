@@ -1,8 +1,8 @@
 """A session: one choice of one request, from its prompt's tokens to its text. Pure.
 
-The session is the request's whole truth: prompt tokens, sampling (with its seed), the tokens received so far,
-and its epoch. Whatever replica serves it next gets exactly that (`generate_request`), so any replica can go
-on where another one stopped. Tokens become text here, once, so what was shown never depends on who made it.
+The session is the request's whole truth: prompt tokens, adapter, sampling (with its seed), tokens received so
+far, and its epoch. Whatever replica serves it next gets exactly that (`generate_request`), so any replica can
+go on where another one stopped. Tokens become text here, once: what was shown never depends on who made it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from services.gateway.text.model_text import ModelText
 from services.gateway.text.stop_strings import StopFilter
 from stoker.errors import Fenced, PeerError, WorkerDied
 from stoker.ids import SessionId
-from stoker.v1 import session_pb2
+from stoker.v1 import model_pb2, session_pb2
 
 STOP = "stop"
 LENGTH = "length"
@@ -66,6 +66,7 @@ class Session:
         sampling: How to choose tokens; the seed is in it.
         text: The model's text side.
         stop: Strings that end the answer.
+        adapter: What is added to the model, on every replica that serves the session.
 
     Attributes:
         token_ids: Tokens received, in order; with the prompt and the sampling all there is to know.
@@ -73,7 +74,7 @@ class Session:
         finish_reason: None while it goes on.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a session is
         self,
         *,
         session_id: SessionId,
@@ -81,10 +82,12 @@ class Session:
         sampling: session_pb2.Sampling,
         text: ModelText,
         stop: Sequence[str] = (),
+        adapter: model_pb2.AdapterSpec | None = None,
     ) -> None:
         self.session_id = session_id
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
+        self.adapter = adapter
         self.token_ids: list[int] = []
         self.epoch = 0
         self._highest_epoch = 0
@@ -115,6 +118,7 @@ class Session:
             sampling=self.sampling,
             request_id=request_id,
             resume_mode=resume_mode,
+            adapter=self.adapter,
         )
 
     def claim_epoch(self) -> int:

@@ -19,6 +19,8 @@ class Trace:
     model: str
     kind: str
     """`chat` or `completion`."""
+    adapter: str = ""
+    """What was added to the model; empty = nothing."""
     started_seconds: float
     """Monotonic, when the request's body was complete."""
     unix_seconds: float

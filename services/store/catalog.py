@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from services.store.adapters import describe_adapter
 from services.store.far_weights import FarWeights
 from stoker.checkpoint.attention_facts import read_attention_facts
 from stoker.checkpoint.dtypes import TORCH_NAMES
@@ -124,6 +125,25 @@ class Catalog:
                 "changed; deploy the model again"
             )
         return entry
+
+    async def describe_adapter(self, uri: str, *, checkpoint_uri: str) -> model_pb2.AdapterSpec:
+        """Return what the adapter at `uri` is, which fits the checkpoint.
+
+        Args:
+            uri: An absolute path or `file://`.
+            checkpoint_uri: As for `open`.
+
+        Raises:
+            InvalidRequest, NotFound: As `open`; remote adapters are not supported.
+            CheckpointInvalid: It is damaged, of an unsupported kind, or for another base.
+        """
+        entry = await self.open(checkpoint_uri)
+        tensors = {tensor.name: tensor for tensor in entry.tensors}
+
+        def describe() -> model_pb2.AdapterSpec:
+            return describe_adapter(self._folder(uri), tensors, checkpoint=entry.uri)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, describe)
 
     async def known_as(self, uri: str) -> str:
         """Return `CatalogEntry.uri` of what `uri` names, without opening it.

@@ -56,6 +56,12 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         entry = await self._catalog.open(request.uri)
         return entry.info
 
+    async def DescribeAdapter(  # noqa: N802 - the method's name in the contract
+        self, request: pb.DescribeAdapterRequest, context: Context
+    ) -> model_pb2.AdapterSpec:
+        """Read an adapter's config and header, and compare its shapes with the checkpoint's."""
+        return await self._catalog.describe_adapter(request.uri, checkpoint_uri=request.checkpoint_uri)
+
     async def ReadSmallFiles(  # noqa: N802 - the method's name in the contract
         self, request: pb.ReadSmallFilesRequest, context: Context
     ) -> AsyncIterator[pb.SmallFile]:

@@ -144,5 +144,5 @@ def _delta(x_TI: torch.Tensor, weights: LoraWeights, group_rows: int) -> torch.T
     if not group_rows or count == group_rows:
         return lora_delta(x_TI, weights)
     padded_TI = pad(x_TI, (0, 0, 0, -count % group_rows))
-    pieces = [lora_delta(piece_TI, weights) for piece_TI in torch.split(padded_TI, group_rows)]  # type: ignore[no-untyped-call]  # untyped in torch
+    pieces = [lora_delta(piece_TI, weights) for piece_TI in torch.split(padded_TI, group_rows)]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:count]

@@ -41,6 +41,10 @@ def deploy(
     max_replicas: Annotated[int, typer.Option("--max", min=0, help="at most; 0 = default (1)")] = 0,
     concurrency: Annotated[int, typer.Option(min=0, help="sessions per replica; 0 = default (8)")] = 0,
     max_context: Annotated[int, typer.Option(min=0, help="tokens; 0 = the model's own limit")] = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="NAME=FOLDER of a LoRA adapter, asked for as MODEL:NAME; repeatable"),
+    ] = None,
     *,
     create_only: Annotated[bool, typer.Option(help="refuse when the model exists")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="start a replica and return when it is ready")] = False,
@@ -56,6 +60,7 @@ def deploy(
         max_replicas=max_replicas,
         concurrency=concurrency,
         max_context_tokens=max_context,
+        adapters=[_adapter(text) for text in adapter or ()],
     )
     if keep_alive:
         spec.keep_alive_seconds = _keep_alive_seconds(keep_alive)
@@ -67,6 +72,9 @@ def deploy(
     info = answer.model.checkpoint
     size = f"{info.architecture}, {format_bytes(info.weight_bytes)} {info.dtype}"
     console.print(f"{verb} {name} ({size})", highlight=False)
+    for each in answer.model.spec.adapters:
+        what = f"{format_bytes(each.file_bytes)}, rank {each.rank}: {', '.join(each.target_modules)}"
+        console.print(f"  {name}:{each.name} ({what})", highlight=False)
 
 
 async def _deploy(
@@ -149,6 +157,13 @@ def checkpoint_uri(checkpoint: str) -> str:
         return checkpoint
     folder = Path(checkpoint).expanduser()
     return str(folder.resolve()) if folder.exists() or not folder.is_absolute() else str(folder)
+
+
+def _adapter(text: str) -> model_pb2.AdapterSpec:
+    name, mark, folder = text.partition("=")
+    if not (mark and name and folder):
+        raise InvalidRequest(f"--adapter {text!r}: give NAME=FOLDER, e.g. poet=/adapters/poet")
+    return model_pb2.AdapterSpec(name=name, uri=checkpoint_uri(folder))
 
 
 def _keep_alive_seconds(text: str) -> float:

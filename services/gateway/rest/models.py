@@ -16,23 +16,25 @@ def models_router(watch: RouteWatch) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """List the deployed models, loaded or not."""
-        return {"object": "list", "data": [_model(route) for route in watch.table.models()]}
+        """List the deployed models, loaded or not, each also with every one of its adapters."""
+        found = [_model(route, name) for route in watch.table.models() for name in route.names]
+        return {"object": "list", "data": found}
 
     @router.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
         """Describe a deployed model."""
-        return _model(await watch.find(name))
+        return _model(await watch.find(name), name)
 
     return router
 
 
-def _model(route: ModelRoute) -> dict[str, Any]:
+def _model(route: ModelRoute, name: str) -> dict[str, Any]:
     return {
-        "id": route.name,
+        "id": name,
         "object": "model",
         "created": int(route.created_unix_seconds),
         "owned_by": "stoker",
         "max_model_len": route.context_tokens or None,
         "ready_replicas": len(route.replicas),
+        "parent": None if name == route.name else route.name,
     }

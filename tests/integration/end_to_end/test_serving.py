@@ -13,6 +13,7 @@ import pytest
 
 from stoker.v1 import controller_pb2, controller_pb2_grpc, model_pb2
 from tests.integration.end_to_end.stoker_up import StokerUp, stoker
+from tests.integration.tiny_adapter import make_tiny_adapter
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -176,3 +177,61 @@ def test_the_command_line_shows_what_runs(up: StokerUp, tiny_model: Path) -> Non
     assert "service.started" in logged.stdout
     assert removed.returncode == 0, removed.stderr
     assert stoker("run", "cli", "x", data_dir=home).returncode == 1
+
+
+def test_adapters_are_chosen_per_request_on_one_replica(
+    up: StokerUp, tiny_model: Path, tmp_path: Path
+) -> None:
+    poet, coder = (
+        make_tiny_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("poet", "coder"))
+    )
+    names = ["lora", "lora:coder", "lora:poet"]
+    deployed = stoker(
+        *("deploy", "lora", str(tiny_model), "--adapter", f"poet={poet}", "--adapter", f"coder={coder}"),
+        data_dir=up.data_dir,
+    )
+    assert deployed.returncode == 0, deployed.stderr
+    assert "lora:poet" in deployed.stdout
+
+    def ask(name: str) -> str:
+        with up.openai() as client:
+            answer = client.chat.completions.create(
+                model=name, messages=QUESTION, max_tokens=12, temperature=0, seed=1
+            )
+            assert answer.model == name
+            return answer.choices[0].message.content
+
+    alone = {name: ask(name) for name in names}
+    with ThreadPoolExecutor(9) as threads:
+        together = list(threads.map(ask, names * 3))
+    with up.client() as client:  # another set of adapters, the same replica
+        adapters = [model_pb2.AdapterSpec(name="poet", uri=str(poet))]
+        client.deploy(model_pb2.ModelSpec(name="lora", checkpoint_uri=str(tiny_model), adapters=adapters))
+        by_grpc = "".join(
+            event.text
+            for event in client.chat(
+                "lora:poet", [("user", QUESTION[0]["content"])], max_tokens=12, temperature=0
+            )
+        )
+
+    assert len(set(alone.values())) == len(names)
+    assert together == [alone[name] for name in names] * 3
+    assert by_grpc == alone["lora:poet"]
+    with up.openai() as client:
+        assert {model.id for model in client.models.list()} >= {"lora", "lora:poet"}
+        with pytest.raises(openai.NotFoundError, match="lora:poet") as unknown:
+            client.chat.completions.create(model="lora:poem", messages=QUESTION)
+    assert unknown.value.code == "model_not_found"
+    placed = [line for line in up.log_events("controller", "replica.placed") if line["model"] == "lora"]
+    assert len(placed) == 1
+
+
+def test_an_adapter_for_another_model_is_refused_when_it_is_deployed(
+    up: StokerUp, tiny_model: Path, tmp_path: Path
+) -> None:
+    wrong = make_tiny_adapter(tmp_path / "wrong", seed=1, hidden=32)
+
+    refused = stoker("deploy", "misfit", str(tiny_model), "--adapter", f"x={wrong}", data_dir=up.data_dir)
+
+    assert refused.returncode != 0
+    assert "is no adapter for" in refused.stderr

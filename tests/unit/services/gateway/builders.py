@@ -59,11 +59,16 @@ def route(name: str = "tiny", **changed: Any) -> ModelRoute:
 
 
 def route_message(
-    name: str, *, replica_ids: Sequence[str] = (), deleted: bool = False
+    name: str, *, replica_ids: Sequence[str] = (), deleted: bool = False, adapters: Sequence[str] = ()
 ) -> controller_pb2.Route:
     """Return a route as the controller sends it."""
+    spec = model_pb2.ModelSpec(
+        name=name,
+        checkpoint_uri=f"/models/{name}",
+        adapters=[model_pb2.AdapterSpec(name=adapter, revision="a1") for adapter in adapters],
+    )
     return controller_pb2.Route(
-        model=model_pb2.Model(spec=model_pb2.ModelSpec(name=name, checkpoint_uri=f"/models/{name}")),
+        model=model_pb2.Model(spec=spec),
         replicas=[controller_pb2.RouteReplica(replica_id=replica_id) for replica_id in replica_ids],
         deleted=deleted,
     )

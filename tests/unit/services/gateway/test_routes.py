@@ -37,7 +37,7 @@ def test_replicas_that_failed_are_not_chosen() -> None:
 
 
 def test_near_names_are_suggested() -> None:
-    with pytest.raises(ModelNotFound, match="Did you mean 'smollm2'"):
+    with pytest.raises(ModelNotFound, match=r"Did you mean 'smollm2'"):
         table("smollm2", "qwen").find("smolm2")
 
 
@@ -108,3 +108,25 @@ def test_a_snapshot_in_several_messages_counts_once_it_is_whole() -> None:
 
     assert meanwhile == ["old"]
     assert [route.name for route in routes.models()] == ["a", "b"]
+
+
+def adapted() -> RouteTable:
+    filled = RouteTable()
+    message = route_message("llama", replica_ids=["r1"], adapters=["poet", "coder"])
+    filled.apply(controller_pb2.RoutesUpdate(snapshot=True, routes=[message]))
+    return filled
+
+
+def test_a_model_is_found_with_each_of_its_adapters() -> None:
+    routes = adapted()
+
+    assert routes.find("llama").names == ("llama", "llama:coder", "llama:poet")
+    assert routes.find("llama:poet").adapters["poet"].revision == "a1"
+    assert "llama:coder" in routes
+
+
+@pytest.mark.parametrize("name", ["llama:poem", "lama:poet", "llama:", "llama:poet:x"])
+def test_an_unknown_adapter_is_not_found_and_near_names_are_suggested(name) -> None:
+    with pytest.raises(ModelNotFound, match=r"Did you mean .*'llama:poet'"):
+        adapted().find(name)
+    assert name not in adapted()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.gateway.session import Session
 from stoker.errors import Fenced, StokerError
-from stoker.v1 import session_pb2
+from stoker.v1 import model_pb2, session_pb2
 from tests.unit.services.gateway.builders import END, event, ids_of, session
 
 STOP, LENGTH = session_pb2.FINISH_REASON_STOP, session_pb2.FINISH_REASON_LENGTH
@@ -140,3 +140,17 @@ def test_repeated_or_missing_tokens_are_refused(position: int) -> None:
 def test_a_cancelled_session_is_an_error_to_whoever_still_listens() -> None:
     with pytest.raises(StokerError, match="gave up"):
         session().feed(event(0, [], finish=session_pb2.FINISH_REASON_CANCELLED))
+
+
+def test_every_replica_is_told_the_sessions_adapter() -> None:
+    adapter = model_pb2.AdapterSpec(name="poet", uri="/adapters/poet", revision="a1")
+    going = session()
+    going.adapter = adapter
+
+    orders = [
+        going.generate_request(model="tiny", replica_id=replica, request_id="r")
+        for replica in ("one", "other")
+    ]
+
+    assert [order.adapter for order in orders] == [adapter, adapter]
+    assert not session().generate_request(model="tiny", replica_id="one", request_id="r").HasField("adapter")
