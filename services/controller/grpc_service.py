@@ -47,7 +47,9 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         """See the proto."""
         del context
         term = self._leadership.term()
-        deployed = await term.registry.deploy(request.spec, create_only=request.create_only)
+        deployed = await term.registry.deploy(
+            request.spec, create_only=request.create_only, dry_run=request.dry_run
+        )
         cluster = term.cluster
         return pb.DeployResponse(
             model=model_message(cluster.view, deployed.record, cluster.clock.now_seconds()),
@@ -197,6 +199,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         term = self._leadership.term()
         me = object()
         mine: NodeId | None = None
+        told_version = -1
         try:
             async for report in request_iterator:
                 term.cluster.check_leading()
@@ -205,10 +208,16 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
                 mine = NodeId(report.node_id)
                 self._streams[mine] = me
                 term.cluster.report(report)
-                yield pb.ReportAck(sequence=report.sequence, fence=term.fence)
+                self._store_peers.reported(report)
+                ack = pb.ReportAck(sequence=report.sequence, fence=term.fence)
+                if told_version != self._store_peers.version:
+                    told_version = self._store_peers.version
+                    ack.store_peers.CopyFrom(self._store_peers.others(mine))
+                yield ack
         finally:
             if mine is not None and self._streams.get(mine) is me:
                 del self._streams[mine]
+                self._store_peers.disconnected(mine)
                 term.cluster.disconnected(mine)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from services.controller.settings import ControllerSettings
 from stoker.errors import CheckpointInvalid, InvalidRequest
@@ -21,6 +21,13 @@ MAX_CONCURRENCY = 4_096
 MAX_QUEUE = 100_000
 MAX_URI_CHARACTERS = 4_096
 MAX_LABELS = 32
+LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+MAX_LABEL_CHARACTERS = 256
+MAX_CONTEXT_TOKENS = 100_000_000
+MAX_KV_CACHE_BYTES = 1 << 44
+"""16 TiB: more than any host's memory."""
+SERVED_DEVICES = 1
+"""Devices that one replica can use today: an engine of this version runs one rank."""
 NEAR_ARCHITECTURES = 3
 
 
@@ -40,6 +47,7 @@ def resolve(spec: model_pb2.ModelSpec, settings: ControllerSettings) -> model_pb
     full.engine = spec.engine or ENGINES[0]
     full.dtype = spec.dtype or DTYPES[0]
     full.resume = spec.resume or RESUMES[0]
+    full.devices = spec.devices or 1
     _check(full)
     return full
 
@@ -80,6 +88,12 @@ def _check(spec: model_pb2.ModelSpec) -> None:
             f"{MAX_KEEP_ALIVE_SECONDS:g}; use a negative number for ever",
             param="keep_alive_seconds",
         )
+    if spec.keep_alive_auto and keep_alive_seconds == 0:
+        raise InvalidRequest(
+            f"model {spec.name}: keep_alive_auto chooses up to keep_alive_seconds, which is 0; give the "
+            "longest it may be (negative = any)",
+            param="keep_alive_seconds",
+        )
     _check_range(spec, "max_replicas", spec.max_replicas, MAX_REPLICAS)
     _check_range(spec, "concurrency", spec.concurrency, MAX_CONCURRENCY)
     _check_range(spec, "max_queue", spec.max_queue, MAX_QUEUE)
@@ -91,10 +105,41 @@ def _check(spec: model_pb2.ModelSpec) -> None:
     _check_choice(spec, "engine", spec.engine, ENGINES)
     _check_choice(spec, "dtype", spec.dtype, DTYPES)
     _check_choice(spec, "resume", spec.resume, RESUMES)
-    if len(spec.labels) > MAX_LABELS:
+    _check_most(spec, "max_context_tokens", spec.max_context_tokens, MAX_CONTEXT_TOKENS)
+    _check_most(spec, "kv_cache_bytes", spec.kv_cache_bytes, MAX_KV_CACHE_BYTES)
+    if spec.devices > SERVED_DEVICES:
         raise InvalidRequest(
-            f"model {spec.name}: {len(spec.labels)} labels, at most {MAX_LABELS} are kept", param="labels"
+            f"model {spec.name}: devices {spec.devices} is not served yet: an engine of this version puts a "
+            f"replica on {SERVED_DEVICES} device; deploy it with devices 1 on a device that is large enough",
+            param="devices",
         )
+    _check_labels(spec, "labels", spec.labels)
+    _check_labels(spec, "required_node_labels", spec.required_node_labels)
+    _check_labels(spec, "preferred_node_labels", spec.preferred_node_labels)
+
+
+def _check_labels(spec: model_pb2.ModelSpec, field: str, labels: Mapping[str, str]) -> None:
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequest(
+            f"model {spec.name}: {len(labels)} {field}, at most {MAX_LABELS} are kept", param=field
+        )
+    for key, value in sorted(labels.items()):
+        if not LABEL_KEY.fullmatch(key):
+            raise InvalidRequest(
+                f"model {spec.name}: a key of {field}, {key[:140]!r}, is not of the form {LABEL_KEY.pattern}",
+                param=field,
+            )
+        if len(value) > MAX_LABEL_CHARACTERS:
+            raise InvalidRequest(
+                f"model {spec.name}: {field} {key} has {len(value)} characters, at most "
+                f"{MAX_LABEL_CHARACTERS} are kept",
+                param=field,
+            )
+
+
+def _check_most(spec: model_pb2.ModelSpec, field: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidRequest(f"model {spec.name}: {field} {value} is above {most}", param=field)
 
 
 def _check_range(spec: model_pb2.ModelSpec, field: str, value: int, most: int) -> None:

@@ -1,14 +1,18 @@
-"""`stoker deploy`, `rm`, `ls`: what is deployed."""
+"""`stoker deploy`, `rm`, `ls`, `schema`: what is deployed."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from stoker.cli.apply import apply
+from stoker.cli.model_file import Wanted, read_models
 from stoker.cli.output import Format, FormatOption, as_json, console, errors, print_json, print_table
 from stoker.client import AsyncClient
 from stoker.errors import DeadlineExceeded, InvalidRequest
@@ -20,6 +24,8 @@ ControllerOption = Annotated[
 ]
 
 KEEP_FOREVER = "forever"
+KEEP_AUTO = "auto"
+SCHEMA_PATH = Path(__file__).with_name("models.schema.json")
 
 
 def register(app: typer.Typer) -> None:
@@ -27,15 +33,23 @@ def register(app: typer.Typer) -> None:
     app.command()(deploy)
     app.command("rm")(remove)
     app.command("ls")(list_models)
+    app.command()(schema)
 
 
 def deploy(
-    name: Annotated[str, typer.Argument(help="what clients ask for")],
+    name: Annotated[str, typer.Argument(help="what clients ask for")] = "",
     checkpoint: Annotated[
         str, typer.Argument(help="folder of a checkpoint, as every node sees it, or a URI")
-    ],
+    ] = "",
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="deploy what a YAML file lists; see `stoker schema`")
+    ] = None,
     keep_alive: Annotated[
-        str, typer.Option(help=f"seconds an unused replica lives, or '{KEEP_FOREVER}'; default 300")
+        str,
+        typer.Option(
+            help=f"seconds an unused replica lives, '{KEEP_FOREVER}', '{KEEP_AUTO}' (from the model's own "
+            f"arrivals) or '{KEEP_AUTO}:SECONDS' (at most so long); default 300"
+        ),
     ] = "",
     min_replicas: Annotated[int, typer.Option("--min", min=0, help="kept even when nobody asks")] = 0,
     max_replicas: Annotated[int, typer.Option("--max", min=0, help="at most; 0 = default (1)")] = 0,
@@ -45,14 +59,35 @@ def deploy(
         list[str] | None,
         typer.Option("--adapter", help="NAME=FOLDER of a LoRA adapter, asked for as MODEL:NAME; repeatable"),
     ] = None,
+    devices: Annotated[int, typer.Option(min=0, help="device slots per replica; 0 = default (1)")] = 0,
+    require: Annotated[
+        list[str] | None, typer.Option("--require", help="KEY=VALUE that a node must carry; repeatable")
+    ] = None,
+    prefer: Annotated[
+        list[str] | None, typer.Option("--prefer", help="KEY=VALUE that a node should carry; repeatable")
+    ] = None,
     *,
+    pinned: Annotated[bool, typer.Option("--pinned", help="never stopped or moved for other models")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="with -f: delete models not in the file")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what would change, change nothing")
+    ] = False,
     create_only: Annotated[bool, typer.Option(help="refuse when the model exists")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="start a replica and return when it is ready")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds --wait waits at most")] = 300.0,
     controller: ControllerOption = None,
     output: FormatOption = Format.text,
 ) -> None:
-    """Deploy a model, or change one that is deployed."""
+    """Deploy a model, or change one that is deployed; or all that a file lists."""
+    if file is not None:
+        if name or checkpoint or wait or create_only:
+            raise InvalidRequest("-f FILE says everything: give no NAME, CHECKPOINT, --wait or --create-only")
+        asyncio.run(_apply(read_models(file), controller, prune=prune, dry_run=dry_run, output=output))
+        return
+    if not name or not checkpoint:
+        raise InvalidRequest("give NAME and CHECKPOINT, or -f FILE")
+    if prune:
+        raise InvalidRequest("--prune deletes what a file does not list: give -f FILE")
     spec = model_pb2.ModelSpec(
         name=name,
         checkpoint_uri=checkpoint_uri(checkpoint),
@@ -62,8 +97,14 @@ def deploy(
         max_context_tokens=max_context,
         adapters=[_adapter(text) for text in adapter or ()],
     )
-    if keep_alive:
-        spec.keep_alive_seconds = _keep_alive_seconds(keep_alive)
+    spec.devices, spec.pinned = devices, pinned
+    spec.required_node_labels.update(_labels("--require", require))
+    spec.preferred_node_labels.update(_labels("--prefer", prefer))
+    _set_keep_alive(spec, keep_alive)
+    if dry_run:
+        wanted = (Wanted(spec=spec, where=name),)
+        asyncio.run(_apply(wanted, controller, prune=False, dry_run=True, output=output))
+        return
     answer = asyncio.run(_deploy(spec, controller, timeout if wait else None, create_only=create_only))
     if output is Format.json:
         print_json(as_json(answer))
@@ -75,6 +116,13 @@ def deploy(
     for each in answer.model.spec.adapters:
         what = f"{format_bytes(each.file_bytes)}, rank {each.rank}: {', '.join(each.target_modules)}"
         console.print(f"  {name}:{each.name} ({what})", highlight=False)
+
+
+async def _apply(
+    wanted: Sequence[Wanted], controller: str | None, *, prune: bool, dry_run: bool, output: Format
+) -> None:
+    async with AsyncClient(controller=controller) as client:
+        await apply(client, wanted, prune=prune, dry_run=dry_run, as_json=output is Format.json)
 
 
 async def _deploy(
@@ -166,6 +214,31 @@ def _adapter(text: str) -> model_pb2.AdapterSpec:
     return model_pb2.AdapterSpec(name=name, uri=checkpoint_uri(folder))
 
 
+def schema() -> None:
+    """Print the JSON schema of the files that `stoker deploy -f` takes."""
+    sys.stdout.write(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def _labels(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in texts or ():
+        key, mark, value = text.partition("=")
+        if not (mark and key):
+            raise InvalidRequest(f"{option} {text!r}: give KEY=VALUE, e.g. gpu=a100")
+        if key in labels:
+            raise InvalidRequest(f"{option}: {key} is given twice, {labels[key]!r} and {value!r}")
+        labels[key] = value
+    return labels
+
+
+def _set_keep_alive(spec: model_pb2.ModelSpec, text: str) -> None:
+    kind, _, longest = text.partition(":")
+    spec.keep_alive_auto = kind == KEEP_AUTO
+    seconds = longest if spec.keep_alive_auto else text
+    if seconds:
+        spec.keep_alive_seconds = _keep_alive_seconds(seconds)
+
+
 def _keep_alive_seconds(text: str) -> float:
     if text == KEEP_FOREVER:
         return -1.0
@@ -174,5 +247,7 @@ def _keep_alive_seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise InvalidRequest(f"--keep-alive {text!r}: give seconds (0 = stop at once) or '{KEEP_FOREVER}'")
+        raise InvalidRequest(
+            f"--keep-alive {text!r}: give seconds (0 = stop at once), '{KEEP_FOREVER}' or '{KEEP_AUTO}'"
+        )
     return seconds

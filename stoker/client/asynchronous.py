@@ -99,10 +99,16 @@ class AsyncClient:
     # --- administration ---
 
     async def deploy(
-        self, spec: model_pb2.ModelSpec, *, create_only: bool = False
+        self, spec: model_pb2.ModelSpec, *, create_only: bool = False, dry_run: bool = False
     ) -> controller_pb2.DeployResponse:
-        """Create or change a model; the checkpoint is checked first (headers only)."""
-        request = controller_pb2.DeployRequest(spec=spec, create_only=create_only)
+        """Create or change a model; the checkpoint is checked first (headers only).
+
+        Args:
+            spec: What to deploy.
+            create_only: Refuse when the model exists.
+            dry_run: Check everything and answer what would be deployed; change nothing.
+        """
+        request = controller_pb2.DeployRequest(spec=spec, create_only=create_only, dry_run=dry_run)
         with translated(f"controller {self.controller}"):
             return await self._admin.Deploy(request, timeout=30)
 

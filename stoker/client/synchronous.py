@@ -64,10 +64,10 @@ class Client:
         )
 
     def deploy(
-        self, spec: model_pb2.ModelSpec, *, create_only: bool = False
+        self, spec: model_pb2.ModelSpec, *, create_only: bool = False, dry_run: bool = False
     ) -> controller_pb2.DeployResponse:
         """See `AsyncClient.deploy`."""
-        return self._run(self._client.deploy(spec, create_only=create_only))
+        return self._run(self._client.deploy(spec, create_only=create_only, dry_run=dry_run))
 
     def delete(self, name: str) -> None:
         """See `AsyncClient.delete`."""

@@ -56,6 +56,14 @@ def test_ordinary_names_are_accepted(name: str) -> None:
         ("engine", {"engine": "vroom"}),
         ("dtype", {"dtype": "float13"}),
         ("labels", {"labels": {str(key): "" for key in range(33)}}),
+        ("labels", {"labels": {"a key": ""}}),
+        ("required_node_labels", {"required_node_labels": {"": "a100"}}),
+        ("required_node_labels", {"required_node_labels": {"gpu": "x" * 257}}),
+        ("preferred_node_labels", {"preferred_node_labels": {str(key): "" for key in range(33)}}),
+        ("devices", {"devices": 2}),
+        ("max_context_tokens", {"max_context_tokens": 1_000_000_000}),
+        ("kv_cache_bytes", {"kv_cache_bytes": 1 << 50}),
+        ("keep_alive_seconds", {"keep_alive_auto": True, "keep_alive_seconds": 0}),
     ],
 )
 def test_a_field_out_of_range_is_refused_and_named(field: str, fields: dict[str, Any]) -> None:
@@ -63,6 +71,19 @@ def test_a_field_out_of_range_is_refused_and_named(field: str, fields: dict[str,
         resolve(a_spec(**fields), SETTINGS)
 
     assert refused.value.param == field
+
+
+def test_devices_that_no_engine_serves_yet_are_refused_with_what_to_do() -> None:
+    with pytest.raises(InvalidRequest, match="devices 4 is not served yet.*deploy it with devices 1"):
+        resolve(a_spec(devices=4), SETTINGS)
+
+
+def test_what_placement_heeds_is_kept_as_given() -> None:
+    fields = {"pinned": True, "required_node_labels": {"gpu": "a100"}, "preferred_node_labels": {"zone": "b"}}
+
+    full = resolve(a_spec(**fields), SETTINGS)
+
+    assert (full.pinned, dict(full.required_node_labels), full.devices) == (True, {"gpu": "a100"}, 1)
 
 
 def test_an_architecture_nobody_serves_is_refused_with_near_ones() -> None:
