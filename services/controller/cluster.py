@@ -183,6 +183,8 @@ class Cluster:
             is_ready = replica.state == node_agent_pb2.REPLICA_STATE_READY and not replica.loading
             if is_ready and replica.replica_id not in was_ready:
                 self._log_ready(replica, node_id)
+            elif replica.state == node_agent_pb2.REPLICA_STATE_FAILED:
+                self.decisions.failed(ReplicaId(replica.replica_id), replica.error_message)
 
     def disconnected(self, node_id: NodeId) -> None:
         """An agent's report stream ended."""
@@ -357,7 +359,7 @@ class Cluster:
     async def _start_refused(self, record: ReservationRecord, error: StokerError) -> None:
         """Give the slots back; the model rests only when the refusal was about it and not about the node."""
         metrics.PLACEMENTS.labels(outcome="refused_by_agent").inc()
-        self.decisions.failed(record.replica_id)
+        self.decisions.failed(record.replica_id, error.message)
         self.tell(
             "replica.order_failed",
             replica_id=record.replica_id,
@@ -410,6 +412,7 @@ class Cluster:
     async def _release(self, replica_id: ReplicaId, reason: str) -> None:
         await self.ledger.release(replica_id)
         self.apply(Released(replica_id=replica_id))
+        self.decisions.failed(replica_id, reason)  # unless it has been ready
         self.tell("reservation.released", replica_id=replica_id, reason=reason)
 
 

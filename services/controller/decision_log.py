@@ -14,6 +14,7 @@ MAX_DECISIONS = 2_000
 MAX_OPTIONS = 16
 MAX_REQUESTS = 16
 DEFAULT_LIMIT = 10
+MAX_MESSAGE_CHARACTERS = 1_000
 
 
 class DecisionLog:
@@ -59,11 +60,12 @@ class DecisionLog:
             decision.outcome = "ready"
             decision.measured.CopyFrom(timings)
 
-    def failed(self, replica_id: ReplicaId) -> None:
-        """Note that a start failed."""
+    def failed(self, replica_id: ReplicaId, message: str) -> None:
+        """Note that a start failed, and why; one that had been ready keeps its outcome."""
         decision = self._of_replica.get(replica_id)
-        if decision is not None:
+        if decision is not None and not decision.outcome:
             decision.outcome = "failed"
+            decision.outcome_message = message[:MAX_MESSAGE_CHARACTERS]
 
     def explain(self, subject: str, limit: int) -> list[controller_pb2.ExplainedDecision]:
         """Return the decisions about a model, or for a request, the latest first; limit 0 = 10."""

@@ -6,6 +6,7 @@ that costs least. A set is as slow as its slowest member (they go at the same ti
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,14 +217,18 @@ def idle_may_go(situation: Situation, found: Member) -> bool:
 
 
 def residency_ends_seconds(found: Member, policy: Policy) -> float:
-    """Return until when a ready replica is left alone."""
-    ready_since_seconds = found.replica.ready_since_seconds if found.replica else None
-    return (ready_since_seconds or 0.0) + policy.minimum_residency_seconds
+    """Return until when a ready replica is left alone; infinity while its weights are still on their way."""
+    return _ready_since_seconds(found) + policy.minimum_residency_seconds
 
 
 def _has_stayed(situation: Situation, found: Member, seconds: float) -> bool:
-    ready_since_seconds = found.replica.ready_since_seconds if found.replica else None
-    return (ready_since_seconds or 0.0) + seconds <= situation.now_seconds
+    return _ready_since_seconds(found) + seconds <= situation.now_seconds
+
+
+def _ready_since_seconds(found: Member) -> float:
+    if found.replica is None:
+        return 0.0
+    return math.inf if found.replica.loading else found.replica.ready_since_seconds or 0.0
 
 
 class _Cheapest:

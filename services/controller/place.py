@@ -17,6 +17,7 @@ Nodes are looked at best first until no other can be better (`search`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -223,7 +224,7 @@ def _retry_at_seconds(situation: Situation) -> float | None:
     demand = situation.view.demands.get(situation.model.name)
     if demand is not None:
         moments.append(demand.since_seconds + policy.waiting_bound_seconds + policy.tie_seconds)
-    return min((moment for moment in moments if moment > now_seconds), default=None)
+    return min((moment for moment in moments if now_seconds < moment < math.inf), default=None)
 
 
 def _disturbable(situation: Situation) -> Ladder:

@@ -78,8 +78,10 @@ class ControllerSettings(ServiceSettings):
     hysteresis_ratio: float = Field(default=1.0, ge=1.0)
     """Others' replicas are stopped or moved only where that gains this many times what it costs them."""
 
-    waiting_bound_seconds: float = Field(default=30.0, gt=0)
-    """Who waits for longer gets room even from replicas that serve sessions; these are drained. Seconds."""
+    waiting_bound_seconds: float = Field(default=120.0, gt=0)
+    """Who waits for longer gets room even from replicas that serve sessions, in seconds; these are drained,
+    which costs their sessions a move or `drain_grace_seconds`. Below `acquire_timeout_seconds` it keeps a
+    model from starving; far below, two models that both have traffic take room from each other all the time."""
 
     queue_age_seconds: float = Field(default=5.0, ge=0)
     """Sessions that wait in a replica for this many seconds want one more replica."""

@@ -451,7 +451,7 @@ class Policy:
     backoff_limit_seconds: float = 60.0
     may_migrate: bool = False
     hysteresis_ratio: float = 1.0
-    waiting_bound_seconds: float = 30.0
+    waiting_bound_seconds: float = 120.0
     queue_age_seconds: float = 5.0
     migration_candidates: int = 8
     move_seconds_per_token: float = 0.0005

@@ -125,7 +125,8 @@ def _print_decision(decision: controller_pb2.ExplainedDecision) -> None:
             highlight=False,
         )
     elif decision.outcome:
-        console.print(f"  the start {decision.outcome}", highlight=False)
+        why = f": {decision.outcome_message}" if decision.outcome_message else ""
+        console.print(f"  the start {decision.outcome}{why}", highlight=False, markup=False)
 
 
 def _option_row(option: controller_pb2.ExplainedOption) -> tuple[str, ...]:

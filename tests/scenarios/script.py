@@ -150,7 +150,11 @@ def _leave(world: World, words: list[str]) -> None:
 
 def _ready(world: World, words: list[str]) -> None:
     world.change_replica(
-        ReplicaId(words[0]), phase=Phase.READY, idle_since_seconds=world.now_seconds, sessions=0
+        ReplicaId(words[0]),
+        phase=Phase.READY,
+        idle_since_seconds=world.now_seconds,
+        sessions=0,
+        loading="loading" in words[1:],
     )
 
 

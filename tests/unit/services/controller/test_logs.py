@@ -29,6 +29,22 @@ def test_a_start_is_explained_by_model_and_by_request_with_prediction_and_outcom
     assert [option.node_id for option in found.options] == ["a", "b"]
 
 
+def test_a_start_that_failed_after_it_was_accepted_says_why_and_one_that_was_ready_stays_so() -> None:
+    decisions = DecisionLog()
+    view = a_view(models=(a_model(),), nodes=(a_node("a"),))
+    for replica_id in ("m.1", "m.2"):
+        decisions.add(M, place(view, M, NOW_SECONDS, Policy()), (), 5.0)
+        decisions.started(M, ReplicaId(replica_id))
+
+    decisions.ready(ReplicaId("m.1"), start_pb2.StartTimings(total_seconds=2.0))
+    decisions.failed(ReplicaId("m.1"), "its worker died")
+    decisions.failed(ReplicaId("m.2"), "the disk is gone")
+
+    second, first = decisions.explain("m", 0)
+    assert (first.outcome, first.outcome_message) == ("ready", "")
+    assert (second.outcome, second.outcome_message) == ("failed", "the disk is gone")
+
+
 def test_a_decision_that_only_repeats_itself_is_kept_once_and_the_log_is_bounded() -> None:
     decisions = DecisionLog()
     for _ in range(3):
