@@ -9,7 +9,7 @@ from stoker.v1 import start_pb2
 
 PLACEMENTS = Counter("stoker_placements_total", "Placement decisions by outcome.", ["outcome"])
 START_STAGE_SECONDS = Histogram(
-    "stoker_start_stage_seconds",
+    "stoker_placed_start_stage_seconds",
     "Stages of replica starts; they overlap.",
     ["stage"],
     buckets=START_STAGE_BUCKETS_SECONDS,

@@ -15,7 +15,7 @@ WORKERS = Gauge("stoker_workers", "Worker processes of this host.", ["phase"])
 REPLICAS = Gauge("stoker_replicas", "Replicas of this host.", ["state"])
 SESSIONS = Gauge("stoker_sessions", "Sessions on this host's replicas.", ["state"])
 START_STAGE = Histogram(
-    "stoker_start_stage_seconds",
+    "stoker_replica_start_stage_seconds",
     "Stages of the starts of replicas. Stages overlap.",
     ["stage"],
     buckets=START_STAGE_BUCKETS_SECONDS,
