@@ -12,7 +12,7 @@ from services.controller.simulation.__main__ import app
 from services.controller.simulation.scenario import POLICIES, parse_models
 from stoker.errors import InvalidRequest
 
-SHORT = ["--seconds", "200", "--rate", "1", "--models", "opt-6.7b:4", "--nodes", "2"]
+SHORT = ["--seconds", "60", "--rate", "1", "--models", "opt-6.7b:4", "--nodes", "2"]
 
 
 def test_every_policy_has_a_line_and_the_same_seed_gives_the_same_table() -> None:
@@ -29,7 +29,7 @@ def test_figures_go_to_a_file_for_machines_and_to_a_picture(tmp_path: Path) -> N
     CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     (summary,) = json.loads(figures.read_text())
-    assert summary["requests"] == 200
+    assert summary["requests"] == 60
     assert 0 < summary["startup_p50"] <= summary["startup_p99"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
