@@ -126,7 +126,8 @@ class AttachServer:
                     f"{self._max_attachments} attachments are open; raise STOKER_STORE_MAX_ATTACHMENTS",
                     retry_after_seconds=1.0,
                 )
-            entry = await self._catalog.open(request.uri, revision=request.revision)
+            rank = request.rank if request.HasField("rank") else None
+            entry = await self._catalog.open(request.uri, revision=request.revision, rank=rank)
             resident = self._loads.lease(entry, urgency_of(request.priority))
         except StokerError as error:
             await _refuse(connection, request, error)

@@ -28,6 +28,8 @@ from stoker.units import MIB
 from stoker.v1 import model_pb2
 
 MAX_ENTRIES = 1024
+RANK_MARK = "#rank="
+"""Between a folder and a rank, in what one rank of a cut checkpoint is known by."""
 _MAX_ATTACHED_FILE_BYTES = 8 * MIB
 _ATTACHED_FILES = (CONFIG_NAME, "generation_config.json")
 
@@ -99,22 +101,30 @@ class Catalog:
         self._entries: OrderedDict[str, CatalogEntry] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="catalog")
 
-    async def open(self, uri: str, *, revision: str = "") -> CatalogEntry:
+    async def open(self, uri: str, *, revision: str = "", rank: int | None = None) -> CatalogEntry:
         """Return the checkpoint at `uri`; a known one costs a stat per file.
 
         Args:
             uri: An absolute path, `file://`, or of a remote kind: see `services.store.origins.uris`.
             revision: Refuse anything else; empty = whatever is there.
+            rank: Which rank of a checkpoint that is cut for tensor parallelism; None for one that isn't.
 
         Raises:
-            InvalidRequest: The uri is of no kind that is supported, or outside the allowed folders.
+            InvalidRequest: The uri is of no kind that is supported, or outside the allowed folders; or there
+                is no such rank.
             NotFound: There is no such folder.
             CheckpointInvalid: It cannot be served, or its revision is another.
         """
         loop = asyncio.get_running_loop()
         place = None if self._remote is None else self._remote.known_as(uri)
         if self._remote is None or place is None:
-            entry = await loop.run_in_executor(self._threads, self._open, uri)
+            entry = await loop.run_in_executor(self._threads, self._open, uri, rank)
+        elif rank is not None:
+            raise InvalidRequest(
+                f"{uri} is elsewhere, and tensor-parallel ranks are read from a folder of this host only; "
+                "fetch it first",
+                param="rank",
+            )
         else:
             ask = functools.partial(self._remote.open, place, revision=revision)
             entry = await loop.run_in_executor(self._remote_threads, ask)
@@ -146,7 +156,7 @@ class Catalog:
         return await asyncio.get_running_loop().run_in_executor(self._threads, describe)
 
     async def known_as(self, uri: str) -> str:
-        """Return `CatalogEntry.uri` of what `uri` names, without opening it.
+        """Return `CatalogEntry.uri` of what `uri` names, without opening it; `folder#rank=1` is one of them.
 
         Raises:
             InvalidRequest: As `open`.
@@ -155,7 +165,9 @@ class Catalog:
         place = None if self._remote is None else self._remote.known_as(uri)
         if place is not None:
             return place
-        return str(await asyncio.get_running_loop().run_in_executor(self._threads, self._folder, uri))
+        folder_uri, mark, rank = uri.partition(RANK_MARK)
+        loop = asyncio.get_running_loop()
+        return f"{await loop.run_in_executor(self._threads, self._folder, folder_uri)}{mark}{rank}"
 
     async def find_on_disk(self) -> None:
         """Learn what the disk cache has from before."""
@@ -173,12 +185,13 @@ class Catalog:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._remote_threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, uri: str) -> CatalogEntry:
+    def _open(self, uri: str, rank: int | None) -> CatalogEntry:
         folder = self._folder(uri)
-        known = self._entries.get(str(folder))
+        names = [_uri(folder, rank)] + ([str(folder)] if rank == 0 else [])  # in one piece: rank 0 is all
+        known = next((self._entries[name] for name in names if name in self._entries), None)
         if known is not None and known.folder_signature == _folder_signature(known.index):
             return known
-        return read_entry(folder)
+        return read_entry(folder, rank=rank)
 
     def _remember(self, entry: CatalogEntry) -> None:
         self._entries[entry.uri] = entry
@@ -217,13 +230,17 @@ def local_path(uri: str) -> Path:
     raise InvalidRequest(f"{uri!r} names {what}; {supported}", param="checkpoint_uri")
 
 
-def read_entry(folder: Path) -> CatalogEntry:
+def read_entry(folder: Path, *, rank: int | None = None) -> CatalogEntry:
     """Return what is in a resolved folder; blocks for a few small reads.
+
+    Args:
+        folder: With all links resolved.
+        rank: Whose files, where the checkpoint is cut for tensor parallelism.
 
     Raises:
         StokerError: As `open_checkpoint`.
     """
-    index = open_checkpoint(folder)
+    index = open_checkpoint(folder, rank=rank)
     before = _folder_signature(index)
     configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}
     return CatalogEntry(
@@ -270,7 +287,7 @@ def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInf
     layers = 1 + max((tensor.layer for tensor in index.tensors if tensor.layer is not None), default=-1)
     dtype = index.dtype or ""
     return model_pb2.CheckpointInfo(
-        uri=str(index.path),
+        uri=_uri(index.path, index.rank if index.ranks > 1 else None),
         revision=index.revision,
         layout=index.layout,
         weight_bytes=index.tensor_bytes,
@@ -282,6 +299,11 @@ def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInf
         layers=attention.layers or layers,
         kv_bytes_per_token=attention.kv_bytes_per_token(dtype),
     )
+
+
+def _uri(folder: Path, rank: int | None) -> str:
+    """Return what a folder's checkpoint, or one rank of it, is known by: each rank is loaded by itself."""
+    return str(folder) if rank is None else f"{folder}{RANK_MARK}{rank}"
 
 
 def _in_execution_order(index: CheckpointIndex) -> tuple[TensorRecord, ...]:

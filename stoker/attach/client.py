@@ -18,6 +18,7 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
     uri: str,
     *,
     revision: str = "",
+    rank: int | None = None,
     holder: str,
     priority: Literal["demand", "prefetch"] = "demand",
     timeout_seconds: float = 30.0,
@@ -32,6 +33,7 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
         socket_path: The store's attach socket, `<run_dir>/attach.sock`.
         uri: An absolute path or `file://`.
         revision: Refuse anything else; empty = whatever is there.
+        rank: Which tensor-parallel rank's file; None = the checkpoint is in one piece.
         holder: Who asks, for the store's logs; e.g. a worker id.
         priority: `prefetch` gives way to demand.
         timeout_seconds: For connecting and for the store's answer; not for the load.
@@ -47,7 +49,9 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
     began = time.monotonic()
     connection = Connection(os.fspath(socket_path), timeout_seconds=timeout_seconds)
     connected = time.monotonic()
-    request = pb.AttachRequest(uri=uri, revision=revision, holder=holder, priority=_PRIORITIES[priority])
+    request = pb.AttachRequest(
+        uri=uri, revision=revision, holder=holder, priority=_PRIORITIES[priority], rank=rank
+    )
     attached, descriptors = connection.ask(request, timeout_seconds=timeout_seconds)
     try:
         return Attachment(

@@ -110,15 +110,22 @@ def open_source(
     Args:
         path: A folder, a `file://` uri, or another uri that the daemon knows.
         daemon: See `find_socket`.
-        rank: Which tensor-parallel rank's file, where the checkpoint is cut; such a one is read from disk.
+        rank: Which tensor-parallel rank's file, where the checkpoint is cut; of a folder of this host only.
 
     Raises:
         NotFound: There is no such folder.
+        InvalidRequest: A rank is asked of what is no folder of this host.
         CheckpointInvalid: It is damaged.
         PeerError: A daemon is needed, and none answers.
     """
     folder = local_folder(path)
-    socket = find_socket(daemon) if rank is None else None
+    if rank is not None and folder is None:
+        raise InvalidRequest(
+            f"{os.fspath(path)} is no folder of this host, and tensor-parallel ranks are read from one: "
+            "fetch it first (`stoker pull`)",
+            param="path",
+        )
+    socket = find_socket(daemon)
     if socket is None:
         if folder is None:
             raise PeerError(
@@ -127,11 +134,13 @@ def open_source(
             )
         return LocalSource(open_checkpoint(folder, rank=rank))
     try:
+        if rank is not None and folder is not None:
+            return _rank_from_daemon(socket, open_checkpoint(folder, rank=rank))
         return _from_daemon(socket, os.fspath(path) if folder is None else str(folder.resolve()))
     except (PeerError, CapacityError, NotFound, InvalidRequest):
         if folder is None or daemon != AUTO:
             raise
-        return LocalSource(open_checkpoint(folder))
+        return LocalSource(open_checkpoint(folder, rank=rank))
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -211,10 +220,16 @@ class LocalSource:
 
 
 class PoolSource:
-    """A checkpoint in a store daemon's pool, attached: its memory is this process's, uncopied."""
+    """A checkpoint in a store daemon's pool, attached: its memory is this process's, uncopied.
 
-    def __init__(self, attachment: Attachment) -> None:
+    Args:
+        attachment: The checkpoint, or one tensor-parallel rank's file.
+        index: Says of a rank how its tensors are cut; None where nothing is cut.
+    """
+
+    def __init__(self, attachment: Attachment, index: CheckpointIndex | None = None) -> None:
         self._attachment = attachment
+        self.index = index
         self.location = attachment.checkpoint.uri
         self.revision = attachment.checkpoint.revision
         self.tied = attachment.tied
@@ -271,3 +286,12 @@ def _from_daemon(socket: Path, uri: str) -> PoolSource:
     from stoker.attach import attach  # noqa: PLC0415 - imports grpc's messages: only who asks pays
 
     return PoolSource(attach(socket, uri, holder=f"library {os.getpid()}"))
+
+
+def _rank_from_daemon(socket: Path, index: CheckpointIndex) -> PoolSource:
+    from stoker.attach import attach  # noqa: PLC0415 - as above
+
+    holder = f"library {os.getpid()} rank {index.rank}"
+    rank = index.rank if index.ranks > 1 else None
+    found = attach(socket, str(index.path), revision=index.revision, rank=rank, holder=holder)
+    return PoolSource(found, index)

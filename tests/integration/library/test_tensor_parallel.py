@@ -13,58 +13,51 @@ import torch
 import stoker
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import open_checkpoint
+from stoker.v1.checkpoint_store_pb2 import GetStatusRequest
+from tests.integration.store.daemon import running
 from tests.unit.loader.tiny_models import logits, tiny_model, token_ids
 
 PROCESS = Path(__file__).with_name("rank_process.py")
 
 
-def run_ranks(folders: list[Path], meeting: Path, ranks: int) -> list[list[dict]]:
-    """What each rank says of each folder."""
+def run_ranks(folder: Path, daemon: str, meeting: Path, ranks: int) -> list[list[dict]]:
+    """What each rank says when it loads from the disk, then from the daemon."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, PROCESS, meeting, str(rank), str(ranks), *folders],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(ranks)
-    ]
-    answers = []
-    try:
-        for process in started:
-            out, error = process.communicate(timeout=120)
-            assert process.returncode == 0, error[-3000:]
-            answers.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return answers
+    finished = subprocess.run(
+        [sys.executable, PROCESS, str(ranks), meeting, folder, daemon],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return [json.loads(Path(f"{meeting}.rank-{rank}").read_text()) for rank in range(ranks)]
 
 
-def test_two_ranks_compute_what_one_process_does_and_read_half_each(tmp_path) -> None:
+def test_two_ranks_compute_what_one_process_does_and_get_half_each_from_disk_and_daemon(tmp_path) -> None:
     """Sums are made in another order, so logits agree to 1e-5 of their size, and greedy tokens exactly."""
-    names = ("llama_tied", "phi3")
-    for name in names:
-        tiny_model(name).save_pretrained(tmp_path / name / "hf")
-        convert(tmp_path / name / "hf", tmp_path / name / "whole")
-        convert(tmp_path / name / "hf", tmp_path / name / "cut", tensor_parallel=2)
+    tiny_model("llama_tied").save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "whole")
+    convert(tmp_path / "hf", tmp_path / "cut", tensor_parallel=2)
 
-    answers = run_ranks([tmp_path / name / "cut" for name in names], tmp_path / "meeting", 2)
+    with running(tmp_path / "store") as daemon:
+        answers = run_ranks(tmp_path / "cut", daemon.attach_socket, tmp_path / "meeting", 2)
+        with daemon.stub() as stub:
+            held = {found.checkpoint.uri for found in stub.GetStatus(GetStatusRequest()).checkpoints}
 
-    for number, name in enumerate(names):
-        wanted = stoker.load_model(tmp_path / name / "whole", daemon=None)
-        with torch.no_grad():
-            tokens = wanted.generate(token_ids(), max_new_tokens=4, do_sample=False)[0].tolist()
-        file_bytes = open_checkpoint(tmp_path / name / "whole").weight_bytes
-        for answer in (answers[0][number], answers[1][number]):
-            assert answer["tokens"] == tokens
-            torch.testing.assert_close(torch.tensor(answer["logits"]), logits(wanted), rtol=1e-5, atol=1e-5)
-            assert answer["bytes_read"] < 0.56 * file_bytes
+    wanted = stoker.load_model(tmp_path / "whole", daemon=None)
+    with torch.no_grad():
+        tokens = wanted.generate(token_ids(), max_new_tokens=4, do_sample=False)[0].tolist()
+    file_bytes = open_checkpoint(tmp_path / "whole").weight_bytes
+    assert [[way["source"] for way in rank] for rank in answers] == [["LocalSource", "PoolSource"]] * 2
+    assert held == {f"{tmp_path / 'cut'}#rank={rank}" for rank in (0, 1)}
+    for answer in (way for rank in answers for way in rank):
+        assert answer["tokens"] == tokens
+        torch.testing.assert_close(torch.tensor(answer["logits"]), logits(wanted), rtol=1e-5, atol=1e-5)
+        assert answer["bytes_read"] < 0.56 * file_bytes

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from services.store.catalog import Catalog, local_path
+from stoker.checkpoint.convert import convert
 from stoker.errors import CheckpointInvalid, InvalidRequest, NotFound
+from tests.unit.loader.tiny_models import tiny_model
 from tests.unit.services.store.checkpoints import write_checkpoint
 
 
@@ -102,3 +104,34 @@ async def test_folders_outside_the_allowed_roots_are_refused_also_through_links(
 async def test_a_folder_that_is_not_there_is_not_found(catalog, tmp_path):
     with pytest.raises(NotFound):
         await catalog.open(str(tmp_path / "nothing"))
+
+
+def cut_checkpoint(tmp_path: Path) -> Path:
+    """A tiny llama in two ranks' files."""
+    tiny_model("llama_tied").save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "cut", tensor_parallel=2)
+    return tmp_path / "cut"
+
+
+async def test_each_rank_of_a_cut_checkpoint_is_known_by_itself(catalog, tmp_path):
+    folder = cut_checkpoint(tmp_path)
+
+    first, second = [await catalog.open(str(folder), rank=rank) for rank in (0, 1)]
+
+    assert [entry.uri for entry in (first, second)] == [f"{folder}#rank=0", f"{folder}#rank=1"]
+    assert [[file.name for file in entry.index.files] for entry in (first, second)] == [
+        ["rank-0-of-2.safetensors"],
+        ["rank-1-of-2.safetensors"],
+    ]
+    assert first.identity != second.identity
+    assert await catalog.open(str(folder), rank=0) is first
+    assert await catalog.known_as(second.uri) == second.uri
+
+
+async def test_a_cut_checkpoint_is_not_opened_without_a_rank_nor_for_one_it_lacks(catalog, tmp_path):
+    folder = cut_checkpoint(tmp_path)
+
+    with pytest.raises(CheckpointInvalid, match="2 tensor-parallel ranks"):
+        await catalog.open(str(folder))
+    with pytest.raises(InvalidRequest, match="no rank 2"):
+        await catalog.open(str(folder), rank=2)
