@@ -16,6 +16,7 @@ from services.controller.index import index_of, reservations_on
 from services.controller.leadership import Leadership
 from services.controller.registry import model_not_found
 from services.controller.settings import ControllerSettings
+from services.controller.store_peers import StorePeers
 from services.controller.view import Scheduling
 from services.controller.wire import model_message, route_replica
 from stoker import __version__
@@ -42,6 +43,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         self._leadership = leadership
         self._settings = settings
         self._streams: dict[NodeId, object] = {}
+        self._store_peers = StorePeers()
 
     async def Deploy(self, request: pb.DeployRequest, context: Context) -> pb.DeployResponse:  # noqa: N802 - named by the proto
         """See the proto."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -24,7 +24,7 @@ from stoker.v1.controller_pb2 import ReportAck
 from stoker.v1.controller_pb2_grpc import ControllerStub
 from stoker.v1.node_agent_pb2 import NodeReport
 
-ACK_SECONDS = 10.0
+ACK_SECONDS = 5.0
 """A controller that hasn't answered a report by then is given up."""
 
 LAZY_SECONDS = 0.1
@@ -44,12 +44,21 @@ class Reporter:
         identity: Of this host.
         heartbeat_seconds: Longest time between two reports.
         controllers: `host:port` of every controller.
+        peers_named: Called with the peer addresses of the other hosts' stores when a controller says them.
     """
 
-    def __init__(self, identity: Identity, *, heartbeat_seconds: float, controllers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        heartbeat_seconds: float,
+        controllers: Sequence[str],
+        peers_named: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
         self._identity = identity
         self._heartbeat_seconds = heartbeat_seconds
         self._controllers = tuple(controllers)
+        self._peers_named = peers_named
         self._sequence = 0
         self._changed = asyncio.Event()
         self._lazy: asyncio.TimerHandle | None = None
@@ -118,6 +127,8 @@ class Reporter:
                     if is_new:
                         log.get().info("controller.joined", address=address, fence=ack.fence)
                         is_new = False
+                    if ack.HasField("store_peers"):
+                        self._peers_named(ack.store_peers.addresses)
                     if ack.fence > host.state.highest_fence:
                         host.apply(FenceSeen(fence=ack.fence))
                     with contextlib.suppress(TimeoutError):

@@ -13,6 +13,7 @@ from services.node_agent.reporter import Reporter, address_for_others
 from services.node_agent.reports import Identity
 from services.node_agent.servicer import Servicer
 from services.node_agent.settings import NodeAgentSettings
+from services.node_agent.store_peers import StorePeers
 from services.node_agent.store_watch import StoreWatch
 from stoker import __version__, log
 from stoker.errors import ConfigError
@@ -51,15 +52,28 @@ class NodeAgentService:
             version=__version__,
         )
         log.get().info("devices.found", devices=[device.name for device in devices])
-        reporter = Reporter(
-            identity, heartbeat_seconds=settings.heartbeat_seconds, controllers=settings.controllers
+        peers = StorePeers(
+            settings.store, lambda: store.status is not None and bool(store.status.peer_address)
         )
-        store = StoreWatch(settings.store, reporter.change)
+        reporter = Reporter(
+            identity,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            controllers=settings.controllers,
+            peers_named=peers.named,
+        )
+
+        def store_changed(is_new: bool) -> None:  # noqa: FBT001 - as StoreWatch calls it
+            reporter.change(is_new)
+            if is_new:
+                peers.store_changed()
+
+        store = StoreWatch(settings.store, store_changed)
         host = self._host = Host(settings, devices, self._background, reporter.change)
         servicer = Servicer(host, lambda: reporter.build(host, store))
         add_NodeAgentServicer_to_server(servicer, self._server.grpc_server)
         host.start()
         self._background.spawn(store.run(), "store watch")
+        self._background.spawn(peers.run(), "store peers")
         if settings.controllers:
             self._background.spawn(reporter.run(host, store), "reporter")
         await self._server.start()

@@ -13,10 +13,12 @@ from services.store.copies_service import CopiesService
 from services.store.disk_cache.cache import DiskCache
 from services.store.loads import Loads
 from services.store.messages import DRAM, store_status, transfers, urgency_of
+from services.store.peers.service import Peers
 from services.store.pulls import Pulls
 from services.store.resident import Phase
 from stoker.checkpoint.small_files import read_small_files
 from stoker.clock import Clock
+from stoker.errors import InvalidRequest
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1 import checkpoint_store_pb2_grpc, model_pb2, start_pb2
@@ -32,8 +34,15 @@ Context = Any  # grpc.aio.ServicerContext; handlers here never touch it
 class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.CheckpointStoreServicer):
     """Answers from the catalog and the pool; errors are mapped by the server's interceptor."""
 
-    def __init__(
-        self, *, catalog: Catalog, loads: Loads, clock: Clock, pulls: Pulls, cache: DiskCache | None
+    def __init__(  # noqa: PLR0913 - the parts it answers for
+        self,
+        *,
+        catalog: Catalog,
+        loads: Loads,
+        clock: Clock,
+        pulls: Pulls,
+        cache: DiskCache | None,
+        peers: Peers | None = None,
     ) -> None:
         """Take what answers.
 
@@ -43,11 +52,13 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
             clock: For the pace of WatchStatus.
             pulls: What is on its way to the disk cache.
             cache: The disk cache, if there is one.
+            peers: What is shared with other stores, if anything is.
         """
         super().__init__(catalog=catalog, pulls=pulls, cache=cache)
         self._catalog = catalog
         self._loads = loads
         self._clock = clock
+        self._peers = peers
 
     async def Describe(  # noqa: N802 - the method's name in the contract
         self, request: pb.DescribeRequest, context: Context
@@ -107,7 +118,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         self, request: pb.GetStatusRequest, context: Context
     ) -> pb.StoreStatus:
         """Return what the store holds."""
-        return store_status(self._loads, self._catalog.entries())
+        return self._status()
 
     async def WatchStatus(  # noqa: N802 - the method's name in the contract
         self, request: pb.GetStatusRequest, context: Context
@@ -116,6 +127,21 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         with self._loads.watched() as changed:
             while True:
                 changed.clear()
-                yield store_status(self._loads, self._catalog.entries())
+                yield self._status()
                 await changed.wait()
                 await self._clock.sleep(STATUS_INTERVAL_SECONDS)
+
+    async def SetPeers(  # noqa: N802 - the method's name in the contract
+        self, request: pb.SetPeersRequest, context: Context
+    ) -> pb.SetPeersResponse:
+        """Link to these stores."""
+        if self._peers is None:
+            raise InvalidRequest("this store shares nothing with others; set STOKER_STORE_PEER_ADDRESS")
+        self._peers.set_peers(request.addresses)
+        return pb.SetPeersResponse()
+
+    def _status(self) -> pb.StoreStatus:
+        status = store_status(self._loads, self._catalog.entries())
+        if self._peers is not None:
+            status.peer_address = self._peers.address
+        return status

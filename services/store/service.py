@@ -64,7 +64,9 @@ class StoreService:
         self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
         if settings.peer_address:
             self._peers = Peers(clock=self._clock, find_on_disk=self._find_for_peers)
-            self._peers.start(settings.peer_address, settings.peers)
+            self._peers.start(
+                settings.peer_address, settings.peers, advertised=settings.advertised_peer_address
+            )
         peers = self._peers
         self._tiers = tiers = await asyncio.to_thread(
             open_tiers, settings, peers=None if peers is None else peers.source
@@ -91,7 +93,12 @@ class StoreService:
         self._server = server = rpc.Server([SERVICE_NAME])
         self._pulls = pulls = Pulls(catalog, loads, clock=self._clock)
         service = CheckpointStoreService(
-            catalog=catalog, loads=loads, clock=self._clock, pulls=pulls, cache=tiers.cache
+            catalog=catalog,
+            loads=loads,
+            clock=self._clock,
+            pulls=pulls,
+            cache=tiers.cache,
+            peers=peers,
         )
         checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
         server.bind(settings.address)

@@ -105,7 +105,8 @@ class StoreSettings(ServiceSettings):
     it to the network of the hosts."""
 
     advertised_peer_address: str = ""
-    """`host:port` under which other hosts reach `peer_address`; empty = the same."""
+    """`host:port` under which other hosts reach `peer_address`; empty = the same. The cluster names it to the
+    other stores; one that listens on all interfaces (0.0.0.0) has to say it here to be named."""
 
     peers: tuple[str, ...] = ()
     """`host:port` of other stores' `peer_address`, beside those that the cluster names; this one's may be

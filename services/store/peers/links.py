@@ -67,14 +67,14 @@ class Links:
             await asyncio.get_running_loop().create_future()  # until cancelled, and the links with it
 
     def set_peers(self, addresses: Iterable[Address]) -> None:
-        """Change the list: new peers are dialled, those no longer on it are let go."""
+        """Change the list: new peers are dialled; those no longer on it are let go once their links break.
+
+        A controller that has just started names few stores, and loads are under way.
+        """
         self._listed = frozenset(addresses)
         if len(self._listed) > self._limits.max_links:
             log.get().warning("peers.too_many", listed=len(self._listed), dialled=self._limits.max_links)
             self._listed = frozenset(sorted(self._listed)[: self._limits.max_links])
-        for address in list(self._tasks):
-            if address not in self._listed:
-                self._tasks[address].cancel()
         for address in self._listed:
             self._start(address)
 

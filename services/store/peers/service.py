@@ -40,14 +40,21 @@ class Peers:
         self._server = PeerServer(self.exchange, limits=self._limits, clock=clock, seen=self._links.seen)
         self._tasks: list[asyncio.Task[None]] = []
         self._static: frozenset[tuple[str, int]] = frozenset()
+        self.address = ""
+        """Where other hosts reach this store, as the cluster names it; empty = they are not told."""
 
     @property
     def port(self) -> int:
         """Where peers reach this store."""
         return self._server.port
 
-    def start(self, address: str, peers: Sequence[str]) -> None:
+    def start(self, address: str, peers: Sequence[str], *, advertised: str = "") -> None:
         """Listen on `address` (`host:port`) and link to `peers` (the same), for as long as it lives.
+
+        Args:
+            address: Where it listens.
+            peers: Linked to whatever `set_peers` says.
+            advertised: Where others reach it; empty = where it listens.
 
         Raises:
             ConfigError: It can't listen there, or a peer's address is none.
@@ -58,6 +65,7 @@ class Peers:
             raise ConfigError(f"{error.message}; see STOKER_STORE_PEERS") from error
         self._server.bind(address)
         self._links.port = self._server.port
+        self.address = advertised or _reachable(address, self._server.port)
         self._links.set_peers(self._static)
         self._tasks = [
             asyncio.create_task(self._server.serve(), name="peer-server"),
@@ -116,6 +124,12 @@ class Peers:
             await asyncio.wait(self._tasks)
         self._tasks = []
         self._connections.close()
+
+
+def _reachable(address: str, port: int) -> str:
+    """Return an address with the port that it got; nothing when it means all interfaces."""
+    host = address.rpartition(":")[0]
+    return "" if host in {"0.0.0.0", "[::]", "::"} else f"{host}:{port}"
 
 
 def _report_crash(task: asyncio.Task[None]) -> None:
