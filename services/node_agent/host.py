@@ -39,6 +39,7 @@ from services.node_agent.host_state import (
     WorkerWarm,
 )
 from services.node_agent.log_folder import LogFolder
+from services.node_agent.move_watch import MoveWatch
 from services.node_agent.relay import RelayedSession
 from services.node_agent.reports import Load, start_timings
 from services.node_agent.settings import NodeAgentSettings
@@ -78,6 +79,7 @@ class Host:
         self._timer: asyncio.TimerHandle | None = None
         self._fence = EpochFence()
         self._quiet = asyncio.Condition()
+        self.moves = MoveWatch(time.monotonic)
         self.architectures: tuple[str, ...] = ()
         self.worker_start_seconds = 0.0
         self.state = HostState()
@@ -169,6 +171,7 @@ class Host:
                     running_sessions=relay.running_count,
                     waiting_sessions=relay.session_count - relay.running_count,
                     idle_seconds=relay.idle_seconds(),
+                    context_tokens=relay.context_tokens(),
                     worker_pid=link.process.pid,
                 )
         return found

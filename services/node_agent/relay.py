@@ -25,11 +25,13 @@ MAX_BUFFERED_EVENTS = 4096
 class RelayedSession:
     """One session, as its `Generate` call sees it. Made by `SessionRelay.open`."""
 
-    __slots__ = ("_error", "_events", "_waiter", "epoch", "session_id", "started")
+    __slots__ = ("_error", "_events", "_waiter", "context_tokens", "epoch", "session_id", "started")
 
-    def __init__(self, session_id: str, epoch: int) -> None:
+    def __init__(self, session_id: str, epoch: int, context_tokens: int = 0) -> None:
         self.session_id = session_id
         self.epoch = epoch
+        self.context_tokens = context_tokens
+        """Prompt and output so far."""
         self.started = False
         self._events: deque[GenerateEvent] = deque()
         self._error: StokerError | None = None
@@ -112,6 +114,10 @@ class SessionRelay:
         """Return how many sessions have had an event."""
         return self._running
 
+    def context_tokens(self) -> int:
+        """Return the tokens, prompt and output so far, of all sessions that run."""
+        return sum(session.context_tokens for session in self._sessions.values() if session.started)
+
     def idle_seconds(self) -> float:
         """Return the time since the last session ended; 0 while one is open."""
         return 0.0 if self._sessions else self._now_seconds() - self._idle_since_seconds
@@ -141,7 +147,11 @@ class SessionRelay:
                 f"replica {request.replica_id} has {len(self._sessions)} sessions, its maximum",
                 retry_after_seconds=1.0,
             )
-        session = RelayedSession(request.session_id, request.epoch)
+        session = RelayedSession(
+            request.session_id,
+            request.epoch,
+            context_tokens=len(request.prompt_token_ids) + len(request.generated_token_ids),
+        )
         self._sessions[request.session_id] = session
         self._commands.put_nowait(RunCommand(submit=request))
         self._on_change()
@@ -209,6 +219,7 @@ class SessionRelay:
             )
             self.close(session)
             return
+        session.context_tokens += len(event.tokens)
         session.put(event)
         if event.finish_reason:
             self._forget(session)

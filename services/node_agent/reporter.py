@@ -82,6 +82,7 @@ class Reporter:
             store=store.status,
             architectures=host.architectures,
             worker_start_seconds=host.worker_start_seconds,
+            migrations=host.moves.measured,
             unix_minus_monotonic_seconds=time.time() - time.monotonic(),
         )
         return build_report(self._identity, host.state, seen, self._sequence)

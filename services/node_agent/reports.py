@@ -15,6 +15,7 @@ from stoker.v1.node_agent_pb2 import (
     REPLICA_STATE_STARTING,
     REPLICA_STATE_STOPPING,
     Device,
+    MigrationMeasured,
     NodeReport,
     Replica,
 )
@@ -48,6 +49,8 @@ class Load:
     running_sessions: int = 0
     waiting_sessions: int = 0
     idle_seconds: float = 0.0
+    context_tokens: int = 0
+    """Prompt and output so far, over the running sessions."""
     worker_pid: int = 0
 
 
@@ -62,6 +65,8 @@ class Observed:
     architectures: Sequence[str]
     worker_start_seconds: float
     unix_minus_monotonic_seconds: float
+    migrations: Sequence[MigrationMeasured] = ()
+    """The last sessions that moved here, oldest first."""
 
 
 def build_report(identity: Identity, state: HostState, seen: Observed, sequence: int) -> NodeReport:
@@ -83,6 +88,17 @@ def build_report(identity: Identity, state: HostState, seen: Observed, sequence:
         labels=identity.labels,
         version=identity.version,
         worker_start_seconds=seen.worker_start_seconds,
+        migrations=[
+            MigrationMeasured(
+                migration_id=moved.migration_id,
+                model=moved.model,
+                path=moved.path,
+                tokens=moved.tokens,
+                seconds=moved.seconds,
+                to_node_id=identity.node_id,
+            )
+            for moved in seen.migrations
+        ],
     )
 
 
@@ -97,6 +113,7 @@ def _replica(node_id: str, hosted: Hosted, seen: Observed) -> Replica:
         running_sessions=load.running_sessions,
         waiting_sessions=load.waiting_sessions,
         idle_seconds=load.idle_seconds,
+        context_tokens=load.context_tokens,
         error_code=hosted.error_code,
         error_message=hosted.error_message,
         worker_pid=load.worker_pid,

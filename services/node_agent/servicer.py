@@ -62,12 +62,25 @@ class Servicer(NodeAgentServicer):
         self, request: GenerateRequest, context: Context
     ) -> None:
         """See node_agent.proto."""
+        await self._generate(request, context)
+
+    async def Attend(  # type: ignore[override]  # noqa: N802 - as Generate
+        self, requests: AsyncIterator[GenerateRequest], context: Context
+    ) -> None:
+        """See node_agent.proto."""
+        async for request in requests:
+            await self._generate(request, context)
+            return
+
+    async def _generate(self, request: GenerateRequest, context: Context) -> None:
         with log.bind(request_id=request.request_id, session_id=request.session_id):
             async with self._host.session(request) as session:
                 start = self._host.awaited_start(request.replica_id)
+                arriving = self._host.moves.round(request)
                 while True:
                     event = await session.next()
                     start.add_to(event)
+                    arriving.saw(event)
                     await context.write(event)
                     if event.finish_reason:
                         return
