@@ -42,6 +42,7 @@ from services.controller.records import ModelRecord, ReservationRecord
 from services.controller.routes import Routes
 from services.controller.scaling import reconcile
 from services.controller.settings import ControllerSettings
+from services.controller.settling import Settling, disturbs
 from services.controller.touched import touched
 from services.controller.view import Reservation, Scheduling, View
 from services.controller.wire import model_of, node_of
@@ -108,19 +109,29 @@ class Cluster:
             StokerError: The state failed or disagrees: load anew.
         """
         loop = asyncio.get_running_loop()
+        settling = Settling(
+            began_seconds=self.clock.now_seconds(),
+            settling_seconds=self._settings.settling_seconds,
+            node_timeout_seconds=self._settings.node_timeout_seconds,
+        )
         async with background() as tasks:
             while True:
                 self._dirty.clear()
                 now_seconds = self.clock.now_seconds()
+                settled_seconds = settling.until_seconds(self.view, now_seconds)
                 plan = reconcile(self.view, now_seconds, self._policy)
                 for name, decision in plan.decisions:
                     waiting = self._requests.get(name, set())
                     self.decisions.add(name, decision, waiting, self.clock.unix_seconds())
+                dues = [] if plan.next_due_seconds is None else [plan.next_due_seconds]
                 for action in plan.actions:
-                    self._act(action, tasks)
+                    if settled_seconds > now_seconds and disturbs(action):
+                        dues.append(settled_seconds)
+                    else:
+                        self._act(action, tasks)
                 timer = None
-                if plan.next_due_seconds is not None:
-                    timer = loop.call_later(plan.next_due_seconds - now_seconds, self._dirty.set)
+                if dues:
+                    timer = loop.call_later(min(dues) - now_seconds, self._dirty.set)
                 await self._dirty.wait()
                 if timer is not None:
                     timer.cancel()

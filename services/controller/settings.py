@@ -63,6 +63,9 @@ class ControllerSettings(ServiceSettings):
     node_forget_seconds: float = Field(default=60.0, gt=0)
     """A node not heard of for this long is forgotten; its reservations are released."""
 
+    settling_seconds: float = Field(default=1.0, ge=0)
+    """A new leader stops and moves nothing for other models for so many seconds, while nodes report to it."""
+
     orphan_grace_seconds: float = Field(default=5.0, ge=0)
     """A replica that nobody reserved is stopped after this many seconds."""
 
@@ -81,7 +84,7 @@ class ControllerSettings(ServiceSettings):
     waiting_bound_seconds: float = Field(default=120.0, gt=0)
     """Who waits for longer gets room even from replicas that serve sessions, in seconds; these are drained,
     which costs their sessions a move or `drain_grace_seconds`. Below `acquire_timeout_seconds` it keeps a
-    model from starving; far below, two models that both have traffic take room from each other all the time."""
+    model from starving; far below, two models with traffic take room from each other all the time."""
 
     queue_age_seconds: float = Field(default=5.0, ge=0)
     """Sessions that wait in a replica for this many seconds want one more replica."""
