@@ -5,7 +5,7 @@
 Each round measures both, in turn, on the same model: the time to the first token of one request alone, and
 the tokens per second of 8 concurrent requests. The engine alone (`engine_alone.py`) runs in a process of its
 own, loaded from the same folder, with the same batch; the cluster idles meanwhile. The client is a bare
-socket.
+socket on the event loop that the services use.
 
 What the path adds to the first token is taken from single requests: the client's first token less the queue
 and prefill that the engine itself spent on that request. (The difference between the two columns would say
@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import httpx
+import uvloop
 from setting import MODEL_DIR, cluster, median, print_heading, stream_chat
 
 from stoker.client.connection import LocalCluster
@@ -137,7 +138,7 @@ def main() -> int:
     if not (folder / "config.json").exists():
         raise SystemExit(f"no model in {folder}: run `make model` first")
     print_heading("the warm path against the engine in-process")
-    return 0 if asyncio.run(measure(arguments.rounds, folder)) else 1
+    return 0 if uvloop.run(measure(arguments.rounds, folder)) else 1
 
 
 if __name__ == "__main__":

@@ -126,20 +126,20 @@ async def stream_chat(base_url: str, body: dict[str, object]) -> StreamResult:
         if b" 200 " not in status:
             raise RuntimeError(f"{status!r}: {(await reader.read())[:500]!r}")
         while line := await reader.readline():
-            _take(line, result)
+            _take(line, time.monotonic(), result)
     finally:
         writer.close()
     return result
 
 
-def _take(line: bytes, result: StreamResult) -> None:
+def _take(line: bytes, came_seconds: float, result: StreamResult) -> None:
     if not line.startswith(b"data: {"):
         return
     if b'"content":"' in line or b'"content": "' in line:
         chunk = json.loads(line[6:])
         content = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
         if content:
-            result.token_times_seconds.append(time.monotonic())
+            result.token_times_seconds.append(came_seconds)
             result.text += content
     elif b'"error"' in line:
         raise RuntimeError(line.decode())
