@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -10,14 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from stoker.errors import CheckpointInvalid, Fenced, LoadFailed, PeerError, ReplicaBusy
+from stoker.errors import CheckpointInvalid, Fenced, LoadFailed, PeerError, ReplicaBusy, StokerError
 from stoker.rpc import Server, connect, translated
 from stoker.v1 import (
     checkpoint_store_pb2,
@@ -32,6 +33,7 @@ from stoker.v1 import (
 
 REPOSITORY = Path(__file__).parents[3]
 PATIENCE_SECONDS = 20.0
+ACK_SECONDS = 3.0
 
 
 def free_port() -> int:
@@ -86,6 +88,17 @@ class ControllerProcess:
         """End it as an operator would; returns its exit status."""
         return self._end(signal.SIGTERM)
 
+    def pause(self) -> None:
+        """Stop it where it stands; connections stay open and silent."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def _end(self, how: signal.Signals) -> int:
         if self._process is None:
             return 0
@@ -116,6 +129,8 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
         self._sequence = 0
         self._boot_id = f"boot-{os.urandom(4).hex()}"
         self._changed = asyncio.Event()
+        self.reachable = asyncio.Event()
+        self.reachable.set()
         self._server = Server(["stoker.v1.NodeAgent", "stoker.v1.CheckpointStore"])
         self.address = ""
 
@@ -123,6 +138,7 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
 
     async def StartReplica(self, request: node_agent_pb2.StartReplicaRequest, context: Any) -> Any:  # noqa: N802 - named by the proto
         """Begin a start; idempotent."""
+        await self.reachable.wait()
         self._check_fence(request.fence)
         if request.replica_id not in self.replicas:
             self.starts.append(request.replica_id)
@@ -147,6 +163,7 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
 
     async def StopReplica(self, request: node_agent_pb2.StopReplicaRequest, context: Any) -> Any:  # noqa: N802 - named by the proto
         """Stop unless busy; idempotent."""
+        await self.reachable.wait()
         self._check_fence(request.fence)
         if request.only_if_idle and request.replica_id in self.busy:
             raise ReplicaBusy(f"replica {request.replica_id} runs a session")
@@ -233,34 +250,36 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
             await self._server.stop()
 
     @asynccontextmanager
-    async def joined(self, controller_address: str) -> AsyncGenerator[FakeNode, None]:
-        """Report to a controller while the block runs, over its restarts."""
-        task = asyncio.create_task(self._report_for_ever(controller_address))
+    async def joined(self, *controllers: str) -> AsyncGenerator[FakeNode, None]:
+        """Report to whichever controller leads while the block runs, over restarts."""
+        task = asyncio.create_task(self._report_for_ever(controllers))
         try:
             yield self
         finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            with suppress(asyncio.CancelledError):
+                await task
 
-    async def _report_for_ever(self, controller_address: str) -> None:
-        async with connect(controller_address) as channel:
-            stub = controller_pb2_grpc.ControllerStub(channel)
-            while True:
-                try:
+    async def _report_for_ever(self, controllers: tuple[str, ...]) -> None:
+        for address in itertools.cycle(controllers):
+            with suppress(StokerError, TimeoutError):  # INTERNAL, too: a write that meets the end of its call
+                async with connect(address) as channel:
+                    call = controller_pb2_grpc.ControllerStub(channel).ReportNode()
                     with translated("controller"):
-                        async for _ in stub.ReportNode(self._reports()):
-                            pass
-                except PeerError:
-                    await asyncio.sleep(0.05)
+                        await self._report_to(call)
+            await asyncio.sleep(0.05)
 
-    async def _reports(self) -> AsyncIterator[node_agent_pb2.NodeReport]:
+    async def _report_to(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         while True:
             self._changed.clear()
-            yield self.message()
-            try:
+            await self.reachable.wait()
+            async with asyncio.timeout(ACK_SECONDS):  # a paused controller is silent
+                with suppress(asyncio.InvalidStateError):  # it ended: reading says why
+                    await call.write(self.message())
+                if await call.read() is grpc.aio.EOF:
+                    return
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 0.5)
-            except TimeoutError:
-                continue
 
 
 class Client:
