@@ -144,6 +144,12 @@ class QueueFull(CapacityError):
     openai_type = "rate_limit_error"
 
 
+class CannotMeetDeadline(CapacityError):
+    """The request has a deadline, and the best estimate is later; the details have `estimate_seconds`."""
+
+    code = "cannot_meet_deadline"
+
+
 class ReplicaBusy(CapacityError):
     """A replica was to be stopped only if idle, and a session runs on it."""
 

@@ -11,6 +11,7 @@ import grpc
 
 from services.controller.answer import Answer, Failed, Queued, Ready, Starting, Unknown, answer, near_names
 from services.controller.cluster import Cluster
+from services.controller.deadline import late
 from services.controller.fleet import Member
 from services.controller.index import index_of, reservations_on
 from services.controller.leadership import Leadership
@@ -20,7 +21,15 @@ from services.controller.store_peers import StorePeers
 from services.controller.view import Scheduling
 from services.controller.wire import model_message, route_replica
 from stoker import __version__
-from stoker.errors import BY_CODE, DeadlineExceeded, InvalidRequest, LoadFailed, NotFound, StokerError
+from stoker.errors import (
+    BY_CODE,
+    CannotMeetDeadline,
+    DeadlineExceeded,
+    InvalidRequest,
+    LoadFailed,
+    NotFound,
+    StokerError,
+)
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import controller_pb2 as pb
 from stoker.v1 import controller_pb2_grpc, node_agent_pb2, start_pb2
@@ -189,6 +198,8 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         timeout_seconds = (
             min(request.timeout_seconds, limit_seconds) if request.timeout_seconds > 0 else limit_seconds
         )
+        if request.deadline_seconds > 0:
+            timeout_seconds = min(timeout_seconds, request.deadline_seconds)
         async with aclosing(_acquire(cluster, request, timeout_seconds)) as events:
             async for event in events:
                 yield event
@@ -241,6 +252,7 @@ async def _acquire(
             if isinstance(found, Ready):
                 yield _ready(cluster, found.member, waited=waited)
                 return
+            _check_deadline(found, request, since_seconds, now_seconds)
             event = _progress(found, name, now_seconds)
             if told is None or _differs(told, event):
                 yield event
@@ -255,6 +267,27 @@ async def _acquire(
                 f"model {name} had no ready replica within {timeout_seconds:g} s: {_why(found)}",
                 retry_after_seconds=_retry_after_seconds(found, now_seconds),
             )
+
+
+def _check_deadline(
+    found: Answer, request: pb.AcquireRequest, since_seconds: float, now_seconds: float
+) -> None:
+    """Refuse a request that what it waits for comes too late for; the start goes on.
+
+    Raises:
+        CannotMeetDeadline: With the estimate.
+    """
+    if request.deadline_seconds <= 0:
+        return
+    found_late = late(found, now_seconds=now_seconds, due_seconds=since_seconds + request.deadline_seconds)
+    if found_late is not None:
+        left_seconds = max(0.0, since_seconds + request.deadline_seconds - now_seconds)
+        raise CannotMeetDeadline(
+            f"model {request.model} is expected to be ready in {found_late.ready_seconds:.2f} s and the "
+            f"request is due in {left_seconds:.2f} s; its start goes on: ask again then, or allow more time",
+            retry_after_seconds=min(RETRY_AFTER_LIMIT_SECONDS, max(1.0, found_late.ready_seconds)),
+            details={"estimate_seconds": round(found_late.ready_seconds, 3)},
+        )
 
 
 def _progress(found: Answer, name: ModelName, now_seconds: float) -> pb.AcquireEvent:

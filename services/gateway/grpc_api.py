@@ -35,6 +35,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_tokens": ("be at least 1", lambda value: value >= 1),
     "top_logprobs": (f"be at most {MAX_TOP_LOGPROBS}", lambda value: value <= MAX_TOP_LOGPROBS),
 }
+NO_DEADLINE_SECONDS = 30 * 24 * 3600.0
+"""A call without a deadline says that longer than this is left, or nothing at all."""
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
@@ -99,7 +101,11 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent],
     ) -> None:
         request = TextRequest(
-            request_id=new_id("req"), model=model, content=content, sampling=read_sampling(sampling)
+            request_id=new_id("req"),
+            model=model,
+            content=content,
+            sampling=read_sampling(sampling),
+            deadline_seconds=_deadline_seconds(context),
         )
         trace = self._runner.start_trace(request)
         sink = _ContextSink(trace, context)
@@ -168,3 +174,11 @@ def _token(token: ScoredToken) -> inference_pb2.TextToken:
 
 def _alternative(token: Alternative) -> inference_pb2.TextToken:
     return inference_pb2.TextToken(text=token.text, raw=token.raw, logprob=token.logprob)
+
+
+def _deadline_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """Return the call's deadline, from now; None = it has none."""
+    left_seconds: float | None = context.time_remaining()
+    if left_seconds is None or left_seconds >= NO_DEADLINE_SECONDS:
+        return None
+    return max(0.001, left_seconds)

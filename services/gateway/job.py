@@ -25,6 +25,12 @@ class Job:
         """Return the time since the request arrived."""
         return self.clock.now_seconds() - self.trace.started_seconds
 
+    def deadline_left_seconds(self) -> float:
+        """Return what is left until the answer must begin, at least a millisecond; 0 = it has no deadline."""
+        if self.request.deadline_seconds is None:
+            return 0.0
+        return max(0.001, self.request.deadline_seconds - self.age_seconds())
+
     def left_seconds(self) -> float:
         """Return the time left, above 0.
 

@@ -95,8 +95,10 @@ class Placement:
             request_id=job.trace.request_id,
             timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds(), limit_seconds),
             failed_replica_ids=failed,
+            deadline_seconds=0.0 if failed else job.deadline_left_seconds(),
         )
-        await job.sink.waiting(Waiting(state="acquiring"))
+        if failed or job.request.deadline_seconds is None:  # else a refusal at once must still be an error
+            await job.sink.waiting(Waiting(state="acquiring"))
         try:
             while True:
                 try:

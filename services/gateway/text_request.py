@@ -37,6 +37,8 @@ class TextRequest:
     sampling: SamplingRequest
     choices: int = 1
     """Answers per prompt."""
+    deadline_seconds: float | None = None
+    """It is worthless unless its answer begins within this, from its arrival; None = it has all time."""
 
     @property
     def kind(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.controller.answer import Failed, Queued, Ready, Starting, Unknown
+from services.controller.deadline import late
 from services.controller.events import (
     Demanded,
     DemandEnded,
@@ -235,6 +236,12 @@ def _expect(world: World, words: list[str]) -> None:
 
 def _expect_answer(world: World, name: ModelName, kind: str, text: str) -> None:
     found = world.answer(name)
+    if kind in {"meets", "misses"}:
+        due_seconds = world.now_seconds + quantity(text)
+        found_late = late(found, now_seconds=world.now_seconds, due_seconds=due_seconds)
+        if (found_late is not None) != (kind == "misses"):
+            raise ScriptError(f"a request due in {text} is told {found_late}")
+        return
     said = {Ready: "ready", Starting: "starting", Queued: "queued", Failed: "fails", Unknown: "unknown"}
     why = ""
     match found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,32 @@ from services.gateway.rest.schema import ChatCompletionRequest, CompletionReques
 from services.gateway.rest.shapes import ChatShape, CompletionShape
 from services.gateway.runner import Runner
 from stoker.clock import Clock
+from stoker.errors import InvalidRequest
 from stoker.ids import new_id
+
+DEADLINE_HEADER = "x-stoker-deadline-seconds"
+"""Seconds within which the answer must begin, from the request's arrival."""
+MAX_DEADLINE_CHARACTERS = 32
+
+
+def read_deadline(text: str | None) -> float | None:
+    """Return the deadline a header states, in seconds; None = there is none.
+
+    Raises:
+        InvalidRequest: It is not a positive number.
+    """
+    if text is None:
+        return None
+    try:
+        seconds = float(text[:MAX_DEADLINE_CHARACTERS])
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise InvalidRequest(
+            f"{DEADLINE_HEADER}: {text[:MAX_DEADLINE_CHARACTERS]!r} is not a positive number of seconds",
+            param=DEADLINE_HEADER,
+        )
+    return seconds
 
 
 def inference_router(runner: Runner, clock: Clock, keepalive_seconds: float) -> APIRouter:
@@ -33,7 +60,10 @@ def inference_router(runner: Runner, clock: Clock, keepalive_seconds: float) -> 
         id_prefix: str,
         http: Request,
     ) -> Response:
-        request = asked.to_text_request(http.scope[REQUEST_ID_KEY])
+        deadline_seconds = read_deadline(http.headers.get(DEADLINE_HEADER))
+        request = replace(
+            asked.to_text_request(http.scope[REQUEST_ID_KEY]), deadline_seconds=deadline_seconds
+        )
         trace = runner.start_trace(request)
         shape = shape_class(
             answer_id=new_id(id_prefix),

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from stoker.errors import CapacityError, LoadFailed, QueueFull, ReplicaGone, WorkerDied
+from stoker.errors import CannotMeetDeadline, CapacityError, LoadFailed, QueueFull, ReplicaGone, WorkerDied
 from tests.integration.gateway.fake_cluster import FakeCluster, fails_after, says_for_ever
 from tests.integration.gateway.gateway_process import GatewayProcess
 
@@ -230,3 +230,46 @@ async def test_a_full_worker_answers_429(cluster: FakeCluster, client: openai.As
     cluster.agent.script = fails_after("", QueueFull("the batch is full"))
     with pytest.raises(openai.RateLimitError, match="the batch is full"):
         await client.chat.completions.create(model="tiny", messages=MESSAGES)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_estimate(
+    cluster: FakeCluster, gateway: GatewayProcess, *, stream: bool
+) -> None:
+    name = f"cold-late-{stream}".lower()
+    cluster.controller.push(cluster.route(name, ready=False))
+    cluster.controller.acquire_error = CannotMeetDeadline(
+        "expected to be ready in 90.00 s", retry_after_seconds=90.0
+    )
+    try:
+        async with httpx.AsyncClient(timeout=30) as http:
+            answer = await http.post(
+                f"{gateway.url}/v1/chat/completions",
+                json=body(name, stream=stream),
+                headers={"x-stoker-deadline-seconds": "2.5"},
+            )
+    finally:
+        cluster.controller.acquire_error = None
+
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+    assert answer.json()["error"] == {
+        "message": "expected to be ready in 90.00 s",
+        "type": "overloaded_error",
+        "param": None,
+        "code": "cannot_meet_deadline",
+    }
+    assert 0 < cluster.controller.acquired[-1].deadline_seconds <= 2.5
+
+
+async def test_a_deadline_that_is_no_number_is_refused_and_without_one_there_is_none(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    cluster.controller.push(cluster.route("cold-due", ready=False))
+    cluster.controller.may_start.set()
+    async with httpx.AsyncClient(timeout=30) as http:
+        url = f"{gateway.url}/v1/chat/completions"
+        refused = await http.post(url, json=body("cold-due"), headers={"x-stoker-deadline-seconds": "soon"})
+        await http.post(url, json=body("cold-due"))
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
+    assert cluster.controller.acquired[-1].deadline_seconds == 0
