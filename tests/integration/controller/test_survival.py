@@ -1,4 +1,4 @@
-"""Several controllers on an etcd of three: everything that leads is killed or paused in turn.
+"""Several controllers on an etcd of three: everything that leads is killed, paused or cut off in turn.
 
 One story instead of one test per fault: the faults meet what earlier ones left behind, and the history that
 the checker reads at the end has them all.
@@ -114,7 +114,7 @@ async def history(url: str) -> list[Changes]:
     return found
 
 
-async def test_no_fault_of_a_leader_gives_a_device_two_owners_or_loses_a_request(
+async def test_no_fault_of_a_leader_or_a_node_gives_a_device_two_owners_or_loses_a_request(
     tmp_path: Path,
 ) -> None:
     with etcd_cluster() as members:
@@ -128,19 +128,20 @@ async def test_no_fault_of_a_leader_gives_a_device_two_owners_or_loses_a_request
                 await stack.enter_async_context(node.joined(*addresses))
             client = both.client(await both.leader())
             await until(lambda: _knows(client, nodes))
-            await both.deploy("warm", "a", "b", "c", "d")
+            await both.deploy("warm", "a", "b", "c", "d", "e")
             warm = (await both.acquire("warm")).replica
 
             await _etcds_leader_dies(both, members)
             await _the_leader_dies_while_a_request_waits(both, nodes)
             await _a_paused_leader_wakes_up(both, nodes)
             await _etcd_is_gone_for_a_while(both, members, nodes)
+            await _a_node_is_cut_off(both, nodes, survivor=warm.node_id)
 
             assert (await both.acquire("warm")).replica.replica_id == warm.replica_id  # never disturbed
         found = await history(url)
 
     assert violations(found) == []
-    assert sum(change.key.startswith("devices/") for event in found for change in event.changes) >= 5
+    assert sum(change.key.startswith("devices/") for event in found for change in event.changes) >= 6
 
 
 async def _knows(client: Client, nodes: Sequence[FakeNode]) -> bool:
@@ -241,3 +242,28 @@ async def _refuses(client: Client, model: str) -> bool:
     except PeerError:
         return True
     return False
+
+
+async def _a_node_is_cut_off(both: Controllers, nodes: Sequence[FakeNode], *, survivor: str) -> None:
+    """Its models start elsewhere, and when it is back only one of the two replicas stays."""
+    (cut,) = [node for node in nodes if node.node_id != survivor]
+    (other,) = [node for node in nodes if node.node_id == survivor]
+    if not cut.replicas:  # the other one is full
+        await both.acquire("e")
+    leader = both.client(await both.leader())
+    for name in ("a", "b"):  # room on the other one, whatever lies there
+        with translated("controller"):
+            await leader.stub.DeleteModel(controller_pb2.DeleteModelRequest(name=name))
+    await until(lambda: not {"a", "b"} & {found.model for node in nodes for found in node.replicas.values()})
+    orphans = {replica_id: replica.model for replica_id, replica in cut.replicas.items()}
+    model = next(iter(orphans.values()))
+    cut.reachable.clear()
+
+    async def elsewhere() -> bool:
+        return (await both.acquire(model)).replica.node_id == other.node_id
+
+    await until(elsewhere)
+    cut.reachable.set()
+    cut.report()
+
+    await until(lambda: [found.model for node in nodes for found in node.replicas.values()].count(model) == 1)
