@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed
+from transformers import LlamaForCausalLM  # noqa: F401 - imported before the fork, not in each rank
 
 import stoker
-from stoker.loader import (
-    model_build,  # noqa: F401 - before the fork, not in each rank
-    sources,
-)
-from stoker.loader import (
-    ranks as _ranks,  # noqa: F401 - likewise
-)
+from stoker.loader import model_build, ranks, sources  # noqa: F401 - likewise
+
+MEETING = timedelta(seconds=60)
+"""Longest wait of one rank for the others, under the test's own limit."""
 
 
 def counted(source: type, read: list[tuple[str, int]]) -> None:
@@ -35,15 +35,17 @@ def counted(source: type, read: list[tuple[str, int]]) -> None:
     source.receive = noted
 
 
-def run_rank(rank: int, ranks: int, meeting: str, folder: str, daemons: list[str]) -> list[dict[str, object]]:
+def run_rank(rank: int, count: int, meeting: str, folder: str, daemons: list[str]) -> list[dict[str, object]]:
     """Load from disk and from each daemon, run the prompt, generate greedily."""
     read: list[tuple[str, int]] = []
     for source in (sources.LocalSource, sources.PoolSource):
         counted(source, read)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=MEETING
+    )
     answers = []
     for daemon in (None, *daemons):
-        model = stoker.load_model(folder, tp_size=ranks, daemon=daemon)
+        model = stoker.load_model(folder, tp_size=count, daemon=daemon)
         prompt = torch.arange(3, 10)[None]
         with torch.no_grad():
             logits = model(prompt).logits
@@ -56,17 +58,23 @@ def run_rank(rank: int, ranks: int, meeting: str, folder: str, daemons: list[str
     return answers
 
 
-def main(ranks: int, meeting: str, folder: str, daemons: list[str]) -> None:
-    """Run all ranks; each leaves its answers in a file beside the meeting place."""
-    children = []
-    for rank in range(ranks):
+def main(count: int, meeting: str, folder: str, daemons: list[str]) -> None:
+    """Run all ranks; each leaves its answers in a file beside the meeting place. One that fails ends all."""
+    children = set()
+    for rank in range(count):
         child = os.fork()
         if not child:
-            answers = run_rank(rank, ranks, meeting, folder, daemons)
+            answers = run_rank(rank, count, meeting, folder, daemons)
             Path(f"{meeting}.rank-{rank}").write_text(json.dumps(answers))
             os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+        children.add(child)
+    while children:
+        ended, status = os.wait()
+        children.discard(ended)
+        if status:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
