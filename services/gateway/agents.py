@@ -1,22 +1,30 @@
-"""Node agents: one channel per address, and a session's stream of tokens from one of them. A shell."""
+"""Node agents: one channel per address, and a session's stream of tokens from one of them. A shell.
+
+Setting a call up costs more than all else between the two processes (decision 0020), so each agent has one
+call open ahead (`Attend`), made while nobody waits; a session that finds none makes its own (`Generate`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import grpc
 
 from services.gateway.routes import Replica
 from stoker import rpc
-from stoker.errors import WorkerDied
+from stoker.errors import DeadlineExceeded, WorkerDied
 from stoker.v1 import node_agent_pb2_grpc, session_pb2
+
+Call = grpc.aio.UnaryStreamCall[Any, Any] | grpc.aio.StreamStreamCall[Any, Any]
 
 
 class Agents:
     """Channels to node agents; as many as there are hosts."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._agents: dict[str, _Agent] = {}
 
     async def generate(
         self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
@@ -26,16 +34,31 @@ class Agents:
         Raises:
             StokerError: What the agent or its worker says; WorkerDied when the stream ends too early.
         """
-        stub = node_agent_pb2_grpc.NodeAgentStub(self._channel(replica.agent_address))
-        call = stub.Generate(order, timeout=timeout_seconds)
+        peer = f"node agent {replica.node_id or replica.agent_address}"
+        agent = self._agent(replica.agent_address)
+        attending = agent.take_attending()
+        call: Call = attending or agent.stub.Generate(order, timeout=timeout_seconds)
+        deadline = _Deadline(call, timeout_seconds) if attending is not None else None
+        answered = False
         try:
-            with rpc.translated(f"node agent {replica.node_id or replica.agent_address}"):
+            with rpc.translated(peer):
+                if attending is not None:
+                    await attending.write(order)
                 async for event in call:
+                    answered = True
                     yield event
                     if event.finish_reason:
                         return
+        except asyncio.CancelledError:
+            if deadline is not None and deadline.has_passed:
+                raise DeadlineExceeded(f"{peer} did not answer in time") from None
+            raise
         finally:
             call.cancel()  # does nothing to a call that has ended
+            if deadline is not None:
+                deadline.forget()
+            if answered:
+                agent.attend()
         raise WorkerDied(
             f"replica {replica.replica_id} stopped in the middle of an answer; send the request again",
             retry_after_seconds=1.0,
@@ -43,10 +66,55 @@ class Agents:
 
     async def close(self) -> None:
         """Close all channels."""
-        for channel in self._channels.values():
-            await channel.close()
+        agents, self._agents = self._agents, {}
+        for agent in agents.values():
+            await agent.close()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.connect(address)
-        return self._channels[address]
+    def _agent(self, address: str) -> _Agent:
+        if address not in self._agents:
+            self._agents[address] = _Agent(address)
+        return self._agents[address]
+
+
+class _Agent:
+    """One agent's channel, with the call that is open ahead."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = rpc.connect(address)
+        self.stub = node_agent_pb2_grpc.NodeAgentStub(self._channel)
+        self._attending: grpc.aio.StreamStreamCall[Any, Any] | None = None
+        self._closed = False
+
+    def attend(self) -> None:
+        """Open a call ahead, unless there is one."""
+        if not self._closed and (self._attending is None or self._attending.done()):
+            self._attending = self.stub.Attend()
+
+    def take_attending(self) -> grpc.aio.StreamStreamCall[Any, Any] | None:
+        """Return the call that is open ahead, its reader's alone from now on; None when there is none."""
+        call, self._attending = self._attending, None
+        return None if call is None or call.done() else call
+
+    async def close(self) -> None:
+        """Close the channel, whatever runs on it."""
+        self._closed = True
+        if self._attending is not None:
+            self._attending.cancel()
+        await self._channel.close()
+
+
+class _Deadline:
+    """Ends a call that was made without a deadline, since nobody knew whose it would be."""
+
+    def __init__(self, call: Call, seconds: float) -> None:
+        self.has_passed = False
+        self._call = call
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._pass)
+
+    def forget(self) -> None:
+        """Let the call live."""
+        self._timer.cancel()
+
+    def _pass(self) -> None:
+        self.has_passed = True
+        self._call.cancel()

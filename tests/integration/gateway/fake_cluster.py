@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Self
 
 from stoker import rpc
@@ -48,8 +49,9 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
         self.orders: list[session_pb2.GenerateRequest] = []
         self.cancelled = asyncio.Event()
         self.script: Script = says("Hello!")
+        self.attended = 0
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
+    async def Generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:  # noqa: N802 - the rpc's name
         """Play the script."""
         self.orders.append(request)
         try:
@@ -58,6 +60,15 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+
+    async def Attend(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
+        """Play the script once somebody asks."""
+        async for request in requests:
+            self.attended += 1
+            async with aclosing(self.Generate(request, context)) as events:
+                async for event in events:
+                    yield event
+            return
 
 
 class FakeController(controller_pb2_grpc.ControllerServicer):
