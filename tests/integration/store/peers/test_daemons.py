@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
 
 from stoker.units import KIB, MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
-from tests.integration.store.daemon import free_port, running
+from tests.integration.store.daemon import Daemon, free_port, running
 from tests.integration.store.origin_server import origin_server
 from tests.unit.services.store.checkpoints import write_checkpoint
 
@@ -16,14 +22,48 @@ from tests.unit.services.store.checkpoints import write_checkpoint
 def test_three_daemons_that_load_one_checkpoint_read_its_origin_once(tmp_path):
     folder = write_checkpoint(tmp_path / "model", size=2 * MIB)
     size = (folder / "model.safetensors").stat().st_size
+    with origin_server(folder) as origin, three_daemons(tmp_path) as daemons:
+        with ThreadPoolExecutor(3) as threads:
+            replies = list(threads.map(lambda daemon: prefetch(daemon, origin.url), daemons))
+        tiers = [{each.tier: each.bytes for each in reply.transfers} for reply in replies]
+
+    assert sum(tier.get("remote", 0) for tier in tiers) == size
+    assert sum(tier.get("peer", 0) for tier in tiers) == 2 * size
+    assert origin.weights_sent() < 1.5 * size  # every daemon reads the header by itself
+
+
+def test_a_daemon_that_is_killed_half_way_is_replaced_and_nobody_starts_again(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", size=4 * MIB)
+    size = (folder / "model.safetensors").stat().st_size
+    reads = itertools.count()
+    with origin_server(folder) as origin, three_daemons(tmp_path) as daemons:
+
+        def kill_half_way(_name: str, begin: int) -> None:
+            if begin and next(reads) == 16:  # half of the chunks; others are on their way to all three
+                daemons[2].process.kill()
+
+        origin.gate = kill_half_way
+        with ThreadPoolExecutor(3) as threads:
+            loads = [threads.submit(prefetch, daemon, origin.url) for daemon in daemons]
+            replies = [load.result() for load in loads[:2]]
+            with pytest.raises(grpc.RpcError):
+                loads[2].result()
+        tiers = [{each.tier: each.bytes for each in reply.transfers} for reply in replies]
+
+    assert [sum(tier.values()) for tier in tiers] == [size, size]
+    assert sum(tier.get("remote", 0) for tier in tiers) < 1.5 * size
+
+
+@contextmanager
+def three_daemons(folder: Path) -> Iterator[list[Daemon]]:
+    """Daemons that are linked to each other."""
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
     listed = "[" + ",".join(f'"{address}"' for address in addresses) + "]"
     with ExitStack() as stack:
-        origin = stack.enter_context(origin_server(folder))
         daemons = [
             stack.enter_context(
                 running(
-                    tmp_path / f"run-{number}",
+                    folder / f"run-{number}",
                     pool_bytes=16 * MIB,
                     chunk_bytes=256 * KIB,
                     peer_address=address,
@@ -34,13 +74,7 @@ def test_three_daemons_that_load_one_checkpoint_read_its_origin_once(tmp_path):
         ]
         for daemon in daemons:
             wait_for_links(daemon, 2)
-        with ThreadPoolExecutor(3) as threads:
-            replies = list(threads.map(lambda daemon: prefetch(daemon, origin.url), daemons))
-        tiers = [{each.tier: each.bytes for each in reply.transfers} for reply in replies]
-
-    assert sum(tier.get("remote", 0) for tier in tiers) == size
-    assert sum(tier.get("peer", 0) for tier in tiers) == 2 * size
-    assert origin.weights_sent() < 1.5 * size  # every daemon reads the header by itself
+        yield daemons
 
 
 def wait_for_links(daemon, count: int) -> None:

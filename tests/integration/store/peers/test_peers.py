@@ -12,15 +12,18 @@ from typing import Self
 
 import pytest
 
-from services.store.peers.exchange import DiskCopy
+from services.store.integrity import FileDigests
+from services.store.peers.exchange import DiskCopy, raw_digest
 from services.store.peers.service import Peers
 from services.store.peers.sockets import parse_address, receive, send
 from services.store.peers.wire import (
     HEAD,
+    Arriving,
     Chunk,
     FileId,
     Hello,
     Interest,
+    Part,
     Purpose,
     Refused,
     Request,
@@ -30,6 +33,7 @@ from services.store.peers.wire import (
     decode,
     encode,
 )
+from stoker.checkpoint.digests import digest
 from stoker.clock import SystemClock
 from tests.integration.store.peers.fleet import CHUNK, QUICK, Store, World, world
 
@@ -192,6 +196,75 @@ async def test_a_peer_that_misbehaves_is_dropped_and_replaced(behave, digests):
         assert made.holds_all(store)
         assert 1 <= impostor.asked <= 4  # one per reader thread at most: nobody asks again
         assert made.origin.reads == once(made)
+
+
+async def trickle(made: World, request: Request, writer, encode) -> None:
+    """Send a little, again and again: never silent, and far below the slowest rate."""
+    writer.write(encode(Chunk(length=made.identity.length(request.index), digest=b"\1" * 16)))
+    while True:
+        writer.write(bytes(100))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def trickle_on(made: World, request: Request, writer, encode) -> None:
+    """The same, as of a chunk that is on its way to the sender."""
+    writer.write(encode(Arriving(length=made.identity.length(request.index))))
+    while True:
+        writer.write(encode(Part(length=100)) + bytes(100))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def only_signs_of_life(made: World, request: Request, writer, encode) -> None:
+    """Say that the chunk is on its way, for ever."""
+    writer.write(encode(Arriving(length=made.identity.length(request.index))))
+    while True:
+        writer.write(encode(Part(length=0)))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("behave", [trickle, trickle_on, only_signs_of_life], ids=lambda it: it.__name__)
+async def test_a_peer_that_trickles_below_the_slowest_rate_is_dropped(behave):
+    async with world(chunks=6) as made, Impostor(made, behave) as impostor:
+        (store,) = await made.start(1, replace(QUICK, arriving_factor=2.0, pause_seconds=0.5))
+        store.peers.set_peers([impostor.address])
+        await until(lambda: "impostor" in store.peers.exchange._linked)
+        await made.load(store)
+
+        assert made.holds_all(store)
+        assert 1 <= impostor.asked <= 4
+        assert made.origin.reads == once(made)
+
+
+async def lie_well(made: World, request: Request, writer, encode) -> None:
+    """Send wrong bytes with their own right digest."""
+    wrong = bytes(made.identity.length(request.index))
+    writer.write(encode(Chunk(length=len(wrong), digest=raw_digest(wrong))) + wrong)
+
+
+async def test_a_peer_that_lies_about_a_digest_of_several_chunks_is_banned():
+    async with world(chunks=4, tail=CHUNK, digests=False) as made, Impostor(made, lie_well) as impostor:
+        part, size = 2 * CHUNK, len(made.content)
+        texts = tuple(digest(made.content[at : at + part]) for at in range(0, size, part))
+        digests = FileDigests(size_bytes=size, part_bytes=part, texts=texts)
+        (store,) = await made.start(1)
+        store.peers.set_peers([impostor.address])
+        await until(lambda: "impostor" in store.peers.exchange._linked)
+        source = store.peers.source(replace(made.file, digests=digests), made.origin, chunk_bytes=CHUNK)
+        swarm = next(iter(store.peers.exchange._files.values())).swarm
+        await until(lambda: swarm.settled(0.0) and swarm.peers["impostor"].have)
+        got = []
+        for at in range(0, size, part):
+            chunks = [memoryview(bytearray(CHUNK)) for _ in range(2)]
+            await asyncio.to_thread(source.read_run, chunks, offset=at, length=part)
+            got += chunks
+        source.close()
+
+        assert b"".join(got) == made.content
+        assert impostor.asked == 2  # the two chunks of the first digest
+        assert swarm.peers["impostor"].unusable_until_seconds == float("inf")
 
 
 async def refuse(made: World, request: Request, writer, encode) -> None:

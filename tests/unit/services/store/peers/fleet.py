@@ -152,8 +152,11 @@ class Fleet:
                 self.sent[choice.peer] += 1
             if choice.claimed:
                 self._tell_all(name)
-            seconds = self.random.uniform(0.02, 0.6) * self.speed.get(name, 1.0)
-            self.at(self.now + seconds, lambda choice=choice: self._fetched(name, choice))
+            self._begin(name, choice)
+
+    def _begin(self, name: str, choice) -> None:
+        seconds = self.random.uniform(0.02, 0.6) * self.speed.get(name, 1.0)
+        self.at(self.now + seconds, lambda: self._fetched(name, choice))
 
     def _fetched(self, name: str, choice) -> None:
         node = self.nodes[name]

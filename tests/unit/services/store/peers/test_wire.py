@@ -9,18 +9,21 @@ from hypothesis import strategies as st
 from services.store.peers.wire import (
     HEAD,
     MAX_BODY_BYTES,
+    Arriving,
     Chunk,
     FileId,
     FileIdentity,
     Hello,
     Interest,
     Leave,
+    Part,
     Ping,
     Purpose,
     Refused,
     Request,
     State,
     StoreId,
+    Whole,
     body_length,
     decode,
     encode,
@@ -38,6 +41,9 @@ MESSAGES = [
     Request(file_id=FILE_ID, index=3, want_digest=True),
     Chunk(length=32, digest=bytes(16)),
     Refused(reason="it is not here any more"),
+    Arriving(length=2**24),
+    Part(length=0),
+    Whole(digest=b"\2" * 16),
 ]
 
 
