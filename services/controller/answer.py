@@ -107,6 +107,8 @@ def answer(view: View, name: ModelName, *, since_seconds: float, now_seconds: fl
 
 def is_offered(view: View, found: Member) -> bool:
     """Tell whether requests may be sent to the replica."""
+    if found.node is not None and found.node.draining:
+        return False  # its agent refuses new sessions
     return found.standing is Standing.READY and found.reservation.replica_id not in view.distrusted
 
 

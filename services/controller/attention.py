@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from services.controller.fleet import Member, Standing, is_idle
+from services.controller.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.view import Scheduling, View
+from services.controller.view import View
 from stoker.ids import ModelName
 
 NOW = 0.0
@@ -81,7 +81,7 @@ def mark_of(view: View, found: Member) -> Mark:
             or moving
             or found.node is None
             or replica is None  # ordered and not reported yet: given up after a grace
-            or view.scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
+            or is_leaving(view, found)
         ),
         live=int(found.standing in LIVE and not moving),
         waiting=int(replica is not None and replica.waiting_since_seconds is not None),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from services.controller.view import Node, Phase, Replica, Reservation, View
+from services.controller.view import Node, Phase, Replica, Reservation, Scheduling, View
 from stoker.ids import ModelName
 
 
@@ -80,6 +80,13 @@ def is_idle(member: Member) -> bool:
         and replica.sessions == 0
         and replica.idle_since_seconds is not None
     )
+
+
+def is_leaving(view: View, member: Member) -> bool:
+    """Tell whether the replica's node is being emptied: by an operator, or because its agent ends."""
+    if view.scheduling.get(member.reservation.node_id) is Scheduling.DRAINED:
+        return True
+    return member.node is not None and member.node.draining
 
 
 _OF_PHASE = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from services.controller.actions import Migrate as MigrateAction
 from services.controller.actions import Start, Stop
 from services.controller.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
-from services.controller.fleet import Member, Standing, members_of
+from services.controller.fleet import Member, Standing, is_leaving, members_of
 from services.controller.forecast import prewarm_window_seconds
 from services.controller.options import Move
 from services.controller.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
@@ -28,6 +28,7 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
     others = wanting[len(asked) :]
     for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
         starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
+        starved = starved or _loses_its_node(planner, name)
         _start(planner, name, may_disturb=starved)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
@@ -40,7 +41,10 @@ def _wants(planner: Planner, name: ModelName) -> bool:
         return False
     members = members_of(planner.view, name)
     live = sum(
-        found.standing in LIVE and not found.stale and found.reservation.moving_to is None
+        found.standing in LIVE
+        and not found.stale
+        and found.reservation.moving_to is None
+        and not is_leaving(planner.view, found)
         for found in members
     )
     return live < _desired(planner, model, members)
@@ -78,6 +82,14 @@ def _is_expected(planner: Planner, model: Model) -> bool:
         planner.note(ForecastMissed(model=model.name))
         return False
     return True
+
+
+def _loses_its_node(planner: Planner, name: ModelName) -> bool:
+    """Tell whether sessions run where no replica may stay: they need another one to move to."""
+    return any(
+        is_leaving(planner.view, found) and found.replica is not None and found.replica.sessions > 0
+        for found in members_of(planner.view, name)
+    )
 
 
 def _is_asked_for(planner: Planner, name: ModelName) -> bool:

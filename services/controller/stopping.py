@@ -10,7 +10,7 @@ from services.controller.events import (
     Releasing,
     ReplicaLost,
 )
-from services.controller.fleet import Member, Standing, is_idle, members_of
+from services.controller.fleet import Member, Standing, is_idle, is_leaving, members_of
 from services.controller.forecast import keep_until_seconds
 from services.controller.index import reservations_of
 from services.controller.planner import Planner
@@ -139,20 +139,16 @@ def _leave_drained_nodes(planner: Planner, members: tuple[Member, ...]) -> None:
     """Empty nodes that an operator drains: idle replicas now, busy ones once their sessions have ended.
 
     A busy one whose sessions can move at once, for the model is ready elsewhere, is stopped with grace: that
-    is what makes them move.
+    is what makes them move. `starting` brings that other one, if there is room for it.
     """
     scheduling = planner.view.scheduling
-
-    def is_drained(found: Member) -> bool:
-        return scheduling.get(found.reservation.node_id) is Scheduling.DRAINED
-
     for found in members:
-        if not is_drained(found) or found.stale:
+        if scheduling.get(found.reservation.node_id) is not Scheduling.DRAINED or found.stale:
             continue
         if is_idle(found):
             planner.stop(found, "its node is drained", only_if_idle=True)
         elif found.standing is Standing.READY and any(
-            other.standing is Standing.READY and not other.stale and not is_drained(other)
+            other.standing is Standing.READY and not other.stale and not is_leaving(planner.view, other)
             for other in members
         ):
             planner.stop(found, "its node is drained", only_if_idle=False)
