@@ -68,8 +68,8 @@ async def test_a_kill_after_every_token_of_one_stream_changes_nothing(
 ) -> None:
     how = sampling | {"max_tokens": POSITIONS + 2, "top_logprobs": 3, "ignore_eos": True}
     wanted = await faultless(new_engine, text, **how)
-    # Beside others every second position, odd or even: `make oracle` takes all of them.
-    kills = range(POSITIONS + 1) if not beside else range(int(sampling is SAMPLED), POSITIONS + 1, 2)
+    # Beside others every sixteenth position, others for each sampling: `make oracle` takes all of them.
+    kills = range(POSITIONS + 1) if not beside else range(3 * int(sampling is SAMPLED), POSITIONS + 1, 16)
     replicas = Replicas(new_engine, tuple(kills), beside)
 
     found = await answer(replicas, text, PROMPT, **how)
@@ -80,7 +80,7 @@ async def test_a_kill_after_every_token_of_one_stream_changes_nothing(
     assert [len(order.generated_token_ids) for order in replicas.orders] == [0, *kills]
 
 
-@pytest.mark.parametrize("position", [0, 1, 7, 31, 63])
+@pytest.mark.parametrize("position", [31])
 async def test_a_single_kill_changes_nothing(new_engine: NewEngine, text: ModelText, position: int) -> None:
     how = SAMPLED | {"max_tokens": POSITIONS + 2, "top_logprobs": 20, "ignore_eos": True}
     wanted = await faultless(new_engine, text, **how)
@@ -103,7 +103,7 @@ async def test_a_stop_token_and_a_stop_string_end_a_resumed_answer_where_they_en
 
     for ended in (by_token, by_string):
         wanted = await faultless(new_engine, text, **ended)
-        for position in range(0, first + 1, 7):
+        for position in (first // 2, first):
             assert await answer(Replicas(new_engine, (position,)), text, PROMPT, **ended) == wanted
         assert wanted.finish_reason == "stop"
 

@@ -62,11 +62,11 @@ async def play(seed: int, *, nodes: int, faults: float) -> tuple[str, str, ToyCl
 @pytest.mark.parametrize("faults", [0.01, 0.05, 0.15])
 async def test_no_fault_schedule_changes_a_stream_or_leaves_a_call_open(faults: float) -> None:
     moves = hops = 0
-    for seed in range(150):
+    for seed in range(80):
         text, wanted, cluster, trace = await play(seed, nodes=2 + seed % 3, faults=faults)
 
         assert text == wanted, (seed, cluster.history)
         assert cluster.streams == 0, (seed, cluster.history)
         moves, hops = moves + trace.moves, hops + trace.hops
-    assert moves > 10
+    assert moves > 5
     assert hops > 10
