@@ -52,8 +52,8 @@ link and all end late: until then nobody has anything to hand on. A store that h
 link."""
 
 DIRECT = 3
-"""Rivals that get a chunk from a store that is fetching it: its link is shared among them. Simulated with links
-of one rate, 8 stores take 1.5 times one copy's time, and 2.1 times with 8 here, because shares are not equal."""
+"""Rivals that get a chunk from a store that is fetching it: its link is shared among them. Simulated with
+links of one rate, 8 stores take 1.5 times one copy's time; with 8 here 2.1 times: shares are not equal."""
 
 MAX_REQUESTS_PER_PEER = 4
 SETTLE_SECONDS = 1.0
