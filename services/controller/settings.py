@@ -81,6 +81,10 @@ class ControllerSettings(ServiceSettings):
     hysteresis_ratio: float = Field(default=1.0, ge=1.0)
     """Others' replicas are stopped or moved only where that gains this many times what it costs them."""
 
+    may_migrate: bool = False
+    """Replicas that serve sessions may be moved to another node to make room for a model whose start is much
+    faster where they are. Off by default: tested in scenarios only, not with real processes."""
+
     waiting_bound_seconds: float = Field(default=120.0, gt=0)
     """Who waits for longer gets room even from replicas that serve sessions, in seconds; these are drained,
     which costs their sessions a move or `drain_grace_seconds`. Below `acquire_timeout_seconds` it keeps a
@@ -110,6 +114,7 @@ class ControllerSettings(ServiceSettings):
             drain_grace_seconds=self.drain_grace_seconds,
             replace_after_seconds=self.replace_after_seconds,
             hysteresis_ratio=self.hysteresis_ratio,
+            may_migrate=self.may_migrate,
             waiting_bound_seconds=self.waiting_bound_seconds,
             queue_age_seconds=self.queue_age_seconds,
             backoff_first_seconds=self.backoff_first_seconds,
