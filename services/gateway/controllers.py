@@ -60,7 +60,9 @@ class Controllers:
         """Yield a stream's messages; it moves on to the next controller only before the first message.
 
         Raises:
-            StokerError: What the controller answered, or that none could be reached.
+            ControllerAway: None could be reached, or the one that had begun to answer is gone or leads no
+                longer (`begun`): whoever still wants to know asks again, and another one is asked first.
+            StokerError: What the controller answered.
         """
         last: StokerError | None = None
         for _ in self._addresses:
@@ -73,10 +75,16 @@ class Controllers:
                         begun = True
                         yield message
             except PeerError as error:
-                if begun or not _elsewhere(error):
+                if not _elsewhere(error):
                     raise
                 last = error
                 self._current += 1
+                if begun:
+                    raise ControllerAway(
+                        f"controller {address} was lost: {error.message}",
+                        retry_after_seconds=RETRY_AFTER_SECONDS,
+                        begun=True,
+                    ) from error
             else:
                 return
             finally:
@@ -96,7 +104,19 @@ class Controllers:
 
 
 class ControllerAway(PeerError):
-    """No controller can be reached, or none leads: it may be back soon."""
+    """No controller can be reached, or none leads: it may be back soon.
+
+    Args:
+        message: What happened.
+        retry_after_seconds: When asking again may help.
+        begun: A controller had begun to answer.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after_seconds: float | None = None, begun: bool = False
+    ) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds)
+        self.begun = begun
 
 
 def _elsewhere(error: PeerError) -> bool:

@@ -28,7 +28,8 @@ class Placement:
         controllers: Who starts replicas.
         clock: Time.
         cold_timeout_seconds: Longest wait for a start.
-        patience_seconds: How long to keep trying while no controller can be reached.
+        patience_seconds: How long to keep asking while no controller can be reached or none leads: longer
+            than a leader's lease, so that its death loses no request.
 
     Attributes:
         table: The routes.
@@ -90,22 +91,28 @@ class Placement:
             StokerError: What the controller says: no room, load failed, not in time, nobody there.
         """
         began_seconds = self._clock.now_seconds()
-        request = controller_pb2.AcquireRequest(
-            model=job.trace.model,
-            request_id=job.trace.request_id,
-            timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds(), limit_seconds),
-            failed_replica_ids=failed,
-            deadline_seconds=0.0 if failed else job.deadline_left_seconds(),
-        )
+        timeout_seconds = min(self._cold_timeout_seconds, job.left_seconds(), limit_seconds)
+        away_since_seconds: float | None = None
         if failed or job.request.deadline_seconds is None:  # else a refusal at once must still be an error
             await job.sink.waiting(Waiting(state="acquiring"))
         try:
             while True:
+                left_seconds = timeout_seconds - (self._clock.now_seconds() - began_seconds)
+                request = controller_pb2.AcquireRequest(
+                    model=job.trace.model,
+                    request_id=job.trace.request_id,
+                    timeout_seconds=max(0.001, left_seconds),
+                    failed_replica_ids=failed,
+                    deadline_seconds=0.0 if failed else job.deadline_left_seconds(),
+                )
                 try:
                     return await self._acquire_once(request, job)
                 except ControllerAway as error:
-                    waited_seconds = self._clock.now_seconds() - began_seconds
-                    if waited_seconds >= min(self._patience_seconds, request.timeout_seconds):
+                    now_seconds = self._clock.now_seconds()
+                    if away_since_seconds is None or error.begun:
+                        away_since_seconds = now_seconds
+                    is_patient = now_seconds - away_since_seconds < self._patience_seconds
+                    if not is_patient or now_seconds - began_seconds >= timeout_seconds:
                         raise
                     await job.sink.waiting(Waiting(state="acquiring", reason=error.message))
                     await self._clock.sleep(AWAY_RETRY_SECONDS)
@@ -147,9 +154,10 @@ class Placement:
                         await job.sink.waiting(Waiting(state="queued", reason=event.queued.reason))
                     case "starting":
                         await job.sink.waiting(_starting(event.starting))
-        raise PeerError(
+        raise ControllerAway(
             f"the controller stopped waiting for model {job.trace.model!r} without a word; try again",
             retry_after_seconds=1.0,
+            begun=True,
         )
 
 

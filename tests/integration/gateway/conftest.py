@@ -26,7 +26,8 @@ async def gateway(
 ) -> AsyncIterator[GatewayProcess]:
     """Run a gateway on it."""
     cache_dir = tmp_path_factory.mktemp("gateway-cache")
-    async with GatewayProcess(shared_cluster.controller_address, cache_dir) as process:
+    impatience = {"max_attempts": 3, "resume_timeout_seconds": 1}
+    async with GatewayProcess(shared_cluster.controller_address, cache_dir, **impatience) as process:
         await process.wait_for_log("routes.synced")
         yield process
 

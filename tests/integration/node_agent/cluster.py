@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -151,14 +152,17 @@ class OneNode:
         )
 
 
+_SESSIONS = itertools.count(1)
+
+
 def request(
-    replica_id: str, prompt: list[int], *, session_id: str = "ses-1", max_tokens: int = 16, **sampling: Any
+    replica_id: str, prompt: list[int], *, session_id: str = "", max_tokens: int = 16, **sampling: Any
 ) -> session_pb2.GenerateRequest:
-    """Return a greedy request."""
+    """Return a greedy request; a session of its own unless it is named."""
     return session_pb2.GenerateRequest(
         model="tiny",
         replica_id=replica_id,
-        session_id=session_id,
+        session_id=session_id or f"ses-{next(_SESSIONS)}",
         epoch=1,
         prompt_token_ids=prompt,
         sampling=session_pb2.Sampling(seed=1, max_tokens=max_tokens, **sampling),

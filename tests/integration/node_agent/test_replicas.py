@@ -80,12 +80,10 @@ async def test_greedy_tokens_equal_those_of_transformers_generate(serving: OneNo
 
 async def test_sessions_that_share_a_worker_do_not_disturb_each_other(serving: OneNode) -> None:
     prompts = [PROMPT[:length] for length in (2, 5, 8, 11)]
-    alone = [
-        await generate(serving, request("rep-shared", prompt, session_id="ses-alone")) for prompt in prompts
-    ]
+    alone = [await generate(serving, request("rep-shared", prompt)) for prompt in prompts]
     together = await asyncio.gather(
         *(
-            generate(serving, request("rep-shared", prompt, session_id=f"ses-{index}"))
+            generate(serving, request("rep-shared", prompt, session_id=f"ses-together-{index}"))
             for index, prompt in enumerate(prompts)
         )
     )
@@ -108,9 +106,7 @@ async def test_a_session_continues_after_tokens_generated_elsewhere(serving: One
 
 async def test_a_cancelled_call_ends_its_session_and_no_other(serving: OneNode) -> None:
     other = asyncio.ensure_future(
-        generate(
-            serving, request("rep-shared", PROMPT, session_id="ses-other", max_tokens=200, ignore_eos=True)
-        )
+        generate(serving, request("rep-shared", PROMPT, max_tokens=200, ignore_eos=True))
     )
     call = serving.stub.Generate(request("rep-shared", PROMPT, max_tokens=480, ignore_eos=True))
     await serving.listener.until(lambda report: any(r.running_sessions == 2 for r in report.replicas))
@@ -120,7 +116,7 @@ async def test_a_cancelled_call_ends_its_session_and_no_other(serving: OneNode) 
         lambda report: all(r.running_sessions + r.waiting_sessions == 0 for r in report.replicas)
     )
 
-    assert await generate(serving, request("rep-shared", PROMPT, session_id="ses-after"))
+    assert await generate(serving, request("rep-shared", PROMPT))
 
 
 async def test_a_replica_that_is_not_here_is_gone(node: OneNode) -> None:
@@ -145,7 +141,7 @@ async def test_what_no_model_can_do_is_refused_with_its_reason(
         await generate(serving, wanted)
 
     assert refused.value.code == error_code
-    assert await generate(serving, request("rep-shared", PROMPT, session_id="ses-after"))
+    assert await generate(serving, request("rep-shared", PROMPT))
 
 
 async def test_a_replica_with_a_session_is_not_stopped_as_idle(node: OneNode, tiny_model: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_field_out_of_range_is_refused_and_named(field: str, fields: dict[str,
 
 
 def test_devices_that_no_engine_serves_yet_are_refused_with_what_to_do() -> None:
-    with pytest.raises(InvalidRequest, match="devices 4 is not served yet.*deploy it with devices 1"):
+    with pytest.raises(InvalidRequest, match=r"devices 4 is not served yet.*deploy it with devices 1"):
         resolve(a_spec(devices=4), SETTINGS)
 
 
