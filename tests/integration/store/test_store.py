@@ -251,7 +251,6 @@ def test_a_file_cut_while_it_is_read_is_a_failed_load_for_all_who_wait_and_not_f
 @pytest.mark.parametrize(
     ("uri", "kind"),
     [
-        ("hf://org/model", CallerError),
         ("relative", CallerError),
         ("/no/such/folder", NotFound),
         ("/", CheckpointInvalid),
