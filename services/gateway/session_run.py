@@ -151,7 +151,7 @@ class SessionRun:
         if event.tokens:
             self._note_tokens()
         if self._choice == 0 and event.HasField("timings"):
-            self._job.trace.worker = event.timings
+            self._job.trace.note_timings(event.timings)
         await self._job.sink.delta(self._choice, delta)
 
     def _resume_mode(self) -> session_pb2.ResumeMode.ValueType:

@@ -176,6 +176,20 @@ async def test_tokens_of_an_earlier_owner_are_refused() -> None:
     assert world.seen.text == TEXT
 
 
+async def test_the_start_that_ended_with_the_first_token_is_in_the_requests_trace() -> None:
+    first = event(0, ids_of("a"))
+    first.timings.prefill_seconds = 0.25
+    first.timings.start.weights_seconds = 0.5
+    world = World([first, event(1, ids_of(TEXT)[1:], finish=LENGTH)])
+
+    await world.run()
+
+    shown = world.trace.to_json()
+    assert shown["start"]["weights_seconds"] == 0.5
+    assert shown["worker"]["prefill_seconds"] == 0.25
+    assert "start" not in shown["worker"]
+
+
 async def test_a_replica_that_leaves_a_gap_or_repeats_a_token_is_given_up() -> None:
     world = World([2, event(4, ids_of("x"))], [2, event(1, ids_of("b"), epoch=1)], [4])
 
