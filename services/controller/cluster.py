@@ -15,9 +15,12 @@ from contextlib import contextmanager
 
 from services.controller import metrics
 from services.controller.actions import Action, Migrate, Note, Release, Start, Stop, start_failed
+from services.controller.answer import answer
+from services.controller.deadline import Late, late_if_started
 from services.controller.decision_log import DecisionLog
 from services.controller.event_log import EventLog
 from services.controller.events import (
+    Declined,
     Demanded,
     DemandEnded,
     Distrusted,
@@ -257,6 +260,28 @@ class Cluster:
             if not self._waiters[name]:
                 del self._waiters[name]
             self.apply(DemandEnded(model=name))
+
+    def decline_if_late(self, name: ModelName, due_seconds: float) -> Late | None:
+        """Tell whether a request due then is to be refused before anything is ordered for it."""
+        now_seconds = self.clock.now_seconds()
+        found = answer(self.view, name, since_seconds=now_seconds, now_seconds=now_seconds)
+        hopeless = late_if_started(
+            self.view,
+            name,
+            found,
+            now_seconds=now_seconds,
+            due_seconds=due_seconds,
+            policy=self._policy,
+        )
+        if hopeless is not None:
+            self.apply(Declined(model=name, now_seconds=now_seconds))
+            self.tell(
+                "request.declined",
+                model=name,
+                estimate_seconds=round(hopeless.ready_seconds, 4),
+                due_in_seconds=round(due_seconds - now_seconds, 4),
+            )
+        return hopeless
 
     def _log_ready(self, replica: node_agent_pb2.Replica, node_id: NodeId) -> None:
         reservation = self.view.reservations.get(ReplicaId(replica.replica_id))

@@ -144,6 +144,14 @@ class DemandEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Declined:
+    """A request was refused at once because no start could meet its deadline; forecasts count it."""
+
+    model: ModelName
+    now_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartFailed:
     """A start failed for a reason that lies in the model or its order."""
 
@@ -195,6 +203,7 @@ Event = (
     | StopRefused
     | Demanded
     | DemandEnded
+    | Declined
     | StartFailed
     | Refused
     | RefusalLifted

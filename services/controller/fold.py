@@ -14,6 +14,7 @@ from immutables import Map
 from services.controller.bandwidth import learn
 from services.controller.estimate import NOTHING
 from services.controller.events import (
+    Declined,
     Demanded,
     DemandEnded,
     Distrusted,
@@ -126,6 +127,7 @@ def _models_of(before: View, after: View, event: Event) -> set[ModelName]:
         case (
             Demanded(model=name)
             | DemandEnded(model=name)
+            | Declined(model=name)
             | StartFailed(model=name)
             | Refused(model=name)
             | RefusalLifted(model=name)
@@ -192,6 +194,8 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
             return _demanded(view, model_name, now_seconds)
         case DemandEnded(model=model_name):
             return _demand_ended(view, model_name)
+        case Declined(model=model_name, now_seconds=now_seconds):
+            return _arrived(view, model_name, now_seconds)
         case StartFailed():
             return _start_failed(view, event)
         case Refused(model=model_name, refusal=refusal):

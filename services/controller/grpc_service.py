@@ -11,7 +11,7 @@ import grpc
 
 from services.controller.answer import Answer, Failed, Queued, Ready, Starting, Unknown, answer, near_names
 from services.controller.cluster import Cluster
-from services.controller.deadline import late
+from services.controller.deadline import Late, late
 from services.controller.fleet import Member
 from services.controller.index import index_of, reservations_on
 from services.controller.leadership import Leadership
@@ -240,6 +240,10 @@ async def _acquire(
     """Tell what is new until a replica is ready; leaving at any point leaves the start alone."""
     name = ModelName(request.model)
     since_seconds = cluster.clock.now_seconds()
+    if request.deadline_seconds > 0:
+        hopeless = cluster.decline_if_late(name, since_seconds + request.deadline_seconds)
+        if hopeless is not None:
+            raise _cannot_meet(hopeless, request.model, request.deadline_seconds)
     failed = frozenset(ReplicaId(replica_id) for replica_id in request.failed_replica_ids)
     told: pb.AcquireEvent | None = None
     waited = False
@@ -282,12 +286,21 @@ def _check_deadline(
     found_late = late(found, now_seconds=now_seconds, due_seconds=since_seconds + request.deadline_seconds)
     if found_late is not None:
         left_seconds = max(0.0, since_seconds + request.deadline_seconds - now_seconds)
-        raise CannotMeetDeadline(
-            f"model {request.model} is expected to be ready in {found_late.ready_seconds:.2f} s and the "
-            f"request is due in {left_seconds:.2f} s; its start goes on: ask again then, or allow more time",
-            retry_after_seconds=min(RETRY_AFTER_LIMIT_SECONDS, max(1.0, found_late.ready_seconds)),
-            details={"estimate_seconds": round(found_late.ready_seconds, 3)},
-        )
+        raise _cannot_meet(found_late, request.model, left_seconds)
+
+
+def _cannot_meet(found: Late, model: str, left_seconds: float) -> CannotMeetDeadline:
+    """Return the refusal, with the estimate."""
+    at_best, then = "", "its start goes on: ask again then, or allow more time"
+    if not found.ordered:
+        at_best = f" at best, from {found.tier},"
+        then = "it was not started: allow more time, or keep a replica (min_replicas)"
+    return CannotMeetDeadline(
+        f"model {model} is expected to be ready in {found.ready_seconds:.2f} s{at_best} and the request is "
+        f"due in {left_seconds:.2f} s; {then}",
+        retry_after_seconds=min(RETRY_AFTER_LIMIT_SECONDS, max(1.0, found.ready_seconds)),
+        details={"estimate_seconds": round(found.ready_seconds, 3)},
+    )
 
 
 def _progress(found: Answer, name: ModelName, now_seconds: float) -> pb.AcquireEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 
 from services.controller.events import (
+    Declined,
     Demanded,
     DemandEnded,
     Distrusted,
@@ -69,7 +70,7 @@ def touched(before: View, event: Event) -> AbstractSet[ModelName]:  # noqa: C901
             return {name}
         case Distrusted(replica_ids=replica_ids):
             return {before.reservations[found].model for found in replica_ids if found in before.reservations}
-        case Demanded() | DemandEnded() | SchedulingSet():
+        case Demanded() | DemandEnded() | Declined() | SchedulingSet():
             return set()
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.controller.answer import Failed, Queued, Ready, Starting, Unknown
-from services.controller.deadline import late
+from services.controller.deadline import late, late_if_started
 from services.controller.events import (
     Demanded,
     DemandEnded,
@@ -238,7 +238,14 @@ def _expect_answer(world: World, name: ModelName, kind: str, text: str) -> None:
     found = world.answer(name)
     if kind in {"meets", "misses"}:
         due_seconds = world.now_seconds + quantity(text)
-        found_late = late(found, now_seconds=world.now_seconds, due_seconds=due_seconds)
+        found_late = late(found, now_seconds=world.now_seconds, due_seconds=due_seconds) or late_if_started(
+            world.view,
+            name,
+            found,
+            now_seconds=world.now_seconds,
+            due_seconds=due_seconds,
+            policy=world.policy,
+        )
         if (found_late is not None) != (kind == "misses"):
             raise ScriptError(f"a request due in {text} is told {found_late}")
         return

@@ -13,6 +13,7 @@ import pytest
 from stoker.errors import (
     AlreadyExists,
     CallerError,
+    CannotMeetDeadline,
     CheckpointInvalid,
     DeadlineExceeded,
     DoesNotFit,
@@ -88,6 +89,13 @@ class Deployment:
         with translated("controller"):
             listed = await self.client.stub.ListNodes(controller_pb2.ListNodesRequest())
         return any(node.report.node_id == node_id and node.reachable for node in listed.nodes)
+
+    async def has_pool(self, node_id: str, total_bytes: int) -> bool:
+        """Tell whether the controller knows that the node's pool has this size."""
+        with translated("controller"):
+            listed = await self.client.stub.ListNodes(controller_pb2.ListNodesRequest())
+        pools = {node.report.node_id: node.report.store.pool.total_bytes for node in listed.nodes}
+        return pools.get(node_id) == total_bytes
 
     async def ready_replicas(self, model: str) -> int:
         """Return how many ready replicas of a model are listed."""
@@ -292,6 +300,25 @@ async def test_a_model_larger_than_every_pool_is_refused_with_the_sizes(cluster:
 
     with pytest.raises(DoesNotFit, match=r"2\.0 GB, the store's pool 1\.0 GB"):
         await cluster.client.acquire("m")
+
+
+async def test_a_deadline_that_no_start_meets_is_refused_before_anything_is_ordered(
+    cluster: Deployment,
+) -> None:
+    await cluster.controller_with()
+    node = await cluster.node()
+    node.file_bytes, node.pool_bytes = 600_000_000_000, 1_000_000_000_000
+    node.report()
+    await until(lambda: cluster.has_pool(node.node_id, node.pool_bytes))
+    await cluster.client.deploy("m")
+
+    with pytest.raises(CannotMeetDeadline, match=r"at best, from disk, .* it was not started") as refused:
+        await cluster.client.acquire("m", deadline_seconds=30.0)
+
+    assert refused.value.details["estimate_seconds"] > 30
+    assert not node.starts
+    await cluster.client.acquire("m", deadline_seconds=100_000.0)
+    assert len(node.starts) == 1
 
 
 async def test_a_deleted_model_is_drained_and_who_waits_learns_it(cluster: Deployment) -> None:
