@@ -78,13 +78,13 @@ def model_of(record: ModelRecord) -> Model:
         preferred_labels=frozenset(spec.preferred_node_labels.items()),
         keep_alive_auto=spec.keep_alive_auto,
         kv_bytes_per_token=checkpoint.kv_bytes_per_token,
-        origin=_origin(checkpoint.uri),
+        origin="remote" if checkpoint.far or _is_remote(checkpoint.uri) else "disk",
     )
 
 
-def _origin(uri: str) -> str:
-    """Return what a node that holds nothing of a checkpoint reads it from."""
-    return "remote" if "://" in uri and not uri.startswith("file://") else "disk"
+def _is_remote(uri: str) -> bool:
+    """Tell by its address alone that a checkpoint is far; records of older controllers say nothing else."""
+    return "://" in uri and not uri.startswith("file://")
 
 
 def node_of(report: node_agent_pb2.NodeReport, now_seconds: float) -> Node:

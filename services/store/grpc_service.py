@@ -91,7 +91,9 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         began_seconds = self._clock.now_seconds()
         entry = await self._catalog.open(request.uri, revision=request.revision)
         there = {each.entry.identity for each in self._loads.residents() if each.phase is Phase.READY}
-        resident = await self._loads.load(entry, urgency_of(request.priority))
+        resident = await self._loads.load(
+            entry, urgency_of(request.priority), free_room_only=request.free_room_only
+        )
         moved = transfers(resident.moved)
         if entry.identity in there:
             seconds = self._clock.now_seconds() - began_seconds

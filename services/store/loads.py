@@ -101,14 +101,16 @@ class Loads:
         self._admit_waiting()
         self._changed()
 
-    async def load(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+    async def load(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
         """Return the checkpoint when all of it is in the pool. Cancelling the wait does not end the load.
+
+        With `free_room_only` nothing is dropped for it: it is refused instead.
 
         Raises:
             StokerError: As `lease`; LoadFailed when it could not be read; CapacityError when a prefetch had
                 to give way.
         """
-        resident = self._resident(entry, urgency)
+        resident = self._resident(entry, urgency, free_room_only=free_room_only)
         demanded = int(urgency is Urgency.DEMAND)
         resident.demand_waiters += demanded
         try:
@@ -191,7 +193,7 @@ class Loads:
 
     # --- one resident's way ---
 
-    def _resident(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+    def _resident(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
         if self._closed:
             raise PeerError(_STOPPING, retry_after_seconds=1.0)
         identity = entry.identity
@@ -199,6 +201,7 @@ class Loads:
         if resident is None:
             self._supersede(entry)
             resident = self._new(entry, urgency)
+            resident.free_room_only = free_room_only
             self._by_identity[identity] = resident
             self._residents[resident.key] = resident
             if any(each.urgency <= urgency for each in self._waiting) and self._could_fit(resident):
@@ -210,6 +213,7 @@ class Loads:
         elif urgency < resident.urgency:
             resident.urgency = urgency
             self.transfers.hurry(resident)
+        resident.free_room_only &= free_room_only
         resident.uses = resident.uses.used(self._clock.now_seconds())
         resident.last_used_unix_seconds = self._clock.unix_seconds()
         return resident

@@ -34,7 +34,8 @@ def pool_as_seen(  # noqa: PLR0913 - all that a decision about room looks at
 
     Args:
         residents: All that have chunks, also those that are gone and not settled.
-        asking: Who wants room; only a demand may end a load that is under way.
+        asking: Who wants room; only a demand may end a load that is under way, and who wants free room only
+            gets nobody's.
         free_chunks: Nobody's.
         total_chunks: All.
         chunk_bytes: Of one.
@@ -57,6 +58,7 @@ def pool_as_seen(  # noqa: PLR0913 - all that a decision about room looks at
                 uses=each.uses,
                 held=each.phase is Phase.GONE
                 or is_held(each, pinned)
+                or asking.free_room_only
                 or (each.phase in {Phase.WAITING, Phase.LOADING} and asking.urgency is Urgency.PREFETCH),
                 superseded=each.superseded,
             )

@@ -106,6 +106,7 @@ class Resident:
         leases: Attach connections.
         demand_waiters: Calls that wait for it on someone's behalf.
         superseded: Its files have changed since.
+        free_room_only: Nothing is dropped for it while it waits for chunks.
         parts: What its load has moved so far.
         moved: The same by tier, once loaded.
         seconds: What the load took, once loaded.
@@ -130,6 +131,7 @@ class Resident:
     leases: int = 0
     demand_waiters: int = 0
     superseded: bool = False
+    free_room_only: bool = False
     parts: list[ReadPart] = field(default_factory=list)
     moved: tuple[Moved, ...] = ()
     seconds: float = 0.0

@@ -214,7 +214,7 @@ class RemoteCheckpoints:
         read = read_entry(folder)
         info = model_pb2.CheckpointInfo()
         info.CopyFrom(read.info)
-        info.uri, info.revision = record.uri, record.revision
+        info.uri, info.revision, info.far = record.uri, record.revision, True
         return replace(
             read,
             index=replace(read.index, revision=Revision(record.revision)),

@@ -228,6 +228,19 @@ async def test_a_prefetch_gives_way_to_a_demand(tmp_path):
         assert prefetched.phase is Phase.GONE
 
 
+async def test_a_prefetch_into_free_room_drops_nothing_and_is_refused_without(tmp_path):
+    a, b, c = (write_checkpoint(tmp_path / name, size=100_000) for name in "abc")
+    async with store(chunks=8) as made:
+        kept = await made.load(a)
+        fits = await made.catalog.open(str(b))
+        too_many = await made.catalog.open(str(c))
+
+        assert (await made.loads.load(fits, Urgency.PREFETCH, free_room_only=True)).phase is Phase.READY
+        with pytest.raises(CapacityError):
+            await made.loads.load(too_many, Urgency.PREFETCH, free_room_only=True)
+        assert kept.phase is Phase.READY
+
+
 async def test_a_prefetch_does_not_end_another_one(tmp_path):
     a, b = (write_checkpoint(tmp_path / name, size=100_000) for name in "ab")
     async with store(chunks=4) as made:
