@@ -210,6 +210,20 @@ class StreamLost(PeerError):
     grpc_status = grpc.StatusCode.ABORTED
 
 
+class KvUnavailable(PeerError):
+    """Keys and values can't be shipped between two workers, or not now: compute them from the tokens."""
+
+    code = "kv_unavailable"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class KvDamaged(KvUnavailable):
+    """Keys and values came that are not those that were sent."""
+
+    code = "kv_damaged"
+    grpc_status = grpc.StatusCode.DATA_LOSS
+
+
 class NotLeader(PeerError):
     """This controller does not lead; the details may name who does."""
 

@@ -10,7 +10,8 @@ out, and a session is nothing but numbers. Four rules hold for every engine:
 4. Everything is bounded: batch, waiting queue, context and KV tokens (`EngineLimits`).
 
 Threads: `submit`, `cancel` and `stats` may be called from any thread and never wait for a step; `step`,
-`snapshot` and `close` belong to the one thread that drives the engine (`engine_thread.EngineThread`).
+`snapshot`, `export_kv` and `close` belong to the one thread that drives the engine
+(`engine_thread.EngineThread`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from services.worker.adapted_rows import AdapterWeights
+    from services.worker.kv_exchange import KvReader, StagedKv
+    from services.worker.kv_format import KvLayout
     from stoker.ids import SessionId
 
 MAX_TOP_LOGPROBS = 20
@@ -138,6 +141,9 @@ class Submit:
     sampling: Sampling = field(default_factory=Sampling)
     adapter: AdapterWeights | None = None
     """What is added to the model for this session; None: the model as it is."""
+    staged: StagedKv | None = None
+    """Keys and values of its first tokens, made by `Engine.stage_kv`; the session owns them once it is
+    accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,6 +312,27 @@ class Engine(Protocol):
 
         Raises:
             NotFound: No such session runs or waits here.
+        """
+        ...
+
+    @property
+    def kv_layout(self) -> KvLayout:
+        """Return how keys and values leave and enter this engine."""
+        ...
+
+    def export_kv(self, session_id: SessionId) -> KvReader:
+        """Return what reads a session's keys and values while it goes on; a session may have none yet.
+
+        Raises:
+            NotFound: No such session runs or waits here.
+            KvUnavailable: They can't leave this engine, for a reason.
+        """
+        ...
+
+    def stage_kv(self) -> StagedKv:
+        """Return room for keys and values of a session that is on its way; `extend` it first. Any thread.
+
+        It counts like a session's own until the session that gets it ends, or it is released.
         """
         ...
 

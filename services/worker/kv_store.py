@@ -94,10 +94,13 @@ class SessionKv:
 
     Attributes:
         slot: Its slot in the pool, if it has one.
+        place: Counts up before its slot is given back: what somebody reads from there meanwhile is worthless.
+            A store of its own stays as it is for whoever reads it, wherever the session goes.
     """
 
     def __init__(self, budget: KvBudget) -> None:
         self._budget = budget
+        self.place = 0
         self._capacity = 0
         self._written = 0
         self._layers: dict[int, torch.Tensor] = {}
@@ -136,6 +139,7 @@ class SessionKv:
         budget.own_tokens += capacity - own
         self._capacity, self.slot = capacity, None
         if old_slot is not None:
+            self.place += 1
             budget.pool.give_back(old_slot, written)
         return True
 
@@ -146,6 +150,18 @@ class SessionKv:
     def note_written(self, tokens: int) -> None:
         """Remember that up to `tokens` tokens were written, by `write` or into the slot."""
         self._written = max(self._written, tokens)
+
+    def prepare(self, layers: int, like_2KTD: torch.Tensor) -> list[torch.Tensor]:
+        """Make all layers' stores as the model would at its first tokens; return them, [2, K, S, D] each.
+
+        Args:
+            layers: How many.
+            like_2KTD: Their dtype, device and shape; T doesn't matter.
+        """
+        for layer in range(layers):
+            if layer not in self._layers:
+                self.write(layer, 0, like_2KTD[:, :, :0])
+        return [self._layers[layer] for layer in range(layers)]
 
     def write(self, layer: int, start: int, kv_2KTD: torch.Tensor) -> torch.Tensor:
         """Store T tokens from `start` on; return a view [2, K, start + T, D] of all up to the last."""
@@ -169,6 +185,7 @@ class SessionKv:
         if self.slot is None:
             budget.own_tokens -= self._capacity
         else:
+            self.place += 1
             budget.pool.give_back(self.slot, self._written)
         self.slot, self._capacity, self._written = None, 0, 0
         self._layers.clear()

@@ -106,7 +106,9 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
     began = time.monotonic()
     model = assign_weights(skeleton, weights.tensors, before_reading=arrival.loaded.result)
     needs_stages = wait_for_weights(model, weights.tensors, order.stage_of, gate, weights.join)
-    engine = TransformersEngine(model, limits_for(request, settings, model, device))
+    engine = TransformersEngine(
+        model, limits_for(request, settings, model, device), revision=attachment.checkpoint.revision
+    )
     timings.assign_seconds = time.monotonic() - began
     return LoadedModel(
         engine=engine,

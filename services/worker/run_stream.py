@@ -18,7 +18,7 @@ from services.worker import wire
 from services.worker.engine import Finished, Output, Submit
 from services.worker.engine_thread import EngineThread
 from stoker import log
-from stoker.errors import AlreadyExists, Fenced, InvalidRequest, StokerError
+from stoker.errors import AlreadyExists, Fenced, InvalidRequest, NotFound, StokerError
 from stoker.ids import SessionId
 from stoker.v1.model_pb2 import AdapterSpec
 from stoker.v1.session_pb2 import GenerateRequest
@@ -27,6 +27,7 @@ from stoker.v1.worker_pb2 import LoadEnd, RunCommand, StepEvent
 if TYPE_CHECKING:  # torch: imported only when the worker is warm
     from services.worker.adapted_rows import AdapterWeights
     from services.worker.adapter_cache import AdapterCache
+    from services.worker.kv_desk import KvDesk
 
 
 class RunStream:
@@ -46,6 +47,7 @@ class RunStream:
         self._has_reader = False
         self._adapters: AdapterCache | None = None
         self._leases: dict[SessionId, AdapterSpec] = {}
+        self._kv: KvDesk | None = None
 
     # --- from the engine's thread ---
 
@@ -67,6 +69,24 @@ class RunStream:
     def use(self, adapters: AdapterCache) -> None:
         """Take adapters of sessions from here; before this call no session may have one."""
         self._adapters = adapters
+
+    def expect_kv(self, desk: KvDesk) -> None:
+        """Begin sessions with what has arrived of them at the desk."""
+        self._kv = desk
+
+    def engine_id(self, session_id: str, epoch: int) -> SessionId:
+        """Return what the engine calls a session that runs here.
+
+        Raises:
+            NotFound: Nobody runs it here.
+            Fenced: Another epoch's owner does.
+        """
+        engine_id = self._current.get(session_id)
+        if engine_id is None:
+            raise NotFound(f"session {session_id} does not run here")
+        if self._owners[engine_id].epoch != epoch:
+            raise Fenced(f"session {session_id} runs here under another epoch than {epoch}")
+        return engine_id
 
     def announce(self, load_end: LoadEnd) -> None:
         """Tell the agent how the rest of the load went."""
@@ -105,13 +125,25 @@ class RunStream:
 
     def _start(self, wanted: Submit, earlier_id: SessionId | None, engine: EngineThread) -> None:
         if earlier_id is None:
-            engine.submit(wanted)
+            self._begin(wanted, engine)
             return
         owner = self._owners[wanted.session_id]
         taken = engine.take_over(earlier_id, wanted)
         taken.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._note_taken, done, wanted.session_id, owner)
         )
+
+    def _begin(self, wanted: Submit, engine: EngineThread) -> None:
+        session_id = self._owners[wanted.session_id].session_id
+        staged = None if self._kv is None else self._kv.claim(session_id, wanted)
+        if self._kv is None or staged is None:
+            engine.submit(wanted)
+            return
+        try:
+            engine.submit(replace(wanted, staged=staged))
+        except StokerError:
+            self._kv.release(staged)
+            raise
 
     def _submit_adapted(
         self, adapter: AdapterSpec, wanted: Submit, earlier_id: SessionId | None, engine: EngineThread

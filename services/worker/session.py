@@ -68,6 +68,18 @@ class Session:
             return FinishReason.STOP, last
         return (FinishReason.LENGTH, None) if count >= self.max_output_tokens else None
 
+    def begin_at_known(self, chunk_tokens: int) -> None:
+        """Go back to where the next token's computation begins as it would without what is known already.
+
+        The last token is always fed: its logits choose the next one. A prefill goes on where a chunk begins.
+
+        Args:
+            chunk_tokens: Of a prefill chunk.
+        """
+        self.cached = min(self.cached, len(self.tokens) - 1)
+        if self.is_prefilling:
+            self.cached -= self.cached % chunk_tokens
+
     def set_back(self) -> None:
         """Forget the KV; the tokens will be computed again, to the same bits."""
         self.kv.release()

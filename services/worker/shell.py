@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,11 +16,13 @@ import grpc
 from services.worker import wire
 from services.worker.engine import TokenOut
 from services.worker.engine_thread import EngineThread
+from services.worker.kv_desk import KvDesk
 from services.worker.run_stream import RunStream
 from services.worker.settings import WorkerSettings
 from stoker import log
 from stoker.errors import InvalidRequest, ReplicaGone, StokerError
 from stoker.rpc import Server
+from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
 from stoker.v1.worker_pb2 import (
     DescribeWorkerRequest,
     LoadEnd,
@@ -57,6 +60,7 @@ class WorkerShell(WorkerServicer):
         self._warm: asyncio.Future[list[str]] | None = None
         self._stream = RunStream(self._loop)
         self._engine: EngineThread | None = None
+        self._kv: KvDesk | None = None
         self._loaded: LoadedModel | None = None
         self._load_began = False
 
@@ -123,6 +127,8 @@ class WorkerShell(WorkerServicer):
             interrupt=loaded.gate.interrupt,
         )
         self._engine.start()
+        self._kv = KvDesk(self._engine)
+        self._stream.expect_kv(self._kv)
         limits = loaded.engine.limits
         return LoadModelResponse(
             timings=timings,
@@ -149,6 +155,30 @@ class WorkerShell(WorkerServicer):
             finally:
                 commands.cancel()
                 self._stream.cancel_all(engine)
+
+    async def ReadKv(  # noqa: N802 - the name of the rpc
+        self, request: ReadKvRequest, context: Context
+    ) -> AsyncIterator[KvPart]:
+        """Give a running session's keys and values away, while it goes on."""
+        del context
+        desk = self._desk()
+        async with aclosing(
+            desk.read(request, self._stream.engine_id(request.session_id, request.epoch))
+        ) as parts:
+            async for part in parts:
+                yield part
+
+    async def WriteKv(  # noqa: N802 - the name of the rpc
+        self, request_iterator: AsyncIterator[KvPart], context: Context
+    ) -> WriteKvResponse:
+        """Take keys and values of a session that is about to come."""
+        del context
+        return await self._desk().write(aiter(request_iterator))
+
+    def _desk(self) -> KvDesk:
+        if self._kv is None:
+            raise ReplicaGone(f"worker {self._settings.worker_id} has no model yet")
+        return self._kv
 
     async def _take_commands(self, commands: AsyncIterator[RunCommand], engine: EngineThread) -> None:
         async for command in commands:

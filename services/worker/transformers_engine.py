@@ -39,20 +39,23 @@ from services.worker.engine import (
     TokenOut,
 )
 from services.worker.forward import Chunk, ModelRunner
+from services.worker.kv_exchange import KvReader, StagedKv, layout_of
 from services.worker.kv_store import SLOT_TOKENS, KvBudget, SessionKv
 from services.worker.numerics import numerics
 from services.worker.sampling import LogitsNotFinite, TokenChooser, log_probabilities
 from services.worker.session import Session, prefill_token_count
 from services.worker.weights_gate import PassInterrupted
-from stoker.errors import ContextLengthExceeded, InvalidRequest, NotFound, QueueFull
+from stoker.errors import ContextLengthExceeded, InvalidRequest, KvUnavailable, NotFound, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from services.worker.engine import KvExport, Output
+    from services.worker.kv_format import KvLayout
     from services.worker.sampling import Floats
     from stoker.ids import SessionId
 
+ENGINE = "transformers"
 REPLAY_ROWS = 12
 """Tokens of one resuming session fed in one decode pass; bounds what a replay adds to the others' steps."""
 
@@ -66,6 +69,7 @@ class TransformersEngine:
         group_rows: Rows per matrix product in decode passes; None: the measured best for dtype and device.
             Part of the numerics: all workers of a model must agree on it.
         clock: Seconds, monotonic.
+        revision: Of the model's checkpoint: keys and values are exchanged between equal ones only.
     """
 
     def __init__(
@@ -75,8 +79,12 @@ class TransformersEngine:
         *,
         group_rows: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        revision: str = "",
     ) -> None:
         self._runner = ModelRunner(model, group_rows)
+        self._kv_layout = layout_of(
+            model.config, self._runner.dtype, engine="transformers", revision=revision
+        )
         context = min(limits.max_context_tokens, self._runner.max_context_tokens, limits.max_kv_tokens)
         self._limits = replace(limits, max_context_tokens=context)
         # The longest session fits beside the pool.
@@ -99,7 +107,7 @@ class TransformersEngine:
     def numerics(self) -> str:
         """See `Engine`."""
         return numerics(
-            engine="transformers",
+            engine=ENGINE,
             dtype=self._runner.dtype,
             device=self._runner.device,
             group_rows=self._runner.group_rows,
@@ -166,6 +174,25 @@ class TransformersEngine:
             raise NotFound(f"session {session_id} does not run or wait in this engine")
         return session.snapshot(with_kv=with_kv)
 
+    @property
+    def kv_layout(self) -> KvLayout:
+        """See `Engine`."""
+        return self._kv_layout
+
+    def export_kv(self, session_id: SessionId) -> KvReader:
+        """See `Engine`."""
+        session = self._live.get(session_id)
+        if session is None:
+            raise NotFound(f"session {session_id} does not run or wait in this engine")
+        if not session.cached:
+            raise KvUnavailable(f"session {session_id} has no keys and values yet")
+        adapter = ("", "") if session.adapter is None else session.adapter.identity
+        return KvReader(session.kv, self._kv_layout, session.tokens[: session.cached], adapter)
+
+    def stage_kv(self) -> StagedKv:
+        """See `Engine`."""
+        return StagedKv(SessionKv(self._budget), self._kv_layout, self._runner.device)
+
     def stats(self) -> EngineStats:
         """See `Engine`."""
         running = len(self._running)
@@ -220,6 +247,7 @@ class TransformersEngine:
                 details={"prompt_tokens": len(prompt), "context_tokens": context},
             )
         room = context - len(prompt)
+        staged = request.staged
         return Session(
             session_id=request.session_id,
             sampling=sampling,
@@ -228,7 +256,8 @@ class TransformersEngine:
             prefill_tokens=prefill_token_count(request),
             max_output_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
             chooser=TokenChooser(sampling, prompt, generated, vocab),
-            kv=SessionKv(self._budget),
+            kv=SessionKv(self._budget) if staged is None else staged.kv,
+            cached=0 if staged is None else staged.tokens,
             submitted_seconds=self._clock(),
             adapter=request.adapter,
             shipped_kv=kv,
@@ -249,29 +278,40 @@ class TransformersEngine:
                 ended = session.finished(end[0], self._clock(), stop_token_id=end[1])
                 self._finish(session, ended, outputs)
                 continue
-            if not session.kv.reserve(len(session.tokens)):
-                return
+            while not session.kv.reserve(len(session.tokens)):
+                if not self._take_back_room(session):
+                    return
             with self._lock:
                 self._waiting.popleft()
             self._running.append(session)
             if session.started_seconds is None:
                 session.started_seconds = self._clock()
             if session.shipped_kv is not None:
-                # The last token is always fed here: its logits choose the next one.
-                session.cached = min(session.shipped_kv.token_count, len(session.tokens) - 1)
+                session.cached = session.shipped_kv.token_count
                 session.kv.load(session.shipped_kv, session.cached, self._runner.device)
                 session.shipped_kv = None
+            session.begin_at_known(self._limits.prefill_chunk_tokens)
 
     def _with_room(self, decoding: list[Session]) -> list[Session]:
         """Reserve KV for this pass's rows, setting back the youngest sessions while there is none."""
         for session in list(decoding):
             while session in self._running and not session.kv.reserve(len(session.tokens)):
+                if self._take_back_room(session):
+                    continue
                 youngest = self._running.pop()
                 youngest.set_back()
                 with self._lock:
                     self._waiting.appendleft(youngest)
                 self._stats.preempted_count += 1
         return [session for session in decoding if session in self._running]
+
+    def _take_back_room(self, needy: Session) -> bool:
+        """Take the room of a waiting session that came with keys and values; False if there is none."""
+        with self._lock:
+            holding = [session for session in self._waiting if session.cached and session is not needy]
+        if holding:
+            holding[-1].set_back()
+        return bool(holding)
 
     def _finish(self, session: Session, finished: Finished, outputs: list[Output]) -> None:
         session.kv.release()
