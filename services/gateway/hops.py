@@ -92,6 +92,7 @@ def after(  # noqa: PLR0913 - the facts of one failure, all of them values
     at: Replica | None,
     tokens: int,
     begun: bool,
+    whole: bool = False,
     now_seconds: float,
     policy: HopPolicy,
 ) -> GoOn | GiveUp:
@@ -102,7 +103,8 @@ def after(  # noqa: PLR0913 - the facts of one failure, all of them values
         error: What failed.
         at: The replica it was sent to; None = none was found.
         tokens: How many the session has.
-        begun: The client has seen something of this request.
+        begun: The client has seen something of this request, or would have if it did not want the whole.
+        whole: The client gets the answer in one piece.
         now_seconds: Monotonic time.
         policy: What the operator allows.
     """
@@ -123,7 +125,7 @@ def after(  # noqa: PLR0913 - the facts of one failure, all of them values
         failed=(*hops.failed, at.replica_id)[-REMEMBERED_FAILURES:] if at and has_failed else hops.failed,
     )
     if why := _exhausted(after_it, now_seconds, policy):
-        return GiveUp(error=_lost(error, after_it, why) if begun else error)
+        return GiveUp(error=_lost(error, after_it, why, whole=whole) if begun else error)
     return GoOn(hops=after_it, pause_seconds=_pause_seconds(after_it, error))
 
 
@@ -157,10 +159,14 @@ def _exhausted(hops: Hops, now_seconds: float, policy: HopPolicy) -> str:
     return ""
 
 
-def _lost(error: StokerError, hops: Hops, why: str) -> StreamLost:
+def _lost(error: StokerError, hops: Hops, why: str, *, whole: bool) -> StreamLost:
+    what_now = (
+        "nothing of it was sent, send the request again"
+        if whole
+        else "what was sent is right as far as it goes, send the request again for all of it"
+    )
     return StreamLost(
-        f"the answer was cut off after {hops.tokens} tokens: {why} (the last: {error.message}); what was "
-        "sent is right as far as it goes, send the request again for all of it",
+        f"the answer was cut off after {hops.tokens} tokens: {why} (the last: {error.message}); {what_now}",
         retry_after_seconds=error.retry_after_seconds or LONGEST_PAUSE_SECONDS,
         details={"tokens": hops.tokens, "hops": hops.count, "cause": error.code},
     )

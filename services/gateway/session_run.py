@@ -131,8 +131,8 @@ class SessionRun:
                     if isinstance(event, Moved):
                         self._switch(event, replica)
                         return event
-                    if mover is None and event.HasField("leave"):
-                        mover = self._move(replica, event.leave)
+                    if event.HasField("leave") and (mover is None or mover.task.done()):
+                        mover = self._move(replica, event.leave)  # one that has given up holds nothing
                     await self._take(event, replica)
                 return None
         finally:
@@ -186,8 +186,11 @@ class SessionRun:
             from_replica_id=replica.replica_id,
             reason=leave.reason,
             grace_seconds=leave.grace_seconds,
+            to_replica_id=leave.to_replica_id,
         )
-        return Mover(self._session, replica, self._job, self._placement, self._agents, self._resume_mode())
+        return Mover(
+            self._session, replica, self._job, self._placement, self._agents, self._resume_mode(), leave
+        )
 
     def _switch(self, moved: Moved, source: Replica) -> None:
         """Make the destination the session's owner."""
@@ -210,6 +213,9 @@ class SessionRun:
         metrics.MOVE_PAUSE_SECONDS.labels(trace.model).observe(pause_seconds)
         metrics.MOVE_SECONDS.labels(trace.model).observe(switched.seconds)
         metrics.MOVE_TOKENS.labels(trace.model).inc(moved.recomputed_tokens)
+        metrics.MOVE_BYTES.labels(trace.model).inc(moved.shipped.data_bytes)
+        path = "ship" if moved.shipped.tokens else "replay"
+        metrics.MOVE_PATHS.labels(trace.model, path, moved.shipped.why_not).inc()
         log.get().info(
             "session.moved",
             migration_id=moved.migration_id,
@@ -221,12 +227,16 @@ class SessionRun:
             to_replica_id=moved.replica.replica_id,
             to_node_id=moved.replica.node_id,
             epoch=moved.epoch,
-            path="replay",
+            reason=moved.reason,
+            path=path,
+            why_not_shipped=moved.shipped.why_not,
             tokens=len(self._session.prompt_token_ids) + switched.tokens,
             recomputed_tokens=moved.recomputed_tokens,
             rounds=moved.rounds,
             lag_tokens=max(0, switched.tokens - moved.first.position),
-            shipped_bytes=0,
+            ship_rounds=moved.shipped.rounds,
+            shipped_tokens=moved.shipped.tokens,
+            shipped_bytes=moved.shipped.data_bytes,
             seconds=round(switched.seconds, 6),
             pause_seconds=round(pause_seconds, 6),
         )
@@ -274,6 +284,7 @@ class SessionRun:
             at=at,
             tokens=len(self._session.token_ids),
             begun=self._has_begun,
+            whole=self._job.request.whole,
             now_seconds=self._job.clock.now_seconds(),
             policy=self._policy,
         )

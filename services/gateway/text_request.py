@@ -37,6 +37,8 @@ class TextRequest:
     sampling: SamplingRequest
     choices: int = 1
     """Answers per prompt."""
+    whole: bool = False
+    """Nothing is sent before the answer is complete."""
     deadline_seconds: float | None = None
     """It is worthless unless its answer begins within this, from its arrival; None = it has all time."""
 

@@ -12,11 +12,15 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 import stoker
 from services.gateway.rest.errors import error_response
 from services.gateway.rest.schema import ChatCompletionRequest, CompletionRequest
 from stoker.errors import CallerError, InvalidRequest, NotFound, StokerError
+
+DOCS_FILES_PATH = "/docs-files"
+"""Where the documentation page's script and style lie: a browser without internet reads it too."""
 
 
 class MethodNotAllowed(CallerError):
@@ -51,9 +55,16 @@ def build_app(routers: Sequence[APIRouter]) -> FastAPI:
 
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> Response:
-        """Show the API to a browser; the page's scripts come from the internet."""
-        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+        """Show the API to a browser."""
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url=f"{DOCS_FILES_PATH}/swagger-ui-bundle.js",
+            swagger_css_url=f"{DOCS_FILES_PATH}/swagger-ui.css",
+            swagger_favicon_url=f"{DOCS_FILES_PATH}/favicon.png",
+        )
 
+    app.mount(DOCS_FILES_PATH, StaticFiles(packages=[("fastapi_offline", "static")]))
     return app
 
 

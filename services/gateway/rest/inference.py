@@ -62,7 +62,9 @@ def inference_router(runner: Runner, clock: Clock, keepalive_seconds: float) -> 
     ) -> Response:
         deadline_seconds = read_deadline(http.headers.get(DEADLINE_HEADER))
         request = replace(
-            asked.to_text_request(http.scope[REQUEST_ID_KEY]), deadline_seconds=deadline_seconds
+            asked.to_text_request(http.scope[REQUEST_ID_KEY]),
+            deadline_seconds=deadline_seconds,
+            whole=not asked.stream,
         )
         trace = runner.start_trace(request)
         shape = shape_class(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -139,7 +140,17 @@ async def test_openapi_describes_the_requests(http: httpx.AsyncClient) -> None:
     assert "messages" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert "prompt" in document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert "post" in document["paths"][CHAT]
-    assert (await http.get("/docs")).status_code == 200
+
+
+async def test_the_documentation_page_needs_no_other_server(http: httpx.AsyncClient) -> None:
+    page = await http.get("/docs")
+    linked = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    answers = [await http.get(path) for path in linked]
+
+    assert page.status_code == 200
+    assert "://" not in page.text
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert (await http.get("/docs-files/nothing.js")).json()["error"]["code"] == "not_found"
 
 
 async def test_models_are_deployed_through_the_controller(

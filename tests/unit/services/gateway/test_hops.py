@@ -114,6 +114,16 @@ def test_a_search_without_success_ends_with_what_the_client_may_do() -> None:
     assert decided.error.retry_after_seconds == 9
     assert decided.error.details == {"tokens": 3, "hops": 1, "cause": "load_failed"}
     assert "within 60 s" in decided.error.message
+    assert "what was sent is right" in decided.error.message
+
+
+def test_an_answer_that_was_to_be_sent_whole_is_not_said_to_have_been_sent() -> None:
+    hops = went_on(decide(WorkerDied("x"), tokens=3)).hops
+
+    decided = decide(QueueFull("full"), hops, replica_id=None, tokens=3, whole=True, now_seconds=60)
+
+    assert isinstance(decided, GiveUp)
+    assert decided.error.message.endswith("nothing of it was sent, send the request again")
 
 
 def test_a_search_whose_own_time_ran_out_goes_on_while_there_is_time() -> None:
