@@ -7,7 +7,7 @@ MODEL ?=
 GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo up down test check format oracle fuzz gpu-check env model test-tools clean
+.PHONY: help demo up down test check format oracle fuzz chaos gpu-check env model test-tools clean
 
 help:
 	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       every test, with a real etcd and a real model"
 	@echo "make check      format, lint, types, import contracts"
 	@echo "make fuzz       100,000 mutated files to every reader of checkpoints"
+	@echo "make chaos      64 streams over 4 nodes for 10 minutes, a fault every few seconds: none may change"
 	@echo "make oracle     the real model, killed after every token, answers the same bits"
 	@echo "make gpu-check  the tests that need a CUDA device"
 	@echo "MODEL=...       hub id or local folder to use instead of SmolLM2-135M-Instruct"
@@ -85,6 +86,10 @@ format: env
 
 fuzz: env
 	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000)
+
+# ARGS='--seconds 60 --streams 16 --nodes 3 --seed 7' and so on; --help says what there is.
+chaos: env
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 # Every kill position on the real model; an hour or so on two cores. ORACLE_ARGS='--step 8' takes every eighth.
 oracle: env

@@ -119,7 +119,7 @@ class Supervisor:
     async def _until_healthy(self, child: _Child, log_begins: int) -> None:
         command = child.command
         ended = asyncio.create_task(child.process.wait())
-        healthy = asyncio.create_task(_serving(command.health_address))
+        healthy = asyncio.create_task(serving(command.health_address))
         try:
             done, _ = await asyncio.wait(
                 {ended, healthy}, timeout=command.ready_seconds, return_when=asyncio.FIRST_COMPLETED
@@ -154,7 +154,7 @@ class Supervisor:
             await process.wait()
 
 
-async def _serving(address: str) -> None:
+async def serving(address: str) -> None:
     """Return when the server at `address` says SERVING."""
     async with rpc.connect(address) as channel:
         while True:
