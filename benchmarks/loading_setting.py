@@ -60,7 +60,8 @@ def _cached_share(descriptor: int) -> float:
         present = (ctypes.c_ubyte * pages)()
         first = ctypes.c_char.from_buffer(memory)
         try:
-            result = _LIBC.mincore(ctypes.c_void_p(ctypes.addressof(first)), len(memory), present)
+            size = ctypes.c_size_t(len(memory))
+            result = _LIBC.mincore(ctypes.c_void_p(ctypes.addressof(first)), size, present)
         finally:
             del first
         if result:
