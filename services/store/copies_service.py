@@ -110,6 +110,7 @@ def _copy(cache: DiskCache, each: CachedFolder) -> pb.Copy:
         superseded=each.superseded,
         last_used_unix_seconds=each.uses.at_seconds,
         folder=str(cache.folder_of(each)),
+        whole=each.whole,
     )
 
 

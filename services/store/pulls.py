@@ -152,6 +152,8 @@ class Pulls:
                     pull.partial.resume()
                     await asyncio.to_thread(self._fetch, pull, runs[:BATCH_RUNS])
                     _check_landing(pull)
+            await asyncio.to_thread(pull.partial.finish_if_covered)
+            _check_landing(pull)
             if self._stopped.is_set():
                 raise PeerError("the checkpoint store is being stopped", retry_after_seconds=1.0)  # noqa: TRY301 - one place tells of the end
         except Exception as error:  # noqa: BLE001 - the boundary of this task: whoever waits gets the error

@@ -144,8 +144,8 @@ def verify(uri: UriArgument, store: StoreOption = None, output: FormatOption = F
 
 def _state(copy: pb.Copy) -> str:
     states = {
-        "whole": copy.disk_bytes == copy.total_bytes,
-        "under way": copy.disk_bytes != copy.total_bytes,
+        "whole": copy.whole,
+        "under way": not copy.whole,
         "pinned": copy.pinned,
         "in use": copy.in_use,
         "superseded": copy.superseded,

@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +222,7 @@ class DiskCache:
                 return
             if cached.partial is None or cached.partial.whole:
                 self._reopen(key, cached)
-            if cached.partial is not None:
+            if cached.partial is not None and not cached.partial.whole:
                 for begin, end in ranges:
                     cached.partial.forget(path.name, begin, end)
 
@@ -237,23 +238,38 @@ class DiskCache:
     def _reopen(self, key: str, cached: CachedFolder) -> None:
         """Move a whole copy back among those under way, with all its bytes noted as there."""
         weights = [name for name in cached.record.files if name.endswith(".safetensors")]
-        folder = self.root / PARTIAL / key
+        place, folder = self.root / WHOLE / key, self.root / PARTIAL / key
+        partial: PartialCheckpoint | None = None
         try:
-            (self.root / WHOLE / key).rename(folder)
+            place.rename(folder)
             partial = self._partial(key, folder, cached.record, weights)
+            partial.note_all()
         except OSError as error:
             log.get().error("cache.not_reopened", uri=cached.record.uri, reason=error.strerror or str(error))
+            if partial is not None:
+                partial.close()
+            with suppress(OSError):
+                folder.rename(place)
             return
-        partial.note_all()
+        if cached.partial is not None:
+            cached.partial.close()
         cached.partial = partial
 
     def _drop(self, key: str, reason: str) -> int:
         cached = self._folders.pop(key)
         there = cached.size_bytes if cached.partial is None else cached.partial.bytes_there()
         trash = self.root / TRASH / new_id("dropped")
-        self.folder_of(cached).rename(trash)
         if cached.partial is not None:
-            cached.partial.close()
+            cached.partial.close()  # first: from here on what still lands in it moves no folder
+        try:
+            self.folder_of(cached).rename(trash)
+        except OSError as error:
+            log.get().error(
+                "cache.not_deleted",
+                folder=str(self.folder_of(cached)),
+                reason=error.strerror or str(error),
+                action="nothing uses it any more; delete it by hand, or it is found again at the next start",
+            )
         threading.Thread(target=shutil.rmtree, args=(trash, True), daemon=True).start()
         metrics.CACHE_EVICTIONS.labels(reason=reason).inc()
         self._measure()

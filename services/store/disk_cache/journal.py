@@ -1,11 +1,13 @@
 """Which bytes of a checkpoint under way are on disk and right: a line each, appended once they are durable.
 
-A line is `<crc32> <+|-> <file> <begin> <end>`; a line that is torn or damaged is ignored, so a crash while
-one is written loses that line only: its bytes are fetched again. Nothing is believed that has no line.
+A line is `<crc32> <+|-> <file> <begin> <end>`; a line that is torn or damaged is ignored, so a crash or a
+full disk while one is written loses that line only: its bytes are fetched again. Nothing is believed that has
+no line.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
@@ -62,18 +64,26 @@ class Journal:
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(JOURNAL_NAME, flags, 0o600, dir_fd=directory)
+        self._torn = False
 
     def entries(self) -> list[Entry]:
-        """Return what was noted, and end a torn last line."""
+        """Return what was noted."""
         size = os.fstat(self._descriptor).st_size
         content = os.pread(self._descriptor, min(size, MAX_JOURNAL_BYTES), 0)
-        if content and not content.endswith(b"\n"):
-            os.write(self._descriptor, b"\n")
+        self._torn = bool(content) and not content.endswith(b"\n")
         return list(parse(content))
 
     def append(self, entry: Entry) -> None:
-        """Note an entry; whoever calls has made its bytes durable before."""
-        os.write(self._descriptor, render(entry))
+        """Note an entry; whoever calls has made its bytes durable before.
+
+        Raises:
+            OSError: The disk can't; the entry is not noted, and the next one is not lost with it.
+        """
+        line = b"\n" * self._torn + render(entry)
+        written = os.write(self._descriptor, line)
+        self._torn = written < len(line) and (written > 0 or self._torn)
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Close the file."""

@@ -3,6 +3,10 @@
 Bytes are written, made durable and only then noted; what is noted can be read. When the last byte is there
 the folder is renamed into the place of whole checkpoints: from then on it is one like any other. Everything
 is opened relative to the folder's descriptor, so that reads and writes under way survive the renaming.
+
+The cache may drop the folder at any moment, and take up another of the same name. So `close` and the renaming
+exclude each other, and descriptors are given up when the last read or write that uses them has ended: none
+ever touches a folder that got their number afterwards.
 """
 
 from __future__ import annotations
@@ -11,15 +15,15 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from services.store import metrics
 from services.store.chain import NotHere
 from services.store.disk_cache.intervals import Intervals
 from services.store.disk_cache.journal import JOURNAL_NAME, Entry, Journal
-from services.store.disk_cache.record import OriginRecord, modified_ns
+from services.store.disk_cache.record import RECORD_NAME, OriginRecord, modified_ns
 from stoker import log
 from stoker.checkpoint.reading import DISK, ReadPart
 from stoker.errors import LoadFailed
@@ -60,6 +64,9 @@ class PartialCheckpoint:
         self._lock = threading.Lock()
         self._there = {name: Intervals() for name in weights}
         self._whole = False
+        self._finishing = False
+        self._closed = False
+        self._users = 1
         self._stopped_because = ""
         for entry in self._journal.entries():
             self._note(entry)
@@ -89,17 +96,26 @@ class PartialCheckpoint:
         return PartialSource(self, name)
 
     def read_into(self, name: str, into: memoryview, offset: int) -> None:
-        """Fill `into` from the file; the bytes are there."""
-        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
-        try:
-            done = 0
-            while done < len(into):
-                count = os.preadv(descriptor, [into[done:]], offset + done)
-                if count == 0:
-                    raise LoadFailed(f"{self.folder / name} ends early; it is fetched again")
-                done += count
-        finally:
-            os.close(descriptor)
+        """Fill `into` from the file; the bytes are there.
+
+        Raises:
+            NotHere: The folder was given up.
+            LoadFailed: The file ends early.
+            OSError: The disk can't.
+        """
+        with self._in_use() as usable:
+            if not usable:
+                raise NotHere("the copy was dropped")
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
+            try:
+                done = 0
+                while done < len(into):
+                    count = os.preadv(descriptor, [into[done:]], offset + done)
+                    if count == 0:
+                        raise LoadFailed(f"{self.folder / name} ends early; it is fetched again")
+                    done += count
+            finally:
+                os.close(descriptor)
 
     def land(self, name: str, chunks: Sequence[memoryview], offset: int, length: int) -> None:
         """Write chunks that arrived and were verified; blocks until they are durable.
@@ -107,54 +123,84 @@ class PartialCheckpoint:
         A disk that is full or fails costs the copy, not the load: the first failure is told and nothing more
         is written until `resume`.
         """
-        if self._stopped_because or self.has(name, offset, offset + length):
-            return
-        began = time.monotonic()
-        try:
-            self._write(name, chunks, offset, length)
-        except OSError as error:
-            self._stop(error)
-            return
-        with self._lock:
-            self._journal.append(entry := Entry(there=True, file=name, begin=offset, end=offset + length))
-            self._note(entry)
-            last = not self._whole and self._covered()
-            self._whole = self._whole or last
-        metrics.LANDED_BYTES.inc(length)
-        metrics.LANDED_SECONDS.inc(time.monotonic() - began)
-        if last:
-            self._finish()
+        with self._in_use() as usable:
+            if not usable or self._stopped_because:
+                return
+            if not self.has(name, offset, offset + length):
+                began = time.monotonic()
+                try:
+                    self._write(name, chunks, offset, length)
+                    self._record(Entry(there=True, file=name, begin=offset, end=offset + length))
+                except OSError as error:
+                    self._stop(error)
+                    return
+                metrics.LANDED_BYTES.inc(length)
+                metrics.LANDED_SECONDS.inc(time.monotonic() - began)
+        self.finish_if_covered()
 
     def forget(self, name: str, begin: int, end: int) -> None:
-        """Note that these bytes were found to be wrong: they are fetched again."""
+        """Note that these bytes were found to be wrong: they are fetched again.
+
+        Where the disk doesn't take the note, they are found to be wrong again after a restart.
+        """
+        entry = Entry(there=False, file=name, begin=begin, end=end)
         with self._lock:
-            self._journal.append(entry := Entry(there=False, file=name, begin=begin, end=end))
             self._note(entry)
+        with self._in_use() as usable:
+            try:
+                if usable:
+                    self._record(entry)
+            except OSError as error:
+                self._stop(error)
 
     def note_all(self) -> None:
-        """Note that every byte is there: the folder was whole until now."""
-        with self._lock:
-            for name in self._there:
-                end = self.record.files[name].size_bytes
-                self._journal.append(entry := Entry(there=True, file=name, begin=0, end=end))
-                self._note(entry)
+        """Note that every byte is there: the folder was whole until now.
+
+        Raises:
+            OSError: The disk can't.
+        """
+        for name in self._there:
+            self._record(Entry(there=True, file=name, begin=0, end=self.record.files[name].size_bytes))
 
     def resume(self) -> None:
         """Try the disk again after a failure."""
         self._stopped_because = ""
 
     def finish_if_covered(self) -> None:
-        """Put the folder into its place if all bytes are there: a daemon died just before it did."""
-        with self._lock:
-            last = not self._whole and self._covered()
-            self._whole = self._whole or last
-        if last:
-            self._finish()
+        """Put the folder into its place if all bytes are there, and nobody is about to; blocks."""
+        with self._in_use() as usable:
+            with self._lock:
+                mine = usable and not (self._whole or self._finishing) and self._covered()
+                self._finishing = self._finishing or mine
+            if mine:
+                self._finish()
 
     def close(self) -> None:
-        """Give up the files."""
-        self._journal.close()
-        os.close(self._directory)
+        """Give up the files, once what reads and writes them now has ended; the folder stays where it is."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._leave()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[bool]:
+        """Keep the descriptors open; False when they were given up before."""
+        with self._lock:
+            usable = not self._closed
+            self._users += usable
+        try:
+            yield usable
+        finally:
+            if usable:
+                with self._lock:
+                    self._leave()
+
+    def _leave(self) -> None:
+        """Count a user less, itself being one until it is closed; the lock is held."""
+        self._users -= 1
+        if not self._users:
+            self._journal.close()
+            os.close(self._directory)
 
     def _write(self, name: str, chunks: Sequence[memoryview], offset: int, length: int) -> None:
         descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
@@ -170,6 +216,12 @@ class PartialCheckpoint:
         finally:
             os.close(descriptor)
 
+    def _record(self, entry: Entry) -> None:
+        """Note an entry where a restart finds it, then here."""
+        with self._lock:
+            self._journal.append(entry)
+            self._note(entry)
+
     def _note(self, entry: Entry) -> None:
         there, file = self._there.get(entry.file), self.record.files.get(entry.file)
         if there is None or file is None or entry.end > file.size_bytes:
@@ -184,19 +236,18 @@ class PartialCheckpoint:
     def _finish(self) -> None:
         """Give the files their times and the folder its place; a crash in between leaves what can go on."""
         try:
-            for name in self._there:
-                stamp = modified_ns(self.record.files[name])
-                os.utime(name, ns=(stamp, stamp), dir_fd=self._directory)
-            os.fsync(self._directory)
-            self.folder.rename(self._whole_folder)
-            self.folder = self._whole_folder
+            self._make_durable()
+            if not self._take_place():
+                return
             with suppress(FileNotFoundError):
                 os.unlink(JOURNAL_NAME, dir_fd=self._directory)
             os.fsync(self._directory)
         except OSError as error:
-            self._whole = False
             self._stop(error)
             return
+        finally:
+            with self._lock:
+                self._finishing = False
         log.get().info(
             "checkpoint.cached",
             uri=self.record.uri,
@@ -205,6 +256,30 @@ class PartialCheckpoint:
             bytes=self.bytes_there(),
         )
         self._completed()
+
+    def _make_durable(self) -> None:
+        """Give weights their times, and have the small files survive a loss of power as the weights do."""
+        for name in self._there:
+            stamp = modified_ns(self.record.files[name])
+            os.utime(name, ns=(stamp, stamp), dir_fd=self._directory)
+        for name in {*self.record.files, RECORD_NAME} - self._there.keys():
+            with suppress(FileNotFoundError):
+                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        os.fsync(self._directory)
+
+    def _take_place(self) -> bool:
+        """Rename the folder, unless it was dropped, or bytes of it were found to be wrong meanwhile."""
+        with self._lock:
+            if self._closed or not self._covered():
+                return False
+            self.folder.rename(self._whole_folder)
+            self.folder = self._whole_folder
+            self._whole = True
+            return True
 
     def _stop(self, error: OSError) -> None:
         with self._lock:

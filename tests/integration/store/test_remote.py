@@ -63,13 +63,8 @@ def stored(now: pb.StoreStatus, uri: str) -> pb.StoredCheckpoint:
 
 
 def wait_until_on_disk(daemon: Daemon, uri: str) -> None:
-    wait_for_status(
-        daemon,
-        lambda now: (
-            stored(now, uri).disk_bytes == stored(now, uri).checkpoint.file_bytes
-            and "checkpoint.cached" in daemon.log.read_text()  # the last byte comes before the renaming
-        ),
-    )
+    """Return when the copy is whole: in its place, which is after its last byte."""
+    wait_for_status(daemon, lambda _: any(copy.whole for copy in copies(daemon) if copy.uri == uri))
 
 
 def whole_folders(cache: Path) -> list[Path]:

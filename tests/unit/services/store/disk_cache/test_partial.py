@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_the_last_byte_makes_it_whole_and_reads_go_on(folder):
     partial.close()
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "open"])
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "open", "write"])
 def test_a_disk_that_fails_costs_the_copy_and_nothing_is_believed(folder, monkeypatch, call):
     partial = take_up(folder)
 
@@ -102,3 +103,119 @@ def test_a_disk_that_fails_costs_the_copy_and_nothing_is_believed(folder, monkey
     land(partial, 0, 100)
     assert partial.bytes_there() == 100
     partial.close()
+
+
+def test_a_note_that_the_disk_cut_off_is_not_believed_and_takes_no_other_with_it(folder, monkeypatch):
+    partial = take_up(folder)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[: len(line) // 2]))
+    land(partial, 0, 100)
+    monkeypatch.undo()
+    partial.resume()
+    land(partial, 100, 200)
+    partial.close()
+    again = take_up(folder)
+
+    assert (again.has(NAME, 0, 100), again.has(NAME, 100, 200)) == (False, True)
+    again.close()
+
+
+def test_it_is_whole_when_its_folder_is_in_place_and_not_before(folder, monkeypatch):
+    partial = take_up(folder)
+    rename, seen = Path.rename, []
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append(partial.whole)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    land(partial, 0, 300)
+
+    assert (seen, partial.whole, partial.folder) == ([False], True, folder.parent / "whole")
+    partial.close()
+
+
+def test_a_folder_that_could_not_take_its_place_does_so_when_it_is_used_again(folder, monkeypatch):
+    partial = take_up(folder)
+
+    def fail(*_args):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    land(partial, 0, 300)
+    monkeypatch.undo()
+
+    assert (partial.whole, partial.stopped_because) == (False, "Permission denied")
+    partial.resume()
+    land(partial, 0, 300)
+    assert partial.whole
+    partial.close()
+
+
+@pytest.mark.parametrize("moment", ["before the file is opened", "before it takes its place"])
+def test_what_lands_while_its_folder_is_dropped_touches_no_other_of_that_name(folder, monkeypatch, moment):
+    """Another daemon's worth of bad luck: dropped, fetched anew under the same name and descriptors."""
+    partial = take_up(folder)
+    successors = []
+    os_open, utime = os.open, os.utime
+
+    def drop() -> None:
+        monkeypatch.undo()
+        partial.close()
+        folder.rename(folder.parent / "trash")
+        folder.mkdir()
+        (folder / NAME).write_bytes(bytes(len(CONTENT)))
+        successors.append(take_up(folder))
+
+    def opened(*args, **kwargs):
+        drop()
+        return os_open(*args, **kwargs)
+
+    def dated(*args, **kwargs):
+        drop()
+        utime(*args, **kwargs)
+
+    if moment == "before the file is opened":
+        monkeypatch.setattr(os, "open", opened)
+    else:
+        monkeypatch.setattr(os, "utime", dated)
+    land(partial, 0, 300)
+
+    (successor,) = successors
+    assert (folder / NAME).read_bytes() == bytes(len(CONTENT))
+    assert not (folder.parent / "whole").exists()
+    assert (partial.whole, successor.whole, successor.bytes_there()) == (False, False, 0)
+    land(successor, 0, 300)
+    assert (folder.parent / "whole" / NAME).read_bytes() == CONTENT
+    successor.close()
+
+
+def test_bytes_found_wrong_while_it_becomes_whole_are_waited_for(folder, monkeypatch):
+    partial = take_up(folder)
+    utime = os.utime
+
+    def dated(*args, **kwargs):
+        monkeypatch.undo()
+        partial.forget(NAME, 10, 20)
+        utime(*args, **kwargs)
+
+    monkeypatch.setattr(os, "utime", dated)
+    land(partial, 0, 300)
+
+    assert not partial.whole
+    land(partial, 0, 100)
+    assert partial.whole
+    partial.close()
+
+
+def test_descriptors_are_given_up(folder):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    partial = take_up(folder)
+    land(partial, 0, 100)
+    partial.close()
+    partial.close()
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not partial.has(NAME, 100, 200)
+    with pytest.raises(NotHere):
+        partial.source(NAME).read(memoryview(bytearray(100)), offset=0, length=100)
