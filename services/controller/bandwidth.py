@@ -19,8 +19,6 @@ LEAST_SPREAD = 0.05
 MOST_WEIGHT = 20.0
 LEAST_BYTES = 1_000_000
 """A transfer of less says more about its latency than about its rate."""
-SURE_WEIGHT = 2.0
-"""Samples from which on a learnt rate counts as much as what the store itself says, and more."""
 
 
 def rate_of(learnt: Learnt) -> float:

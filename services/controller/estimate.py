@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from services.controller.bandwidth import SURE_WEIGHT, rate_of
+from services.controller.bandwidth import rate_of
 from services.controller.view import Held, Model, Node, Stage, StartStages
 from stoker.units import GB
 
@@ -43,7 +43,7 @@ class Estimate:
     Attributes:
         worker_seconds: Until a worker takes the order; 0 when one waits.
         stage_seconds: Each stage of the load, queue included.
-        skeleton_seconds: Building the modules, beside the load.
+        skeleton_seconds: Building the modules and giving them their tensors, beside the load.
         first_forward_seconds: The warm-up pass.
         stop_seconds: Before all that: freeing the slot; 0 when one is free.
         overhead_seconds: What the parts above have not explained in earlier starts (attaching, reporting).
@@ -100,7 +100,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
     source = source_of(model, held, has_peer=has_peer) if missing_bytes else ""
     learnt = learnt_parts(model, measured)
     return Estimate(
-        worker_seconds=0.0 if node.warm_workers > starting_workers else worker_start_seconds(node),
+        worker_seconds=worker_wait_seconds(node, starting_workers),
         stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
         skeleton_seconds=learnt.skeleton_seconds,
         first_forward_seconds=learnt.first_forward_seconds,
@@ -132,12 +132,12 @@ def learnt_parts(model: Model, measured: tuple[StartStages, ...]) -> LearntParts
     return LearntParts(
         skeleton_seconds=_learnt(
             [start.skeleton_seconds for start in measured],
-            SEED_SKELETON_SECONDS + SEED_SKELETON_SECONDS_PER_LAYER * model.layers,
+            seed_skeleton_seconds(model.layers),
         ),
         first_forward_seconds=_learnt(
             [start.first_forward_seconds for start in measured], SEED_FIRST_FORWARD_SECONDS
         ),
-        overhead_seconds=_learnt([_unexplained_seconds(start) for start in measured], SEED_OVERHEAD_SECONDS),
+        overhead_seconds=_learnt([unexplained_seconds(start) for start in measured], SEED_OVERHEAD_SECONDS),
     )
 
 
@@ -148,15 +148,30 @@ def source_of(model: Model, held: Held, *, has_peer: bool) -> str:
     return "peer" if has_peer else "remote"
 
 
+def seed_skeleton_seconds(layers: int) -> float:
+    """Return what a skeleton is taken to cost until one was measured."""
+    return SEED_SKELETON_SECONDS + SEED_SKELETON_SECONDS_PER_LAYER * layers
+
+
+def worker_wait_seconds(node: Node, starting_workers: int) -> float:
+    """Return how long an order waits for a worker behind `starting_workers` others that have none yet."""
+    if node.warm_workers > starting_workers:
+        return 0.0
+    whole_seconds = worker_start_seconds(node)
+    if node.next_worker_seconds > 0 and node.warm_workers == starting_workers:
+        return min(whole_seconds, node.next_worker_seconds)
+    return whole_seconds
+
+
 def worker_start_seconds(node: Node) -> float:
     """Return how long a worker takes to be spawned and warm."""
     return node.worker_start_seconds or SEED_WORKER_SECONDS
 
 
 def bytes_per_second(node: Node, stage: str) -> float:
-    """Return a stage's rate: learnt from starts, else as its store says, else a seed."""
+    """Return a stage's rate: learnt from its starts, else as its store says or as elsewhere, else a seed."""
     learnt = node.learnt.get(stage)
-    if learnt is not None and learnt.weight >= SURE_WEIGHT:
+    if learnt is not None and learnt.weight > 0:
         return rate_of(learnt)
     reported = node.stages.get(stage)
     if reported is not None and reported.bytes_per_second > 0:
@@ -169,7 +184,8 @@ def has_own_memory(node: Node) -> bool:
     return any(device.kind != "cpu" for device in node.devices)
 
 
-def _unexplained_seconds(start: StartStages) -> float:
+def unexplained_seconds(start: StartStages) -> float:
+    """Return what no stage of a measured start explains."""
     explained = start.worker_seconds + max(
         start.weights_seconds, start.skeleton_seconds + start.first_forward_seconds
     )

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from immutables import Map
 
-from services.controller.bandwidth import learn
-from services.controller.estimate import NOTHING
 from services.controller.events import (
     Declined,
     Demanded,
@@ -41,11 +39,11 @@ from services.controller.events import (
 )
 from services.controller.forecast import arrived
 from services.controller.index import indexed, reindexed
+from services.controller.lessons import fleet_after, fleet_with_start, is_complete, lessons_of, rates_after
 from services.controller.moves import learn_move
 from services.controller.view import (
     Demand,
     Failure,
-    Learnt,
     Model,
     Moved,
     Node,
@@ -248,16 +246,19 @@ def _node_reported(view: View, node: Node) -> View:
         replica_id: _remembered(replica, seen.get(replica_id), node.last_seen_seconds)
         for replica_id, replica in node.replicas.items()
     }
+    lessons = lessons_of(before, replicas)
+    fleet = fleet_after(view.fleet, lessons, node.last_seen_seconds)
     node = replace(
         node,
         replicas=replicas,
-        learnt=_learnt(node, before, replicas),
+        learnt=rates_after(node, before, lessons, fleet),
         connected=True,
         reachable=True,
     )
     view = replace(
         view,
         nodes=_with(view.nodes, node.node_id, node),
+        fleet=fleet,
         distrusted=view.distrusted - seen.keys() - replicas.keys(),
     )
     for replica_id in view.index.on_node.get(node.node_id, ()) if view.index else ():
@@ -271,30 +272,11 @@ def _node_reported(view: View, node: Node) -> View:
         if mine is not None and not mine.reported:
             view = _reservation(view, replica.replica_id, reported=True)
         was = seen.get(replica.replica_id)
-        if _is_complete(replica) and (was is None or not _is_complete(was)):
+        if is_complete(replica) and (was is None or not is_complete(was)):
             view = _started(view, replica)
         if replica.sessions and was is not None and was.phase is Phase.READY and not was.sessions:
             view = _arrived(view, replica.model, node.last_seen_seconds)
     return view
-
-
-def _learnt(node: Node, before: Node | None, replicas: Mapping[ReplicaId, Replica]) -> Mapping[str, Learnt]:
-    """Return the node's rates after the starts this report tells of, if they had the stages to themselves."""
-    learnt = dict(before.learnt) if before else {}
-    seen = before.replicas if before else {}
-    loading = sum(not _is_complete(found) and found.phase is not Phase.FAILED for found in seen.values())
-    if loading > 1:
-        return learnt  # they shared the stages: what one of them measured is no rate
-    for replica_id, replica in replicas.items():
-        was = seen.get(replica_id)
-        if was is None or _is_complete(was) or not _is_complete(replica):
-            continue
-        for transferred in replica.stages.transfers:
-            seed = node.stages.get(transferred.tier, NOTHING).bytes_per_second
-            learnt[transferred.tier] = learn(
-                learnt.get(transferred.tier), transferred, node.last_seen_seconds, seed=seed
-            )
-    return learnt
 
 
 def _new_moves(node: Node, before: Node | None) -> list[Moved]:
@@ -311,7 +293,7 @@ def _arrived(view: View, name: ModelName, now_seconds: float) -> View:
 def _remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
     """Carry over since when this controller has known what the replica is."""
     ready_since_seconds = before.ready_since_seconds if before else None
-    if ready_since_seconds is None and _is_complete(replica):
+    if ready_since_seconds is None and is_complete(replica):
         ready_since_seconds = now_seconds
     first_seen_seconds = before.first_seen_seconds if before else now_seconds
     waiting_since_seconds = (
@@ -325,11 +307,6 @@ def _remembered(replica: Replica, before: Replica | None, now_seconds: float) ->
     )
 
 
-def _is_complete(replica: Replica) -> bool:
-    """Tell whether a start has succeeded: one that takes sessions while it loads may still fail."""
-    return replica.phase is Phase.READY and not replica.loading
-
-
 def _started(view: View, replica: Replica) -> View:
     if replica.model not in view.models:
         return view
@@ -337,6 +314,7 @@ def _started(view: View, replica: Replica) -> View:
     return replace(
         view,
         measured=_with(view.measured, replica.model, starts),
+        fleet=fleet_with_start(view.fleet, view.models[replica.model], replica.stages),
         failures=_without(view.failures, replica.model),
     )
 

@@ -7,6 +7,7 @@ histogram says little (few samples, most idle times beyond it, all minutes alike
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from services.controller.view import Arrivals, Model
@@ -75,6 +76,30 @@ def window(arrivals: Arrivals | None) -> Window | None:
     return Window(
         prewarm_seconds=head * BIN_SECONDS * (1 - MARGIN), keep_seconds=tail * BIN_SECONDS * (1 + MARGIN)
     )
+
+
+def expected_rate_per_second(arrivals: Arrivals, now_seconds: float) -> float:
+    """Return how often the model is asked for now: from its mean gap, or its silence where that is longer."""
+    idle_seconds = max(0.0, now_seconds - arrivals.last_seconds)
+    if arrivals.rate_per_second <= 0:
+        return 0.0  # asked for once: nothing says that it will be again
+    return 1.0 / max(1.0 / arrivals.rate_per_second, idle_seconds)
+
+
+def likelihood(arrivals: Arrivals, now_seconds: float, horizon_seconds: float) -> float:
+    """Return how likely the model is asked for within the horizon, given how long it has been idle.
+
+    From its own gaps: of those that were longer than its silence so far, the share that ended within the
+    horizon. Where the history is short, or the silence longer than all of it, a Poisson process at
+    `expected_rate_per_second` stands in.
+    """
+    idle_seconds = max(0.0, now_seconds - arrivals.last_seconds)
+    first = int(idle_seconds // BIN_SECONDS)
+    last = int((idle_seconds + horizon_seconds) // BIN_SECONDS)
+    longer = sum(count for minute, count in arrivals.gap_counts if minute >= first) + arrivals.longer
+    if sum(count for _, count in arrivals.gap_counts) + arrivals.longer >= LEAST_SAMPLES and longer > 0:
+        return sum(count for minute, count in arrivals.gap_counts if first <= minute <= last) / longer
+    return 1.0 - math.exp(-expected_rate_per_second(arrivals, now_seconds) * horizon_seconds)
 
 
 def keep_alive_seconds(model: Model, arrivals: Arrivals | None) -> float:

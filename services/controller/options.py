@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from services.controller.estimate import Estimate, start_estimate
 from services.controller.fleet import Member, Standing, is_idle
+from services.controller.lessons import starts_like
 from services.controller.moves import move_seconds
 from services.controller.room import (
     Situation,
@@ -129,7 +130,7 @@ def estimate_on(situation: Situation, node: Node, model: Model, stop_seconds: fl
     return start_estimate(
         model,
         node,
-        measured=situation.view.measured.get(model.name, ()),
+        measured=starts_like(situation.view, model),
         loading_bytes=summary.loading_bytes,
         starting_workers=summary.starting_workers,
         stop_seconds=stop_seconds,

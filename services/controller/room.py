@@ -10,6 +10,7 @@ from services.controller.attention import EMPTY
 from services.controller.estimate import LearntParts, learnt_parts
 from services.controller.fleet import Member, member
 from services.controller.index import Index, index_of, reservations_on
+from services.controller.lessons import starts_like
 from services.controller.summary import holds_all
 from services.controller.view import Checkpoint, Device, Held, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
@@ -58,7 +59,7 @@ def situation_of(
         view=view,
         index=index_of(view),
         model=view.models[name],
-        parts=learnt_parts(view.models[name], view.measured.get(name, ())),
+        parts=learnt_parts(view.models[name], starts_like(view, view.models[name])),
         now_seconds=now_seconds,
         policy=policy,
         may_disturb=may_disturb,

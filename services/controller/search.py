@@ -25,6 +25,7 @@ from immutables import Map
 
 from services.controller.estimate import LearntParts, bytes_per_second, has_own_memory, learnt_parts
 from services.controller.index import Ladder
+from services.controller.lessons import starts_like
 from services.controller.options import Option, Rank, best_on, free_option, rank
 from services.controller.room import (
     NOTHING_HELD,
@@ -101,7 +102,7 @@ class Destinations:
 
 
 def _free_options(situation: Situation, model: Model, count: int) -> tuple[Option, ...]:
-    parts = learnt_parts(model, situation.view.measured.get(model.name, ()))
+    parts = learnt_parts(model, starts_like(situation.view, model))
     found: list[tuple[Rank, Option]] = []
     looked: set[NodeId] = set()
     for bound, node_id in heapq.merge(

@@ -11,7 +11,7 @@ from services.controller.estimate import (
     bytes_per_second,
     has_own_memory,
     start_estimate,
-    worker_start_seconds,
+    worker_wait_seconds,
 )
 from services.controller.fleet import Member, Standing, is_idle, member
 from services.controller.view import Checkpoint, Device, Held, Node, Reservation, Scheduling, View
@@ -97,7 +97,7 @@ def summary_of(view: View, node_id: NodeId, reservations: tuple[Reservation, ...
         free=tuple(device.index for device in node.devices if device.index not in taken),
         loading_bytes=loading_bytes,
         starting_workers=starting_workers,
-        worker_seconds=0.0 if node.warm_workers > starting_workers else worker_start_seconds(node),
+        worker_seconds=worker_wait_seconds(node, starting_workers),
         rates=tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS),
         queued=loading_bytes > 0
         or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),

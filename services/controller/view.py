@@ -219,6 +219,19 @@ class Learnt:
     at_seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """What the starts on all nodes together have taught; see `lessons`.
+
+    Attributes:
+        rates: By stage.
+        starts: Of the last ones: skeleton over its seed, first forward in seconds, overhead in seconds.
+    """
+
+    rates: Mapping[str, Learnt] = field(default_factory=dict)
+    starts: tuple[tuple[float, float, float], ...] = ()
+
+
 class Scheduling(Enum):
     """What an operator wants of a node; as `NodeScheduling` in the protos."""
 
@@ -243,6 +256,7 @@ class Node:
         architectures: What its engines serve; empty = it did not say.
         warm_workers: Pre-started ones, without a model.
         worker_start_seconds: Learnt time from spawn to warm; 0 = not known.
+        next_worker_seconds: Until the next pre-started one is warm, when it reported; 0 = none is coming.
         draining: Takes no new replicas.
         labels: Set by the operator, on the host.
         learnt: Rates learnt from the starts this controller has seen, by stage name.
@@ -263,6 +277,7 @@ class Node:
     architectures: frozenset[str] = frozenset()
     warm_workers: int = 0
     worker_start_seconds: float = 0.0
+    next_worker_seconds: float = 0.0
     draining: bool = False
     labels: frozenset[tuple[str, str]] = frozenset()
     learnt: Mapping[str, Learnt] = field(default_factory=dict)
@@ -408,6 +423,8 @@ class View:
     """Learnt costs of moving a session, by model and path."""
     arrivals: Mapping[ModelName, Arrivals] = field(default_factory=dict)
     """When models were asked for."""
+    fleet: Fleet = field(default_factory=Fleet)
+    """What is known of nodes and models that have not shown it themselves."""
     index: Index | None = field(default=None, compare=False, repr=False)
     """Summaries of the above that `fold` keeps current; None = not made yet. Never a source of truth."""
 

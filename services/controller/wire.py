@@ -118,6 +118,7 @@ def node_of(report: node_agent_pb2.NodeReport, now_seconds: float) -> Node:
         architectures=frozenset(report.architectures),
         warm_workers=report.warm_workers,
         worker_start_seconds=report.worker_start_seconds,
+        next_worker_seconds=report.next_worker_seconds,
         draining=report.draining,
         labels=frozenset(report.labels.items()),
         moved=tuple(
@@ -162,7 +163,7 @@ def stages_of(timings: start_pb2.StartTimings) -> StartStages:
     return StartStages(
         worker_seconds=timings.worker_seconds,
         weights_seconds=timings.weights_seconds,
-        skeleton_seconds=timings.skeleton_seconds,
+        skeleton_seconds=timings.skeleton_seconds + timings.assign_seconds,
         first_forward_seconds=timings.first_forward_seconds,
         total_seconds=timings.total_seconds,
         transfers=tuple(

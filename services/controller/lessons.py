@@ -1,0 +1,121 @@
+"""What the cluster learns from each start that ends: rates of a node's stages, parts of a start. Pure.
+
+Rules:
+1. A start teaches its node a rate only if nothing else loaded there: shared stages are no measure.
+2. What a host's disk gives comes from its page cache, too, and nobody knows before which: both are one stage.
+3. A node that has not used a stage yet counts on what the others of the cluster have learnt about theirs,
+   with weight 0: its own first measurement replaces it. The same for a model that was never started: its
+   skeleton and its overhead are those of the others' last starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
+
+from services.controller.bandwidth import learn
+from services.controller.estimate import seed_skeleton_seconds, unexplained_seconds
+from services.controller.view import (
+    Fleet,
+    Learnt,
+    Model,
+    Node,
+    Phase,
+    Replica,
+    StartStages,
+    Transferred,
+    View,
+)
+from stoker.ids import ReplicaId
+
+DISK = "disk"
+PAGE_CACHE = "page_cache"
+FLEET_STARTS = 15
+"""Starts of all models remembered for those that were never started."""
+
+
+def is_complete(replica: Replica) -> bool:
+    """Tell whether a start has succeeded: one that takes sessions while it loads may still fail."""
+    return replica.phase is Phase.READY and not replica.loading
+
+
+def lessons_of(before: Node | None, replicas: Mapping[ReplicaId, Replica]) -> list[Transferred]:
+    """Return what a node's stages moved in the starts that `replicas`, its new report, shows complete."""
+    seen = before.replicas if before else {}
+    loading = sum(not is_complete(found) and found.phase is not Phase.FAILED for found in seen.values())
+    if loading > 1:
+        return []
+    return [
+        transferred
+        for replica_id, replica in replicas.items()
+        if (was := seen.get(replica_id)) is not None and not is_complete(was) and is_complete(replica)
+        for transferred in _by_stage(replica.stages)
+    ]
+
+
+def rates_after(
+    node: Node, before: Node | None, lessons: list[Transferred], fleet: Fleet
+) -> Mapping[str, Learnt]:
+    """Return the node's rates after these lessons, and the fleet's where it has none of its own."""
+    rates = dict(before.learnt) if before else {}
+    for lesson in lessons:
+        known = rates.get(lesson.tier)
+        own = known if known is not None and known.weight > 0 else None
+        rates[lesson.tier] = learn(own, lesson, node.last_seen_seconds, seed=0.0)
+    for stage, rate in fleet.rates.items():
+        if stage not in rates or rates[stage].weight == 0:
+            rates[stage] = replace(rate, weight=0.0)
+    return rates
+
+
+def fleet_after(fleet: Fleet, lessons: list[Transferred], now_seconds: float) -> Fleet:
+    """Return what the whole cluster knows about its stages after these lessons."""
+    if not lessons:
+        return fleet
+    rates = dict(fleet.rates)
+    for lesson in lessons:
+        rates[lesson.tier] = learn(rates.get(lesson.tier), lesson, now_seconds, seed=0.0)
+    return replace(fleet, rates=rates)
+
+
+def fleet_with_start(fleet: Fleet, model: Model, stages: StartStages) -> Fleet:
+    """Return what the whole cluster knows about starts after one more."""
+    starts = (
+        *fleet.starts,
+        (
+            stages.skeleton_seconds / seed_skeleton_seconds(model.layers),
+            stages.first_forward_seconds,
+            unexplained_seconds(stages),
+        ),
+    )[-FLEET_STARTS:]
+    return replace(fleet, starts=starts)
+
+
+def starts_like(view: View, model: Model) -> tuple[StartStages, ...]:
+    """Return the starts an estimate for this model learns from: its own, else one like the other models'."""
+    own = view.measured.get(model.name, ())
+    if own or not view.fleet.starts:
+        return own
+    ratios, forwards, overheads = zip(*view.fleet.starts, strict=True)
+    skeleton_seconds = median(ratios) * seed_skeleton_seconds(model.layers)
+    first_forward_seconds = median(forwards)
+    return (
+        StartStages(
+            skeleton_seconds=skeleton_seconds,
+            first_forward_seconds=first_forward_seconds,
+            total_seconds=skeleton_seconds + first_forward_seconds + median(overheads),
+        ),
+    )
+
+
+def _by_stage(stages: StartStages) -> list[Transferred]:
+    local = [found for found in stages.transfers if found.tier in {DISK, PAGE_CACHE}]
+    others = [found for found in stages.transfers if found.tier not in {DISK, PAGE_CACHE}]
+    if not local:
+        return others
+    seconds = sum(found.seconds for found in local)
+    longest = max(found.seconds for found in local)
+    if stages.weights_seconds > 0:  # they overlap: together they took no longer than the load
+        seconds = max(longest, min(seconds, stages.weights_seconds))
+    return [Transferred(tier=DISK, bytes=sum(found.bytes for found in local), seconds=seconds), *others]
