@@ -222,7 +222,11 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
                 self._streams[mine] = me
                 term.cluster.report(report)
                 self._store_peers.reported(report)
-                ack = pb.ReportAck(sequence=report.sequence, fence=term.fence)
+                ack = pb.ReportAck(
+                    sequence=report.sequence,
+                    fence=term.fence,
+                    warm_workers=term.forecaster.warm_workers(mine),
+                )
                 if told_version != self._store_peers.version:
                     told_version = self._store_peers.version
                     ack.store_peers.CopyFrom(self._store_peers.others(mine))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.controller import metrics
 from services.controller.cluster import Cluster
+from services.controller.forecaster import Forecaster
 from services.controller.ledger import Ledger
 from services.controller.orders import Orders
 from services.controller.records import LEADER_KEY
@@ -29,6 +30,7 @@ class Term:
 
     cluster: Cluster
     registry: Registry
+    forecaster: Forecaster
     fence: int
 
 
@@ -91,12 +93,26 @@ class Leadership:
         cluster = Cluster(ledger, orders, self._settings, self._clock)
         try:
             await cluster.load()
-            self._term = Term(cluster=cluster, registry=Registry(cluster, self._settings), fence=ledger.fence)
+            forecaster = Forecaster(
+                cluster,
+                orders,
+                self._settings.limits(),
+                look_seconds=self._settings.forecast_look_seconds,
+                clock=self._clock,
+            )
+            self._term = Term(
+                cluster=cluster,
+                registry=Registry(cluster, self._settings),
+                forecaster=forecaster,
+                fence=ledger.fence,
+            )
             self.leader_address = self._settings.public_address
             self.leading.set()
             metrics.LEADING.set(1)
             log.get().info("term.began", fence=ledger.fence, models=len(cluster.records))
-            await cluster.run()
+            async with background() as tasks:
+                tasks.start(forecaster.run(), name="forecaster")
+                await cluster.run()
         finally:
             self._term = None
             self.leading.clear()

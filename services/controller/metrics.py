@@ -24,6 +24,8 @@ ORDER_SECONDS = Histogram(
     "From the decision to the order sent: reservation written.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.5, 1),
 )
+PREFETCHES = Counter("stoker_prefetches_total", "Prefetches that forecasts ordered, by outcome.", ["outcome"])
+PREFETCHED_BYTES = Counter("stoker_prefetched_bytes_total", "What they moved into stores' memory.")
 WAITERS = Gauge("stoker_acquire_waiters", "Requests that wait for a replica.")
 LEADING = Gauge("stoker_controller_leading", "1 while this controller leads.")
 

@@ -90,6 +90,34 @@ class Orders:
         with translated(f"checkpoint store at {store_address}"):
             return await stub.DescribeAdapter(request, timeout=self._settings.describe_timeout_seconds)
 
+    async def prefetch(self, store_address: str, model: ModelRecord) -> int:
+        """Bring a checkpoint to a store's memory, into free room only; returns the bytes that it moved.
+
+        Raises:
+            StokerError: As the store answered; `PeerError` when it cannot be reached.
+        """
+        stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(self._channel(store_address))
+        request = checkpoint_store_pb2.PrefetchRequest(
+            uri=model.checkpoint.uri,
+            revision=model.checkpoint.revision,
+            priority=checkpoint_store_pb2.PRIORITY_PREFETCH,
+            free_room_only=True,
+        )
+        with translated(f"checkpoint store at {store_address}"):
+            response = await stub.Prefetch(request, timeout=self._settings.prefetch_timeout_seconds)
+        return sum(transfer.bytes for transfer in response.transfers)
+
+    async def evict(self, store_address: str, model: ModelRecord) -> None:
+        """Drop a checkpoint from a store's memory.
+
+        Raises:
+            StokerError: As the store answered, e.g. `InUse`; `PeerError` when it cannot be reached.
+        """
+        stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(self._channel(store_address))
+        request = checkpoint_store_pb2.EvictRequest(uri=model.checkpoint.uri)
+        with translated(f"checkpoint store at {store_address}"):
+            await stub.Evict(request, timeout=self._settings.order_timeout_seconds)
+
     async def forget(self, keep: set[str]) -> None:
         """Close channels to addresses no node has any more."""
         for address in sorted(self._channels.keys() - keep):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from services.controller.foresight import Limits
 from services.controller.view import Policy
 from stoker.settings import ServiceSettings
+from stoker.units import GB, MB
 
 
 class ControllerSettings(ServiceSettings):
@@ -93,6 +95,25 @@ class ControllerSettings(ServiceSettings):
     queue_age_seconds: float = Field(default=5.0, ge=0)
     """Sessions that wait in a replica for this many seconds want one more replica."""
 
+    forecast_look_seconds: float = Field(default=5.0, gt=0)
+    """How often forecasts are looked at, in seconds."""
+
+    prefetch_memory_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Of a node's pool, what checkpoints that nobody uses may fill by prefetching; 0 = no prefetches."""
+
+    prefetch_horizon_seconds: float = Field(default=300.0, gt=0)
+    """A model likely to be asked for within this many seconds is worth having in a node's memory."""
+
+    prefetch_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long a store may take for one prefetch, in seconds."""
+
+    prestart_memory_bytes: int = Field(default=4 * GB, ge=0)
+    """Memory of each node, in bytes, that forecasts may fill with pre-started workers; an agent's own
+    `max_prestarted_workers` bounds them, too. 0 = agents do as they are configured."""
+
+    worker_memory_bytes: int = Field(default=600 * MB, gt=0)
+    """What one pre-started worker is counted as, in bytes."""
+
     backoff_first_seconds: float = Field(default=1.0, gt=0)
     """Rest after a model's first failed start, in seconds; doubles with each further one."""
 
@@ -103,6 +124,15 @@ class ControllerSettings(ServiceSettings):
     def public_address(self) -> str:
         """The address others reach this controller by."""
         return self.advertised_address or self.address
+
+    def limits(self) -> Limits:
+        """Return what forecasts may do."""
+        return Limits(
+            memory_fraction=self.prefetch_memory_fraction,
+            worker_memory_bytes=self.prestart_memory_bytes,
+            bytes_per_worker=self.worker_memory_bytes,
+            horizon_seconds=self.prefetch_horizon_seconds,
+        )
 
     def policy(self) -> Policy:
         """Return the constants of decisions."""

@@ -36,6 +36,7 @@ from services.node_agent.host_state import (
     WeightsArrived,
     WeightsLost,
     WorkerExited,
+    WorkerPhase,
     WorkerWarm,
 )
 from services.node_agent.log_folder import LogFolder
@@ -87,6 +88,7 @@ class Host:
             devices=tuple(device.index for device in devices),
             worker_prefix=f"{os.getpid()}-{secrets.token_hex(3)}",
             prestarted_workers=settings.prestarted_workers,
+            max_prestarted_workers=settings.max_prestarted_workers,
             refill_pause_seconds=settings.refill_pause_seconds,
             spawn_timeout_seconds=settings.spawn_timeout_seconds,
         )
@@ -159,6 +161,17 @@ class Host:
     def awaited_start(self, replica_id: str) -> AwaitedStart:
         """Return a watch on a replica's start, for a session that begins now."""
         return AwaitedStart(lambda: self.state.replicas.get(ReplicaId(replica_id)))
+
+    def next_worker_seconds(self) -> float:
+        """Return when the next worker that is being pre-started should be warm, from now; 0 = none is."""
+        began = [
+            worker.since_seconds
+            for worker in self.state.workers.values()
+            if worker.phase is WorkerPhase.SPAWNING
+        ]
+        if not began or not self.worker_start_seconds:
+            return 0.0
+        return max(0.05, min(began) + self.worker_start_seconds - time.monotonic())
 
     def loads(self) -> dict[ReplicaId, Load]:
         """Return what each replica's worker is doing."""

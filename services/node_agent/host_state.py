@@ -25,6 +25,8 @@ class Policy:
     """Worker ids are this, a dash and a number: unique over restarts of the agent."""
     prestarted_workers: int = 1
     """Workers kept warm without a model, also while every slot is taken: a swap needs one."""
+    max_prestarted_workers: int = 1
+    """What a controller's forecasts may raise that to; where `prestarted_workers` is 0 they raise nothing."""
     refill_pause_seconds: float = 0.0
     """After a load: a replica's first forward pass touches all its weights, and a request waits for it."""
     first_backoff_seconds: float = 0.5
@@ -61,6 +63,8 @@ class Worker:
     replica_id: ReplicaId | None = None
     devices: tuple[int, ...] = ()
     """Slots it holds until it has ended."""
+    is_surplus: bool = False
+    """It was ended because the pool needs fewer: its end is no failure."""
 
 
 class ReplicaPhase(enum.StrEnum):
@@ -127,6 +131,8 @@ class HostState:
     retired: tuple[ReplicaId, ...] = ()
     """Ids of replicas stopped lately, oldest first."""
     draining: bool = False
+    pool_wanted: int | None = None
+    """Warm workers that the controller's forecasts want here; None = as the operator chose."""
 
     def warm_count(self) -> int:
         """Return how many workers wait for a model."""
@@ -134,6 +140,13 @@ class HostState:
 
 
 # --- events ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolWanted:
+    """The controller said how many warm workers its forecasts want here; None = it has no forecast."""
+
+    count: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +246,7 @@ class Tick:
 Event = (
     StartOrdered
     | StopOrdered
+    | PoolWanted
     | FenceSeen
     | WorkerWarm
     | WorkerExited

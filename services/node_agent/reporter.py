@@ -13,7 +13,7 @@ import grpc
 from services.node_agent import metrics
 from services.node_agent.devices import read_memory
 from services.node_agent.host import Host
-from services.node_agent.host_state import FenceSeen
+from services.node_agent.host_state import FenceSeen, PoolWanted
 from services.node_agent.leader_search import LeaderSearch
 from services.node_agent.reports import Identity, Observed, build_report
 from services.node_agent.store_watch import StoreWatch
@@ -82,6 +82,7 @@ class Reporter:
             store=store.status,
             architectures=host.architectures,
             worker_start_seconds=host.worker_start_seconds,
+            next_worker_seconds=host.next_worker_seconds(),
             migrations=host.moves.measured,
             unix_minus_monotonic_seconds=time.time() - time.monotonic(),
         )
@@ -130,6 +131,9 @@ class Reporter:
                         is_new = False
                     if ack.HasField("store_peers"):
                         self._peers_named(ack.store_peers.addresses)
+                    wanted = ack.warm_workers if ack.HasField("warm_workers") else None
+                    if wanted != host.state.pool_wanted:
+                        host.apply(PoolWanted(count=wanted))
                     if ack.fence > host.state.highest_fence:
                         host.apply(FenceSeen(fence=ack.fence))
                     with contextlib.suppress(TimeoutError):

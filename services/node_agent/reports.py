@@ -64,6 +64,8 @@ class Observed:
     """None while the store cannot be reached."""
     architectures: Sequence[str]
     worker_start_seconds: float
+    next_worker_seconds: float
+    """Until the next worker of the pool is warm, expected; 0 = none is being started."""
     unix_minus_monotonic_seconds: float
     migrations: Sequence[MigrationMeasured] = ()
     """The last sessions that moved here, oldest first."""
@@ -88,6 +90,7 @@ def build_report(identity: Identity, state: HostState, seen: Observed, sequence:
         labels=identity.labels,
         version=identity.version,
         worker_start_seconds=seen.worker_start_seconds,
+        next_worker_seconds=seen.next_worker_seconds,
         migrations=[
             MigrationMeasured(
                 migration_id=moved.migration_id,

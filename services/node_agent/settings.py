@@ -56,6 +56,10 @@ class NodeAgentSettings(ServiceSettings):
     prestarted_workers: int = Field(default=1, ge=0, le=64)
     """Workers kept with their imports done and no model, so that a start does not wait for Python."""
 
+    max_prestarted_workers: int = Field(default=4, ge=0, le=64)
+    """What the controller's forecasts may raise `prestarted_workers` to, never above the number of slots;
+    where that is 0 they start none."""
+
     worker_threads: int = Field(default=0, ge=0, le=1024)
     """Threads of one worker's arithmetic; 0 = one less than there are processors, see `default_threads`."""
 
@@ -64,6 +68,10 @@ class NodeAgentSettings(ServiceSettings):
 
     refill_pause_seconds: float = Field(default=1.0, ge=0)
     """After a load, before the next worker is pre-started; one that an order waits for starts at once."""
+
+    fork_server: bool = True
+    """Fork workers from a process that has their imports done and shares its memory with them; it comes to be
+    with the first worker. False: every worker imports for itself, in seconds of processor time."""
 
     worker_env: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of workers; a JSON object."""

@@ -9,7 +9,10 @@ Rules:
    engine takes the processor from cold starts and running sessions.
 6. A replica may take sessions before its weights are there; until then it counts as loading, and it fails
    with its load.
-7. Workers that keep ending in the pool are replaced more and more slowly.
+7. A controller's forecasts raise the pool, within what the operator allows; where no replica may be placed it
+   is emptied.
+8. Workers that keep ending in the pool are replaced more and more slowly.
+9. A worker that was started for an order which has gone since, and is one more than the pool holds, is ended.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from services.node_agent.host_state import (
     LoadRefused,
     LoadSucceeded,
     Policy,
+    PoolWanted,
     ReplicaPhase,
     SessionsEnded,
     SpawnWorker,
@@ -82,6 +86,7 @@ def handle(
     turn.take(event)
     turn.hand_over_orders()
     turn.refill_pool()
+    turn.trim_pool()
     turn.ask_for_wake_up()
     return turn.result()
 
@@ -117,6 +122,8 @@ class _Turn:
             case StopOrdered(fence=fence):
                 self._check_fence(fence)
                 self._stop(event)
+            case PoolWanted(count=count):
+                self._state = replace(self._state, pool_wanted=count)
             case FenceSeen(fence=fence):
                 self._state = replace(self._state, highest_fence=max(fence, self._state.highest_fence))
             case WorkerWarm(worker_id=worker_id):
@@ -264,7 +271,7 @@ class _Turn:
             message = f"worker {worker.worker_id} ended while {doing} {worker.replica_id}: {event.reason}"
             self._fail_sessions(worker, WorkerDied.code, message)
             self._fail_replica_of(worker, WorkerDied.code, message)
-        elif worker.replica_id is None and not self._state.draining:
+        elif worker.replica_id is None and not self._state.draining and not worker.is_surplus:
             self._count_pool_failure(worker, event.reason)
 
     def _count_pool_failure(self, worker: Worker, reason: str) -> None:
@@ -331,6 +338,14 @@ class _Turn:
             is_awaited = len(self._waiting()) >= self._at_hand()
             self._effects.append(SpawnWorker(worker_id=worker_id, is_awaited=is_awaited))
 
+    def trim_pool(self) -> None:
+        surplus = self._at_hand() - len(self._waiting()) - self._pool_target()
+        pool = [worker for worker in self._workers.values() if worker.phase in POOL]
+        pool.sort(key=lambda worker: worker.phase is WorkerPhase.WARM)  # those that are still starting first
+        for worker in pool[: max(0, surplus)]:
+            self._workers[worker.worker_id] = replace(worker, is_surplus=True)
+            self._end(worker.worker_id)
+
     def ask_for_wake_up(self) -> None:
         deadlines = [
             hosted.stop_at_seconds
@@ -365,7 +380,12 @@ class _Turn:
         return sum(worker.phase in POOL for worker in self._workers.values())
 
     def _pool_target(self) -> int:
-        return min(self._policy.prestarted_workers, len(self._policy.devices))
+        chosen, wanted = self._policy.prestarted_workers, self._state.pool_wanted
+        if wanted == 0:
+            return 0  # no replica will be placed here
+        if chosen and wanted is not None:
+            chosen = max(chosen, min(wanted, self._policy.max_prestarted_workers))
+        return min(chosen, len(self._policy.devices))
 
     # --- small steps ---
 

@@ -19,7 +19,9 @@ from services.controller.events import (
     SchedulingSet,
     StopRefused,
 )
-from services.controller.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
+from services.controller.forecast import arrived
+from services.controller.foresight import Limits
+from services.controller.view import Arrivals, Device, Held, Node, Phase, Pool, Scheduling, Stage
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 
@@ -93,13 +95,18 @@ def _node(world: World, words: list[str]) -> None:
         ),
         held=held,
         stages={"disk": Stage(bytes_per_second=quantity(settings.get("disk", "1GB/s")))},
-        pool=Pool(total_bytes=int(quantity(settings.get("pool", "100GB")))),
+        pool=_pool(settings, sum(found.dram_bytes for found in held.values())),
         architectures=frozenset(filter(None, settings.get("architectures", "").split(","))),
         warm_workers=int(settings.get("warm", "1")),
         draining="draining" in settings,
         labels=_labels(settings.get("labels", "")),
     )
     world.report(node_id)
+
+
+def _pool(settings: dict[str, str], held_bytes: int) -> Pool:
+    total_bytes = int(quantity(settings.get("pool", "100GB")))
+    return Pool(total_bytes=total_bytes, free_bytes=total_bytes - held_bytes)
 
 
 def _labels(text: str) -> frozenset[tuple[str, str]]:
@@ -142,6 +149,34 @@ def _delete(world: World, words: list[str]) -> None:
 def _ask(world: World, words: list[str]) -> None:
     for name in words:
         world.apply(Demanded(model=ModelName(name), now_seconds=world.now_seconds))
+
+
+def _history(world: World, words: list[str]) -> None:
+    """Have a model been asked for at even intervals, the last time some seconds ago."""
+    settings = _settings(words[1:])
+    every, count = quantity(settings["every"]), int(settings.get("count", "12"))
+    last_seconds = world.now_seconds - quantity(settings.get("ago", "0"))
+    found: Arrivals | None = None
+    for number in range(count):
+        found = arrived(found, last_seconds - (count - 1 - number) * every)
+    assert found is not None
+    world.view = replace(world.view, arrivals={**world.view.arrivals, ModelName(words[0]): found})
+
+
+def _foresee(world: World, words: list[str]) -> None:
+    values: dict[str, Any] = {key: quantity(value) for key, value in _settings(words).items()}
+    world.foresee(Limits(**{key: LIMIT_KINDS.get(key, float)(value) for key, value in values.items()}))
+
+
+LIMIT_KINDS: dict[str, Callable[[float], float]] = {
+    "worker_memory_bytes": int,
+    "bytes_per_worker": int,
+    "at_once": int,
+}
+
+
+def _prefetched(world: World, words: list[str]) -> None:
+    world.prefetched(ModelName(words[0]), NodeId(words[1]), failed="failed" in words[2:])
 
 
 def _leave(world: World, words: list[str]) -> None:
@@ -269,6 +304,9 @@ SENTENCES: dict[str, Callable[[World, list[str]], None]] = {
     "delete": _delete,
     "ask": _ask,
     "leave": _leave,
+    "history": _history,
+    "foresee": _foresee,
+    "prefetched": _prefetched,
     "ready": _ready,
     "sessions": _sessions,
     "fails": _fails,

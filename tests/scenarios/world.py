@@ -21,8 +21,9 @@ from services.controller.events import (
     StopOrdered,
 )
 from services.controller.fold import fold
+from services.controller.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
 from services.controller.scaling import reconcile
-from services.controller.view import Model, Node, Phase, Policy, Replica, Reservation, View
+from services.controller.view import Held, Model, Node, Phase, Policy, Replica, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 MAX_PASSES = 100
@@ -40,6 +41,8 @@ class World:
     nodes: dict[NodeId, Node] = field(default_factory=dict)
     silent: set[NodeId] = field(default_factory=set)
     decisions: list[str] = field(default_factory=list)
+    foreseen: Foreseen = field(default_factory=Foreseen)
+    prefetching: dict[NodeId, Prefetch] = field(default_factory=dict)
     _started: dict[ModelName, int] = field(default_factory=dict)
 
     def apply(self, *events: Event) -> None:
@@ -92,6 +95,35 @@ class World:
         node = self.node_of(replica_id)
         left = {key: value for key, value in node.replicas.items() if key != replica_id}
         self.change_node(node.node_id, replicas=left)
+
+    def foresee(self, limits: Limits) -> None:
+        """Look ahead once, and write down what is to be prepared: prefetches, and new numbers of workers."""
+        before = self.foreseen.pools
+        self.foreseen = foresee(self.view, self.foreseen, self.now_seconds, limits)
+        for found in self.foreseen.prefetches:
+            self.prefetching[found.node_id] = found
+            dropping = f" dropping {','.join(found.drop)}" if found.drop else ""
+            self.decisions.append(f"prefetch {found.model} on {found.node_id}{dropping}")
+        for node_id, pool in sorted(self.foreseen.pools.items()):
+            if node_id not in before or before[node_id].count != pool.count:
+                self.decisions.append(f"workers {node_id} {pool.count}")
+
+    def prefetched(self, name: ModelName, node_id: NodeId, *, failed: bool = False) -> None:
+        """A prefetch has ended: the node holds the checkpoint, what was named is gone; or it failed."""
+        ended = self.prefetching.pop(node_id)
+        assert ended.model == name
+        left = self.foreseen.under_way - {node_id}
+        self.foreseen = replace(self.foreseen, under_way=left)
+        if failed:
+            rests = {**self.foreseen.rests, (node_id, name): self.now_seconds + RESTS_SECONDS}
+            self.foreseen = replace(self.foreseen, rests=rests)
+            return
+        node, wanted = self.nodes[node_id], self.view.models[name]
+        gone = {self.view.models[dropped].checkpoint for dropped in ended.drop}
+        held = {checkpoint: found for checkpoint, found in node.held.items() if checkpoint not in gone}
+        held[wanted.checkpoint] = Held(dram_bytes=wanted.file_bytes)
+        free_bytes = node.pool.total_bytes - sum(found.dram_bytes for found in held.values())
+        self.change_node(node_id, held=held, pool=replace(node.pool, free_bytes=free_bytes))
 
     def node_of(self, replica_id: ReplicaId) -> Node:
         """Return the node a replica runs on; fails when it runs nowhere."""

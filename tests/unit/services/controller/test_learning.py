@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from services.controller.bandwidth import learn, rate_of
-from services.controller.forecast import arrived, keep_alive_seconds, keep_until_seconds, window
+from services.controller.forecast import (
+    arrived,
+    keep_alive_seconds,
+    keep_until_seconds,
+    likelihood,
+    window,
+)
 from services.controller.moves import learn_move, move_seconds
 from services.controller.view import Arrivals, Learnt, MoveCost, Moved, Policy, Transferred
 from stoker.ids import ModelName
@@ -83,3 +89,21 @@ def test_a_history_that_says_little_leaves_the_set_keep_alive(gaps: list[float])
 
     assert window(history(*gaps)) is None
     assert keep_alive_seconds(model, history(*gaps)) == 300.0
+
+
+def test_what_was_asked_for_every_minute_is_likely_soon_and_what_never_returned_is_not() -> None:
+    minutely = history(*[60.0] * 10)
+    daily = history(*[86_400.0] * 10)
+
+    assert likelihood(minutely, minutely.last_seconds, 300.0) == 1.0
+    assert likelihood(daily, daily.last_seconds, 300.0) == 0.0
+    assert likelihood(history(), 0.0, 300.0) == 0.0
+
+
+def test_a_silence_longer_than_every_gap_makes_a_model_less_and_less_likely() -> None:
+    found = history(*[60.0] * 10)
+    after = [likelihood(found, found.last_seconds + silence, 300.0) for silence in (600.0, 6_000.0, 60_000.0)]
+
+    assert after == sorted(after, reverse=True)
+    assert after[0] < 0.5
+    assert after[-1] < 0.01

@@ -52,6 +52,7 @@ SEEN = Observed(
     store=StoreStatus(checkpoints=[StoredCheckpoint(checkpoint=CHECKPOINT, dram_bytes=250)]),
     architectures=["LlamaForCausalLM"],
     worker_start_seconds=3.0,
+    next_worker_seconds=0.0,
     unix_minus_monotonic_seconds=1e9,
 )
 

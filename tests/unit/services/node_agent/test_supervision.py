@@ -20,6 +20,7 @@ from services.node_agent.host_state import (
     LoadRefused,
     LoadSucceeded,
     Policy,
+    PoolWanted,
     ReplicaPhase,
     SessionsEnded,
     SpawnWorker,
@@ -161,6 +162,26 @@ def test_the_pool_is_never_larger_than_the_host_has_slots() -> None:
     assert spawned(Desk(prestarted_workers=9).take(Tick())) == ["w-1", "w-2"]
 
 
+def test_forecasts_raise_the_pool_within_the_operators_bound_and_the_slots() -> None:
+    desk = Desk(prestarted_workers=1, max_prestarted_workers=2)
+    desk.take(Tick())
+
+    assert spawned(desk.take(PoolWanted(count=9))) == ["w-2"]
+    assert spawned(Desk(prestarted_workers=0, max_prestarted_workers=2).take(PoolWanted(count=1))) == []
+
+
+def test_forecasts_lower_the_pool_and_without_one_it_is_as_the_operator_chose() -> None:
+    desk = Desk(prestarted_workers=1, max_prestarted_workers=2)
+    desk.take(PoolWanted(count=2))
+    desk.warm("w-1")
+    desk.warm("w-2")
+
+    assert len(ended(desk.take(PoolWanted(count=0)))) == 2
+    for worker in ("w-1", "w-2"):
+        desk.take(WorkerExited(worker_id=WorkerId(worker), reason="asked to"))
+    assert spawned(desk.take(PoolWanted(count=None))) == ["w-3"]
+
+
 def test_the_pool_is_refilled_only_after_the_load_that_took_its_worker() -> None:
     desk = pooled()
 
@@ -173,6 +194,16 @@ def test_a_pool_of_none_starts_a_worker_only_for_an_order() -> None:
 
     assert spawned(desk.take(Tick())) == []
     assert spawned(desk.start()) == ["w-1"]
+
+
+def test_a_worker_whose_order_has_gone_is_ended_when_the_pool_is_full_without_it() -> None:
+    desk = pooled()
+    desk.start("rep-1", 0)
+    assert spawned(desk.start("rep-2", 1)) == ["w-2"]
+    assert spawned(desk.loaded("w-1")) == ["w-3"]
+
+    assert ended(desk.stop("rep-2")) == ["w-2"]
+    assert desk.spawning() == ["w-3"]
 
 
 def test_a_worker_for_the_pool_gives_way_and_one_that_an_order_waits_for_does_not() -> None:
