@@ -15,7 +15,7 @@ import grpc
 from services.gateway.routes import Replica
 from stoker import rpc
 from stoker.errors import DeadlineExceeded, WorkerDied
-from stoker.v1 import node_agent_pb2_grpc, session_pb2
+from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_pb2
 
 Call = grpc.aio.UnaryStreamCall[Any, Any] | grpc.aio.StreamStreamCall[Any, Any]
 
@@ -63,6 +63,17 @@ class Agents:
             f"replica {replica.replica_id} stopped in the middle of an answer; send the request again",
             retry_after_seconds=1.0,
         )
+
+    async def fetch_kv(
+        self, destination: Replica, order: node_agent_pb2.FetchKvRequest, *, timeout_seconds: float
+    ) -> node_agent_pb2.FetchKvResponse:
+        """Have a session's keys and values brought to a replica, straight from where it runs.
+
+        Raises:
+            StokerError: Why they are not there; nothing changed where the session runs.
+        """
+        with rpc.translated(f"node agent {destination.node_id or destination.agent_address}"):
+            return await self._agent(destination.agent_address).stub.FetchKv(order, timeout=timeout_seconds)
 
     async def close(self) -> None:
         """Close all channels."""

@@ -76,6 +76,12 @@ MOVE_SECONDS = Histogram(
     buckets=START_STAGE_BUCKETS_SECONDS,
 )
 MOVE_TOKENS = Counter("stoker_gateway_move_recomputed_tokens", "Tokens computed again by moves.", _MODEL)
+MOVE_BYTES = Counter("stoker_gateway_move_shipped_bytes", "Keys and values shipped by moves.", _MODEL)
+MOVE_PATHS = Counter(
+    "stoker_gateway_move_paths",
+    "Moves by path (ship, replay), and the error for which a replay was not a shipment.",
+    ["model_name", "path", "cause"],
+)
 
 _STAGES = ("placement", "worker", "attach", "weights", "skeleton", "assign", "first_forward", "total")
 

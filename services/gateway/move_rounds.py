@@ -1,11 +1,15 @@
 """Rounds of a planned move: when is the destination level with the source? Pure.
 
-The destination recomputes the session from its tokens while the source goes on (ServerlessLLM, section 5.2).
-Each round brings it the tokens that were made during the one before; its first token says that the round is
-done. Since it takes tokens it is given in far fewer steps than the source needed to make them, the lag
-shrinks to a token or two in a few rounds, whatever the length of the context. Then the stream is switched:
-the destination makes the `lag` tokens that the client has already (they are compared and dropped), so the
-client waits for about `lag + 1` of its steps.
+First the keys and values of the tokens there are go to the destination, then those of the tokens that were
+made meanwhile, while the source goes on (a staged copy, as in Llumnix), until so few are missing that one
+pass computes them. What can't be shipped the destination computes from the tokens (ServerlessLLM, section
+5.2).
+
+Each round of computing brings it the tokens that were made during the one before; its first token says that
+the round is done. Since it takes tokens it is given in far fewer steps than the source needed to make them,
+the lag shrinks to a token or two in a few rounds, whatever the length of the context. Then the stream is
+switched: the destination makes the `lag` tokens that the client has already (they are compared and dropped),
+so the client waits for about `lag + 1` of its steps.
 """
 
 from __future__ import annotations
@@ -16,6 +20,10 @@ from dataclasses import dataclass
 from stoker.errors import PeerError
 from stoker.v1 import session_pb2
 
+SHIP_LEVEL_TOKENS = 8
+"""So few missing tokens the destination computes in one pass: it takes 12, and the source makes some more
+until then."""
+MAX_SHIP_ROUNDS = 6
 LEVEL_TOKENS = 1
 """A lag at which the stream is switched at once."""
 MAX_LAG_TOKENS = 4
@@ -42,6 +50,18 @@ class Abandon:
 
 class Diverged(PeerError):
     """The destination made other tokens than the client has: another replica must go on from those."""
+
+
+def ships_on(*, number: int, missing: int, earlier_missing: int) -> bool:
+    """Say whether another round of shipping follows.
+
+    Args:
+        number: Of the round that has ended, from 1; 0 = none yet.
+        missing: Tokens of the session whose keys and values are not at the destination.
+        earlier_missing: Before that round.
+    """
+    is_worth_it = missing > SHIP_LEVEL_TOKENS and number < MAX_SHIP_ROUNDS
+    return is_worth_it and (number == 0 or missing < earlier_missing)
 
 
 def after_round(*, number: int, lag: int, earlier_lag: int | None) -> Switch | Again | Abandon:

@@ -15,21 +15,37 @@ from dataclasses import dataclass
 from services.gateway import metrics
 from services.gateway.agents import Agents
 from services.gateway.job import Job
-from services.gateway.move_rounds import Abandon, Again, Switch, after_round, unseen
+from services.gateway.move_rounds import Abandon, Again, Switch, after_round, ships_on, unseen
 from services.gateway.placement import Placement
 from services.gateway.routes import Replica
 from services.gateway.session import Session
 from stoker import log
 from stoker.errors import PeerError, StokerError
 from stoker.ids import ReplicaId, new_id
-from stoker.v1 import session_pb2
+from stoker.v1 import node_agent_pb2, session_pb2
 
 Events = AsyncGenerator[session_pb2.GenerateEvent]
 
+SHIP_SECONDS = 60.0
+"""Longest round of shipping."""
+NAMED_SECONDS = 10.0
+"""How long a destination that was named may be missing in the routes."""
 RETRY_SECONDS = 0.25
 """Between two tries to find a destination, or to move there."""
 MAX_TRIES = 5
 """Destinations that may fail under one move."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipped:
+    """Keys and values that are at a destination."""
+
+    tokens: int = 0
+    """Of how many tokens, from the session's first; 0 = it computes all of them."""
+    data_bytes: int = 0
+    rounds: int = 0
+    why_not: str = ""
+    """Code of the error for which nothing is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +62,9 @@ class Moved:
     rounds: int
     recomputed_tokens: int
     """By the destination: prompt and output, over all rounds."""
+    shipped: Shipped
+    reason: str
+    """Of the move, for people."""
     began_seconds: float
 
 
@@ -59,6 +78,7 @@ class Mover:
         placement: Finds the destination.
         agents: Node agents.
         resume_mode: How tokens get into the destination.
+        leave: Why it moves, and where to. Where its replica stays it goes there or nowhere.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts it joins
@@ -69,7 +89,9 @@ class Mover:
         placement: Placement,
         agents: Agents,
         resume_mode: session_pb2.ResumeMode.ValueType,
+        leave: session_pb2.Leave,
     ) -> None:
+        self._leave = leave
         self._session = session
         self._origin = origin
         self._job = job
@@ -105,7 +127,11 @@ class Mover:
     async def _try(self) -> Moved | None:
         failed: list[ReplicaId] = []
         for _ in range(MAX_TRIES):
-            destination = await self._find(failed)
+            destination = await self._named(failed)
+            if destination is None:
+                if not self._leave.grace_seconds:
+                    return None
+                destination = await self._find(failed)
             began_seconds = self._job.clock.now_seconds()
             try:
                 return await self._follow(destination, began_seconds)
@@ -122,6 +148,25 @@ class Mover:
                     message=error.message,
                 )
                 await self._job.clock.sleep(RETRY_SECONDS)
+        return None
+
+    async def _named(self, failed: list[ReplicaId]) -> Replica | None:
+        """Return the destination that was asked for, once it is in the routes; None = there is none."""
+        wanted, clock = ReplicaId(self._leave.to_replica_id), self._job.clock
+        if not wanted or wanted in failed or wanted == self._origin.replica_id:
+            return None
+        until_seconds = clock.now_seconds() + NAMED_SECONDS
+        while clock.now_seconds() < until_seconds:
+            found = self._placement.named(self._job.trace.model, wanted)
+            if found is not None:
+                return found if found.continues(self._origin) else None
+            await clock.sleep(RETRY_SECONDS)
+        log.get().warning(
+            "session.move_abandoned",
+            session_id=self._session.session_id,
+            to_replica_id=wanted,
+            message=f"it was not in the routes within {NAMED_SECONDS:g} s",
+        )
         return None
 
     async def _find(self, failed: list[ReplicaId]) -> Replica:
@@ -144,8 +189,9 @@ class Mover:
         Raises:
             StokerError: It failed, or can't keep up.
         """
+        shipped = await self._ship(destination)
         lag: int | None = None
-        recomputed = 0
+        recomputed = -shipped.tokens
         for number in range(1, 1_000):
             tokens = len(self._session.token_ids)
             recomputed += len(self._session.prompt_token_ids) + tokens if lag is None else lag
@@ -173,10 +219,52 @@ class Mover:
                         rest=events,
                         migration_id=new_id("mig"),
                         rounds=number,
-                        recomputed_tokens=recomputed,
+                        recomputed_tokens=max(0, recomputed),
+                        shipped=shipped,
+                        reason=self._leave.reason,
                         began_seconds=began_seconds,
                     )
         raise AssertionError("after_round bounds the rounds")
+
+    async def _ship(self, destination: Replica) -> Shipped:
+        """Have the keys and values of the tokens so far brought to the destination, as far as that goes."""
+        session, job = self._session, self._job
+        shipped, missing = Shipped(), 0
+        while True:
+            earlier, missing = missing, self._tokens() - shipped.tokens
+            if not ships_on(number=shipped.rounds, missing=missing, earlier_missing=earlier):
+                return shipped
+            order = node_agent_pb2.FetchKvRequest(
+                session_id=session.session_id,
+                replica_id=destination.replica_id,
+                from_agent_address=self._origin.agent_address,
+                from_replica_id=self._origin.replica_id,
+                from_epoch=session.epoch,
+                from_token=shipped.tokens,
+                model=job.trace.model,
+            )
+            try:
+                came = await self._agents.fetch_kv(
+                    destination, order, timeout_seconds=min(SHIP_SECONDS, job.left_seconds())
+                )
+            except StokerError as error:
+                log.get().info(
+                    "session.kv_not_shipped",
+                    session_id=session.session_id,
+                    to_replica_id=destination.replica_id,
+                    error_code=error.code,
+                    message=error.message,
+                )
+                return Shipped(why_not=error.code)
+            shipped = Shipped(
+                tokens=came.tokens,
+                data_bytes=shipped.data_bytes + came.data_bytes,
+                rounds=shipped.rounds + 1,
+            )
+
+    def _tokens(self) -> int:
+        """Return how many tokens the session has, prompt and output."""
+        return len(self._session.prompt_token_ids) + len(self._session.token_ids)
 
     def _round(self, destination: Replica, epoch: int) -> Events:
         order = self._session.generate_request(

@@ -65,6 +65,13 @@ class Placement:
         shunned = self.table.shunned(now_seconds=self._clock.now_seconds())
         return choose_replica(route.replicas, self.in_flight, excluded=shunned.union(failed), like=like)
 
+    def named(self, model: str, replica_id: ReplicaId) -> Replica | None:
+        """Return a ready replica of a model by its id; None while the routes have none of that name."""
+        if model not in self.table:
+            return None
+        replicas = self.table.find(model).replicas
+        return next((replica for replica in replicas if replica.replica_id == replica_id), None)
+
     def report_failed(self, replica: Replica) -> None:
         """Pass over a replica for a while."""
         self.table.shun(replica.replica_id, now_seconds=self._clock.now_seconds())

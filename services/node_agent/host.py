@@ -41,7 +41,7 @@ from services.node_agent.host_state import (
 )
 from services.node_agent.log_folder import LogFolder
 from services.node_agent.move_watch import MoveWatch
-from services.node_agent.relay import RelayedSession
+from services.node_agent.relay import RelayedSession, SessionRelay
 from services.node_agent.reports import Load, start_timings
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
@@ -130,7 +130,23 @@ class Host:
         )
         log.get().info("replica.stop_ordered", replica_id=replica_id, reason=order.reason)
         if link is not None and not order.only_if_idle and order.grace_seconds > 0:
-            link.relay.ask_to_leave(order.reason, order.grace_seconds)
+            link.relay.ask_to_leave(order.reason, order.grace_seconds, to_replica_id=order.to_replica_id)
+
+    def worker_of(self, replica_id: str) -> WorkerLink:
+        """Return the worker of a replica that serves here, also while it drains.
+
+        Raises:
+            ReplicaGone: There is none.
+        """
+        link = self._link_of(ReplicaId(replica_id))
+        if link is None:
+            raise ReplicaGone(f"replica {replica_id} is not served on node {self._settings.node_id}")
+        return link
+
+    def relays(self) -> dict[str, tuple[str, SessionRelay]]:
+        """Return model and sessions of each replica that serves here."""
+        hosted = [(one, self._link_of(replica_id)) for replica_id, one in self.state.replicas.items()]
+        return {one.replica_id: (one.order.spec.name, link.relay) for one, link in hosted if link is not None}
 
     @asynccontextmanager
     async def session(self, request: GenerateRequest) -> AsyncIterator[RelayedSession]:

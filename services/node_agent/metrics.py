@@ -25,6 +25,12 @@ WORKER_START = Histogram(
     "stoker_worker_start_seconds", "From spawn to warm.", buckets=START_STAGE_BUCKETS_SECONDS
 )
 WORKER_EXITS = Counter("stoker_worker_exits", "Worker processes that ended.")
+KV_BYTES = Counter(
+    "stoker_kv_shipped_bytes", "Keys and values of moving sessions, by direction: in, out.", ["direction"]
+)
+KV_FAILURES = Counter(
+    "stoker_kv_not_shipped", "Shipments of keys and values that failed, by cause.", ["direction", "cause"]
+)
 FAILED_STARTS = Counter("stoker_failed_starts", "Loads that a worker refused.")
 
 

@@ -1,8 +1,9 @@
 """Sessions that moved to this node, as its agent measures them: estimates of later moves learn from it. Pure.
 
-The rounds of a move are `Generate` calls that follow (`GenerateRequest.follows`). Its seconds are those from
-the first round's arrival to the first token of the last: the one that is neither followed by another nor
-given up, which is known once it has gone on for a while, or finished.
+The rounds of a move are shipments of keys and values (`FetchKv`), then `Generate` calls that follow
+(`GenerateRequest.follows`). Its seconds are those from the first round's begin to the first token of the
+last: the one that is neither followed by another nor given up, which is known once it has gone on for a
+while, or finished.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class _Arriving:
     began_seconds: float
     round_seconds: float
     """When the latest round came."""
+    shipped_bytes: int = 0
+    """Of keys and values; 0 = it is computed from its tokens."""
 
 
 class Round:
@@ -75,19 +78,26 @@ class MoveWatch:
         """Return the last moves, oldest first."""
         return tuple(self._measured)
 
+    def shipped(self, session_id: str, data_bytes: int, seconds: float) -> None:
+        """Take note of keys and values that came, which has just ended after so many seconds."""
+        self._arrived(session_id, began_seconds=self.now_seconds() - seconds).shipped_bytes += data_bytes
+
     def round(self, request: GenerateRequest) -> Round:
         """Begin to watch a `Generate` call."""
         if request.follows:
-            now_seconds = self.now_seconds()
-            arriving = self._arriving.get(request.session_id)
-            if arriving is None or now_seconds > arriving.round_seconds + ROUND_GAP_SECONDS:
-                self._arriving[request.session_id] = _Arriving(now_seconds, now_seconds)
-            else:
-                arriving.round_seconds = now_seconds
-            self._arriving.move_to_end(request.session_id)
-            while len(self._arriving) > MAX_ARRIVING:
-                self._arriving.popitem(last=False)
+            self._arrived(request.session_id, began_seconds=self.now_seconds())
         return Round(self, request)
+
+    def _arrived(self, session_id: str, *, began_seconds: float) -> _Arriving:
+        """Return the move that a round belongs to."""
+        arriving = self._arriving.get(session_id)
+        if arriving is None or began_seconds > arriving.round_seconds + ROUND_GAP_SECONDS:
+            arriving = self._arriving[session_id] = _Arriving(began_seconds, began_seconds)
+        arriving.round_seconds = self.now_seconds()
+        self._arriving.move_to_end(session_id)
+        while len(self._arriving) > MAX_ARRIVING:
+            self._arriving.popitem(last=False)
+        return arriving
 
     def settle(self, request: GenerateRequest, switched_seconds: float) -> None:
         """Take a move as done: its last round's first token came at `switched_seconds`."""
@@ -98,8 +108,9 @@ class MoveWatch:
             MigrationMeasured(
                 migration_id=new_id("mig"),
                 model=request.model,
-                path="replay",
+                path="ship" if arriving.shipped_bytes else "replay",
                 tokens=len(request.prompt_token_ids) + len(request.generated_token_ids),
                 seconds=switched_seconds - arriving.began_seconds,
+                shipped_bytes=arriving.shipped_bytes,
             )
         )

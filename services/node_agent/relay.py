@@ -25,10 +25,20 @@ MAX_BUFFERED_EVENTS = 4096
 class RelayedSession:
     """One session, as its `Generate` call sees it. Made by `SessionRelay.open`."""
 
-    __slots__ = ("_error", "_events", "_waiter", "context_tokens", "epoch", "session_id", "started")
+    __slots__ = (
+        "_error",
+        "_events",
+        "_waiter",
+        "context_tokens",
+        "epoch",
+        "request_id",
+        "session_id",
+        "started",
+    )
 
-    def __init__(self, session_id: str, epoch: int, context_tokens: int = 0) -> None:
+    def __init__(self, session_id: str, epoch: int, context_tokens: int = 0, *, request_id: str = "") -> None:
         self.session_id = session_id
+        self.request_id = request_id
         self.epoch = epoch
         self.context_tokens = context_tokens
         """Prompt and output so far."""
@@ -151,6 +161,7 @@ class SessionRelay:
             request.session_id,
             request.epoch,
             context_tokens=len(request.prompt_token_ids) + len(request.generated_token_ids),
+            request_id=request.request_id,
         )
         self._sessions[request.session_id] = session
         self._commands.put_nowait(RunCommand(submit=request))
@@ -169,11 +180,22 @@ class SessionRelay:
             session.fail(Fenced(f"session {session_id} was taken over by epoch {below_epoch}"))
             self.close(session)
 
-    def ask_to_leave(self, reason: str, grace_seconds: float) -> None:
-        """Tell every session's reader to move it to another replica."""
-        for session in self._sessions.values():
-            leave = Leave(reason=reason, grace_seconds=grace_seconds)
+    def ask_to_leave(
+        self, reason: str, grace_seconds: float, *, to_replica_id: str = "", request_id: str = ""
+    ) -> int:
+        """Tell sessions' readers to move them to another replica; return how many were told.
+
+        Args:
+            reason: For people.
+            grace_seconds: Until the replica ends; 0 = it does not.
+            to_replica_id: Where they should go; empty = wherever the model is ready.
+            request_id: Only this request's sessions; empty = all.
+        """
+        leave = Leave(reason=reason, grace_seconds=grace_seconds, to_replica_id=to_replica_id)
+        leaving = [session for session in self._sessions.values() if request_id in ("", session.request_id)]
+        for session in leaving:
             session.put(GenerateEvent(epoch=session.epoch, leave=leave))
+        return len(leaving)
 
     def fail_all(self, error: StokerError) -> None:
         """End every session, and refuse new ones, with this error."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from services.node_agent.host import Host
+from services.node_agent.kv_shipping import KvShipping
 from services.node_agent.own_log import read_own_log
+from services.node_agent.session_moves import ask_to_move
 from stoker import log
 from stoker.ids import ReplicaId
 from stoker.v1.node_agent_pb2 import (
+    FetchKvRequest,
+    FetchKvResponse,
     GetReportRequest,
     LogLine,
+    MoveSessionsRequest,
+    MoveSessionsResponse,
     NodeReport,
     ReadLogsRequest,
     StartReplicaRequest,
@@ -22,6 +29,7 @@ from stoker.v1.node_agent_pb2 import (
     StopReplicaResponse,
 )
 from stoker.v1.node_agent_pb2_grpc import NodeAgentServicer
+from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest
 from stoker.v1.session_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ class Servicer(NodeAgentServicer):
 
     def __init__(self, host: Host, report: Callable[[], NodeReport]) -> None:
         self._host = host
+        self._shipping = KvShipping(host.worker_of, host.moves)
         self._report = report
 
     async def StartReplica(  # noqa: N802 - the name of the rpc
@@ -91,6 +100,32 @@ class Servicer(NodeAgentServicer):
         """See node_agent.proto."""
         del request, context
         return self._report()
+
+    async def FetchKv(  # noqa: N802 - the name of the rpc
+        self, request: FetchKvRequest, context: Context
+    ) -> FetchKvResponse:
+        """See node_agent.proto."""
+        del context
+        with log.bind(session_id=request.session_id):
+            return await self._shipping.fetch(request)
+
+    async def ReadKv(  # noqa: N802 - the name of the rpc
+        self, request: ReadKvRequest, context: Context
+    ) -> AsyncIterator[KvPart]:
+        """See node_agent.proto."""
+        del context
+        with log.bind(session_id=request.session_id):
+            async with aclosing(self._shipping.read(request)) as parts:
+                async for part in parts:
+                    yield part
+
+    async def MoveSessions(  # noqa: N802 - the name of the rpc
+        self, request: MoveSessionsRequest, context: Context
+    ) -> MoveSessionsResponse:
+        """See node_agent.proto."""
+        del context
+        host = self._host
+        return ask_to_move(request, host.relays(), highest_fence=host.state.highest_fence)
 
     async def ReadLogs(  # noqa: N802 - the name of the rpc
         self, request: ReadLogsRequest, context: Context

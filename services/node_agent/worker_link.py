@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 from services.node_agent.host_state import (
@@ -22,8 +22,9 @@ from services.node_agent.worker_process import WorkerProcess
 from stoker import log
 from stoker.errors import DeadlineExceeded, PeerError, StokerError, WorkerDied
 from stoker.ids import WorkerId
-from stoker.rpc import connect, translated
+from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
 from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadEnd, LoadModelRequest, WorkerDescription
 from stoker.v1.worker_pb2_grpc import WorkerStub
 
@@ -122,6 +123,23 @@ class WorkerLink:
                 await self._relay()
             finally:
                 self._cancel_late()
+
+    async def read_kv(self, request: ReadKvRequest, *, timeout_seconds: float) -> AsyncGenerator[KvPart]:
+        """Yield the parts of a running session's keys and values; raises what the worker answers."""
+        call = self._stub.ReadKv(request, timeout=timeout_seconds)
+        with translated(f"worker {self.worker_id}"), cancelled_after(call) as parts:
+            async for part in parts:
+                yield part
+
+    async def write_kv(self, parts: AsyncIterator[KvPart], *, timeout_seconds: float) -> WriteKvResponse:
+        """Hand the parts of a coming session's keys and values to the worker; raises what it answers."""
+        call = self._stub.WriteKv(timeout=timeout_seconds)
+        with translated(f"worker {self.worker_id}"), cancelled_after(call):
+            with contextlib.suppress(asyncio.InvalidStateError):  # it has answered early: its error is below
+                async for part in parts:
+                    await call.write(part)
+                await call.done_writing()
+            return await call
 
     async def _greet(self) -> None:
         try:

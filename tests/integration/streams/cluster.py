@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Self
 
 from services.gateway.routes import Replica
 from services.node_agent.epoch_fence import EpochFence
 from services.node_agent.relay import SessionRelay
 from services.worker.engine_thread import EngineThread
+from services.worker.kv_desk import KvDesk
 from services.worker.run_stream import RunStream
 from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import ReplicaGone, WorkerDied
 from stoker.v1 import session_pb2
+from stoker.v1.node_agent_pb2 import FetchKvRequest, FetchKvResponse
+from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
 from stoker.v1.worker_pb2 import RunCommand, StepEvent
 
 Event = session_pb2.GenerateEvent
@@ -50,6 +53,8 @@ class Node:
         self._stream = RunStream(loop)
         self._engine = EngineThread(engine, on_outputs=self._stream.on_outputs, on_failure=self._failed)
         self._engine.start()
+        self._desk = KvDesk(self._engine)
+        self._stream.expect_kv(self._desk)
         self.is_dead = False
         self.failure: BaseException | None = None
         self.fence = EpochFence()
@@ -66,6 +71,16 @@ class Node:
         """Stand where the worker's stub does."""
         return _Run(self._stream, self._engine, commands)
 
+    @property
+    def prefilled_tokens(self) -> int:
+        """Return how many tokens it has prefilled."""
+        return self._engine.engine.stats().prefill_token_count
+
+    @property
+    def kv_tokens(self) -> int:
+        """Return how many tokens of its cache are taken."""
+        return self._engine.engine.stats().kv_tokens
+
     def _failed(self, cause: BaseException) -> None:
         """Take note of a step that failed as a whole: `close` raises it."""
         self.failure = cause
@@ -80,9 +95,27 @@ class Node:
         """Begin to drain."""
         self.relay.ask_to_leave("test", 30)
 
+    async def read_kv(self, session_id: str, epoch: int, from_token: int) -> AsyncGenerator[KvPart]:
+        """Give a session's keys and values away."""
+        if self.is_dead:
+            raise ReplicaGone("it was killed")
+        request = ReadKvRequest(session_id=session_id, epoch=epoch, from_token=from_token)
+        async with aclosing(self._desk.read(request, self._stream.engine_id(session_id, epoch))) as parts:
+            async for part in parts:
+                if self.is_dead:
+                    raise ReplicaGone("it was killed")
+                yield KvPart.FromString(part.SerializeToString())
+
+    async def write_kv(self, parts: AsyncIterator[KvPart]) -> WriteKvResponse:
+        """Take a coming session's keys and values."""
+        if self.is_dead:
+            raise ReplicaGone("it was killed")
+        return await self._desk.write(parts)
+
     async def close(self) -> None:
         """Give everything back."""
         self.kill()
+        self._desk.close()
         await asyncio.wait([self._relaying])
         assert await asyncio.to_thread(self._engine.close)
         if self.failure is not None:
@@ -95,9 +128,17 @@ class Cluster:
     Args:
         new_engine: Builds a replica's engine.
         happening: See `Happening`.
+        on_part: Called with each part of keys and values on its way; may change it, or raise.
     """
 
-    def __init__(self, new_engine: Callable[[], TransformersEngine], happening: Happening) -> None:
+    def __init__(
+        self,
+        new_engine: Callable[[], TransformersEngine],
+        happening: Happening,
+        on_part: Callable[[Cluster, KvPart], None] = lambda *_: None,
+    ) -> None:
+        self._on_part = on_part
+        self.shipped: list[FetchKvResponse] = []
         self._new_engine = new_engine
         self._happening = happening
         self._stack = AsyncExitStack()
@@ -114,10 +155,7 @@ class Cluster:
         self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
     ) -> AsyncGenerator[Event]:
         """Yield a session's events, as `Agents.generate`."""
-        node = self.nodes.get(replica.replica_id)
-        if node is None:
-            node = self.nodes[replica.replica_id] = Node(self._new_engine())
-            self._stack.push_async_callback(node.close)
+        node = self._node(replica.replica_id)
         received = session_pb2.GenerateRequest.FromString(order.SerializeToString())
         self.orders.append(received)
         if node.is_dead:
@@ -130,6 +168,30 @@ class Cluster:
                 yield event
                 if event.finish_reason:
                     return
+
+    async def fetch_kv(
+        self, destination: Replica, order: FetchKvRequest, *, timeout_seconds: float
+    ) -> FetchKvResponse:
+        """Ship keys and values between two nodes, as `Agents.fetch_kv`."""
+        source, node = self.nodes[order.from_replica_id], self._node(destination.replica_id)
+        parts = source.read_kv(order.session_id, order.from_epoch, order.from_token)
+        async with aclosing(parts):
+            written = await node.write_kv(self._watched(parts))
+        response = FetchKvResponse(tokens=written.tokens, data_bytes=written.data_bytes)
+        self.shipped.append(response)
+        return response
+
+    async def _watched(self, parts: AsyncIterator[KvPart]) -> AsyncIterator[KvPart]:
+        async for part in parts:
+            self._on_part(self, part)
+            yield part
+
+    def _node(self, replica_id: str) -> Node:
+        node = self.nodes.get(replica_id)
+        if node is None:
+            node = self.nodes[replica_id] = Node(self._new_engine())
+            self._stack.push_async_callback(node.close)
+        return node
 
 
 @asynccontextmanager

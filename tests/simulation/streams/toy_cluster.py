@@ -11,8 +11,16 @@ from services.gateway.placement import Placement
 from services.gateway.routes import Replica, RouteTable
 from services.node_agent.epoch_fence import EpochFence
 from stoker.clock import ManualClock
-from stoker.errors import LoadFailed, PeerError, QueueFull, ReplicaGone, StokerError, WorkerDied
-from stoker.v1 import session_pb2
+from stoker.errors import (
+    KvUnavailable,
+    LoadFailed,
+    PeerError,
+    QueueFull,
+    ReplicaGone,
+    StokerError,
+    WorkerDied,
+)
+from stoker.v1 import node_agent_pb2, session_pb2
 from tests.unit.services.gateway.builders import ids_of
 
 LETTERS = ids_of("abcdefghijklmnopqrstuvwxyz")
@@ -66,6 +74,21 @@ class ToyCluster:
                 yield event
         finally:
             self.streams -= 1
+
+    async def fetch_kv(
+        self, destination: Replica, order: node_agent_pb2.FetchKvRequest, *, timeout_seconds: float
+    ) -> node_agent_pb2.FetchKvResponse:
+        """Ship some tokens more, or fail: what a destination has must never matter to the client."""
+        for _ in range(self._random.randrange(4)):
+            await asyncio.sleep(0)
+        node = self.nodes[destination.replica_id]
+        self._strike(node, destination)
+        if node.is_dead:
+            raise ReplicaGone(f"{destination.replica_id} is dead")
+        if self._random.random() < 3 * self._faults:
+            raise KvUnavailable("not now")
+        tokens = order.from_token + 1 + self._random.randrange(20)
+        return node_agent_pb2.FetchKvResponse(tokens=tokens, data_bytes=tokens)
 
     def _admit(self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest) -> None:
         if node.is_dead:

@@ -19,6 +19,7 @@ from services.gateway.trace import Trace
 from stoker.clock import ManualClock
 from stoker.errors import (
     DeadlineExceeded,
+    KvUnavailable,
     LoadFailed,
     PeerError,
     QueueFull,
@@ -26,7 +27,7 @@ from stoker.errors import (
     StreamLost,
     WorkerDied,
 )
-from stoker.v1 import controller_pb2, model_pb2, session_pb2
+from stoker.v1 import controller_pb2, model_pb2, node_agent_pb2, session_pb2
 from tests.unit.services.gateway.builders import event, ids_of, session
 
 LENGTH = session_pb2.FINISH_REASON_LENGTH
@@ -83,6 +84,12 @@ class Played:
                 last = position == len(ids) - 1
                 yield event(position, [ids[position]], epoch=order.epoch, finish=LENGTH if last else 0)
                 position += 1
+
+    async def fetch_kv(
+        self, destination: Replica, order: node_agent_pb2.FetchKvRequest, *, timeout_seconds: float
+    ) -> node_agent_pb2.FetchKvResponse:
+        """Ship nothing."""
+        raise KvUnavailable("these replicas are played")
 
 
 class World:

@@ -1,0 +1,153 @@
+"""Moves whose keys and values are shipped: the client sees the same bits, wherever the shipment breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.gateway.text.model_text import ModelText
+from services.worker.engine import Sampling, Submit
+from services.worker.transformers_engine import TransformersEngine
+from stoker.errors import KvUnavailable
+from stoker.ids import SessionId
+from stoker.v1.session_kv_pb2 import KvPart
+from tests.integration.streams.cluster import Cluster, Event, Node
+from tests.integration.streams.engines import LIMITS, Replicas, answer, engine_model, text_of
+from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
+from tests.integration.tiny_model import make_tiny_model
+from tests.unit.services.worker.test_kv_exchange import shipped, stopped_after
+from tests.unit.services.worker.tiny_models import numbers, run
+
+POSITIONS = 64
+NewEngine = Callable[[], TransformersEngine]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("shipped") / "tiny", layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> ModelText:
+    return text_of(folder)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def new_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
+    model = engine_model(folder, getattr(torch, request.param))
+    return lambda: TransformersEngine(model, LIMITS)
+
+
+def how(sampling: dict, tokens: int = POSITIONS + 8) -> dict:
+    return sampling | {"max_tokens": tokens, "top_logprobs": 3, "ignore_eos": True}
+
+
+def leave_after(positions: list[int]) -> Callable[..., None]:
+    """Ask the owner to let the session go after each of these tokens, or as soon after as it can."""
+
+    def happening(cluster: Cluster, node: Node, order: object, event: Event) -> None:
+        if positions and event.tokens and event.position >= positions[0]:
+            positions.pop(0)
+            node.ask_to_leave()
+
+    return happening
+
+
+async def until_nothing_is_held(cluster: Cluster) -> None:
+    """Wait until every node that lives has its whole cache free again."""
+    async with asyncio.timeout(60):
+        alive = [node for node in cluster.nodes.values() if not node.is_dead]
+        while any(node.kv_tokens for node in alive):  # noqa: ASYNC110 - engine threads set no event
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("position", [0, 1, 30, 63])
+async def test_a_move_with_shipped_keys_and_values_changes_nothing(
+    new_engine: NewEngine, text: ModelText, sampling: dict, position: int
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(sampling))
+
+    async with Cluster(new_engine, leave_after([position])) as cluster:
+        found = await answer(cluster, text, PROMPT, **how(sampling))
+        tokens = [shipped.tokens for shipped in cluster.shipped]
+
+    assert found == wanted
+    assert (found.trace.moves, found.trace.hops) == (1, 0)
+    assert tokens == sorted(tokens)
+    assert tokens[0] >= len(PROMPT)
+    assert cluster.nodes["rep-1"].prefilled_tokens == 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("beside", [(), BESIDE], ids=["alone", "mixed"])
+def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
+    new_engine: NewEngine, sampling: dict, beside: tuple[Submit, ...]
+) -> None:
+    wanted = Submit(
+        session_id=SessionId("s"),
+        prompt_token_ids=PROMPT,
+        sampling=Sampling(**({"seed": 11} | how(sampling, POSITIONS + 2))),
+    )
+    whole = numbers(run(new_engine(), [wanted])[0]["s"])
+    source = new_engine()
+    made = stopped_after(source, wanted, 1)
+
+    while len(made) < POSITIONS:
+        destination, generated = new_engine(), [out.token_id for out in made]
+        for other in beside[: 1 + len(made) % 3]:
+            destination.submit(other)
+        for _ in range(len(made) % 4 if beside else 0):
+            destination.step()
+        staged = shipped(source.export_kv(SessionId("s")), destination)
+        source.close()
+        source = destination
+        made += stopped_after(source, replace(wanted, generated_token_ids=generated, staged=staged), 1)
+        assert source.stats().replay_token_count == 0
+    source.close()
+
+    assert numbers(made) == whole[: len(made)]
+
+
+async def test_many_moves_of_one_stream_change_nothing(new_engine: NewEngine, text: ModelText) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
+
+    async with Cluster(new_engine, leave_after(list(range(0, POSITIONS, 8)))) as cluster:
+        found = await answer(cluster, text, PROMPT, **how(SAMPLED))
+        await until_nothing_is_held(cluster)
+
+    assert found == wanted
+    assert found.trace.moves >= 2
+
+
+@pytest.mark.parametrize("fault", ["refused", "damaged", "source dies", "destination dies"])
+@pytest.mark.parametrize("part", [0, 1])
+async def test_wherever_a_shipment_breaks_the_stream_goes_on(
+    new_engine: NewEngine, text: ModelText, fault: str, part: int
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
+    seen: list[KvPart] = []
+
+    def on_part(cluster: Cluster, came: KvPart) -> None:
+        seen.append(came)
+        if len(seen) != part + 1:
+            return
+        if fault == "refused":
+            raise KvUnavailable("no")
+        if fault == "damaged":
+            came.ClearField("header" if part == 0 else "piece")
+        else:
+            cluster.nodes["rep-0" if fault == "source dies" else "rep-1"].kill()
+
+    async with Cluster(new_engine, leave_after([5]), on_part) as cluster:
+        found = await answer(cluster, text, PROMPT, **how(SAMPLED))
+        await until_nothing_is_held(cluster)
+
+    assert found == wanted
+    assert len(seen) > part
+    assert found.trace.moves + found.trace.hops == 1
