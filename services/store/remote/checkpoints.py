@@ -165,41 +165,52 @@ class RemoteCheckpoints:
         return self._entry_of(cached)
 
     def _open_anew(self, uri: str, ranges: Ranges, described: Described) -> CatalogEntry:
+        """Read a checkpoint's headers; into the disk cache, or past it where its disk doesn't take them."""
+        if self._cache is not None:
+            try:
+                return self._read(uri, ranges, described, self._cache)
+            except OSError as error:
+                _no_room(uri, error.strerror or str(error), metric="error")
         try:
-            staged = self._staging()
+            return self._read(uri, ranges, described, None)
+        except OSError as error:
+            raise DiskFull(
+                f"{uri}: its headers cannot be written to {self._plan.skeletons}: {error.strerror or error}; "
+                "free space there, or set STOKER_STORE_RUN_DIR"
+            ) from error
+
+    def _read(self, uri: str, ranges: Ranges, described: Described, cache: DiskCache | None) -> CatalogEntry:
+        staged = self._staging(cache)
+        try:
             files = build_skeleton(ranges, described, staged)
             read = read_entry(staged)
             record = OriginRecord(uri=uri, revision=read.index.revision, files=files)
             (staged / RECORD_NAME).write_bytes(origin_record.render(record))
-            return self._keep(staged, record, [file.name for file in read.index.files])
-        except OSError as error:
-            raise DiskFull(
-                f"{uri}: its headers cannot be written to this host's disk: {error.strerror or error}"
-            ) from error
+            return self._keep(staged, record, [file.name for file in read.index.files], cache)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # it is elsewhere by now, or of no use
 
-    def _keep(self, staged: Path, record: OriginRecord, weights: list[str]) -> CatalogEntry:
+    def _keep(
+        self, staged: Path, record: OriginRecord, weights: list[str], cache: DiskCache | None
+    ) -> CatalogEntry:
         """Give the staged folder to the disk cache, or, where that has no room, to the skeletons."""
-        if self._cache is not None:
-            before = self._cache.find(record.uri, record.revision)
+        if cache is not None:
+            before = cache.find(record.uri, record.revision)
             if before is not None:
-                shutil.rmtree(staged, ignore_errors=True)
                 return self._entry_of(before)
-            adopted = self._cache.adopt(staged, record, weights, ASSUMED_BYTES_PER_SECOND)
+            adopted = cache.adopt(staged, record, weights, ASSUMED_BYTES_PER_SECOND)
             if not isinstance(adopted, NoRoom):
                 return self._entry_of(adopted)
-            metrics.LANDING_FAILURES.labels(reason="quota").inc()
-            log.get().warning(
-                "cache.no_room", uri=record.uri, reason=adopted.reason, action="loaded past the disk"
-            )
+            _no_room(record.uri, adopted.reason, metric="quota")
         folder = self._plan.skeletons / origin_record.folder_name(record.uri, record.revision)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         shutil.move(staged, folder)
         return self._made(folder.resolve(), record, None)
 
-    def _staging(self) -> Path:
-        if self._cache is not None:
-            return self._cache.staging()
+    def _staging(self, cache: DiskCache | None) -> Path:
+        if cache is not None:
+            return cache.staging()
         folder = self._plan.skeletons / new_id("staged")
         folder.mkdir(parents=True, mode=0o700)
         return folder.resolve()
@@ -253,6 +264,11 @@ class RemoteCheckpoints:
         if found is None:
             return shared_folder(Path(uri))
         return open_origin(found, timeout_seconds=self._plan.timeout_seconds)
+
+
+def _no_room(uri: str, reason: str, *, metric: str) -> None:
+    metrics.LANDING_FAILURES.labels(reason=metric).inc()
+    log.get().warning("cache.no_room", uri=uri, reason=reason, action="loaded past the disk")
 
 
 def _attempt_failed(error: Broken) -> None:

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import pytest
 
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2_grpc
@@ -119,3 +120,76 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+FORKING = """
+import os
+import sys
+from services.store.service import StoreService
+from services.store.settings import StoreSettings
+from stoker.serving import main
+
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        main("store", StoreSettings, StoreService)
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+"""
+"""Daemons without the second that each takes to import."""
+
+
+@contextmanager
+def forked_daemons(run_dir: Path, **settings: object) -> Iterator[Callable[[], int]]:
+    """A function that kills the last daemon, starts the next on `run_dir`, and returns its process id."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
+    for name, value in (settings | {"run_dir": run_dir, "address": f"unix:{run_dir}/grpc.sock"}).items():
+        environment[f"STOKER_STORE_{name.upper()}"] = str(value)
+    with (run_dir.parent / "log").open("ab") as log:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=Path(__file__).parents[3],
+        )
+    alive: list[int] = []
+
+    def end() -> None:
+        for child in alive:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == b"ended\n"
+        alive.clear()
+
+    def start() -> int:
+        end()
+        parent.stdin.write(b"\n")
+        parent.stdin.flush()
+        alive.append(int(parent.stdout.readline()))
+        return alive[0]
+
+    with parent:
+        try:
+            yield start
+        finally:
+            end()
+            parent.stdin.close()
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A filesystem of its own with little room."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"a small filesystem cannot be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

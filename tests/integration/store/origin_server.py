@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+HOLD_SECONDS = 60.0
+"""Connections that are held end by then."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
@@ -45,6 +48,9 @@ class OriginServer:
         heads: A status for every HEAD, by file name.
         gate: Called before each GET of weights, with its name and first byte; may block.
         tags: Whether entity tags are told.
+        hold_after: Bytes of weights, counted as in `sent`, after which nothing more is sent; None = no end.
+        held: Set when a body was cut off there; its connection stays silent.
+        let_go: Ends connections that are held.
     """
 
     folder: Path
@@ -56,12 +62,24 @@ class OriginServer:
     heads: dict[str, int] = field(default_factory=dict)
     gate: Callable[[str, int], None] = lambda _name, _begin: None
     tags: bool = True
+    hold_after: int | None = None
+    held: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def weights_sent(self) -> int:
         """Bytes of weights files sent."""
         with self.lock:
             return sum(count for name, count in self.sent.items() if name.endswith(".safetensors"))
+
+    def take(self, name: str, wanted: int) -> int:
+        """Count up to `wanted` bytes of a file as sent; returns how many may be."""
+        with self.lock:
+            weights = sum(count for file, count in self.sent.items() if file.endswith(".safetensors"))
+            if self.hold_after is not None and name.endswith(".safetensors"):
+                wanted = min(wanted, max(0, self.hold_after - weights))
+            self.sent[name] += wanted
+        return wanted
 
     def fault_of(self, name: str) -> Fault:
         """The fault of this GET."""
@@ -115,9 +133,17 @@ def serve_file(handler: BaseHTTPRequestHandler, server: OriginServer, name: str)
     if fault.cut_after is not None:
         body = body[: fault.cut_after]
         handler.close_connection = True
-    handler.wfile.write(body)
-    with server.lock:
-        server.sent[name] += len(body)
+    _send(handler, server, name, body)
+
+
+def _send(handler: BaseHTTPRequestHandler, server: OriginServer, name: str, body: bytes) -> None:
+    sent = server.take(name, len(body))
+    handler.wfile.write(body[:sent])
+    if sent < len(body):
+        handler.wfile.flush()
+        handler.close_connection = True
+        server.held.set()
+        server.let_go.wait(HOLD_SECONDS)
 
 
 @contextmanager

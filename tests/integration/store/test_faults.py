@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from stoker.checkpoint.convert import convert
 from stoker.checkpoint.layout import CHUNK_BYTES
 from stoker.errors import LoadFailed, PeerError, StokerError
 from stoker.units import KIB, MIB
-from tests.integration.store.daemon import Daemon, running, spawn
+from tests.integration.store.daemon import Daemon, forked_daemons, running, small_disk, spawn
 from tests.integration.store.test_store import SECONDS, contents, files, load, status, write_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -158,21 +158,6 @@ def test_a_file_that_may_not_be_read_any_more_fails_the_load_and_not_the_daemon(
 # --- full disks ---
 
 
-@contextmanager
-def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    """A filesystem of its own with little room."""
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"a small filesystem cannot be mounted here: {made.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_run_folder_on_a_full_disk_is_an_error_that_says_so_and_is_fine_once_there_is_room(tmp_path):
     with small_disk(tmp_path / "disk", "size=32k") as disk:
         (disk / "ballast").write_bytes(bytes(32 * KIB))
@@ -195,63 +180,6 @@ def test_a_full_disk_costs_the_record_of_a_check_and_no_load(tmp_path, converted
 
 
 # --- crashes ---
-
-FORKING = """
-import os
-import sys
-from services.store.service import StoreService
-from services.store.settings import StoreSettings
-from stoker.serving import main
-
-for _ in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        main("store", StoreSettings, StoreService)
-        os._exit(0)
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("ended", flush=True)
-"""
-"""Daemons without the second that each takes to import."""
-
-
-@contextmanager
-def forked_daemons(run_dir: Path, **settings: object) -> Iterator[Callable[[], int]]:
-    """A function that kills the last daemon, starts the next on `run_dir`, and returns its process id."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
-    for name, value in (settings | {"run_dir": run_dir, "address": f"unix:{run_dir}/grpc.sock"}).items():
-        environment[f"STOKER_STORE_{name.upper()}"] = str(value)
-    with (run_dir.parent / "log").open("ab") as log:
-        parent = subprocess.Popen(
-            [sys.executable, "-c", FORKING],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=Path(__file__).parents[3],
-        )
-    alive: list[int] = []
-
-    def end() -> None:
-        for child in alive:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            assert parent.stdout.readline() == b"ended\n"
-        alive.clear()
-
-    def start() -> int:
-        end()
-        parent.stdin.write(b"\n")
-        parent.stdin.flush()
-        alive.append(int(parent.stdout.readline()))
-        return alive[0]
-
-    with parent:
-        try:
-            yield start
-        finally:
-            end()
-            parent.stdin.close()
 
 
 def attached(run_dir: Path, folder: Path) -> Attachment:

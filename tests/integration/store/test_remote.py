@@ -207,40 +207,6 @@ def test_what_the_disk_has_is_served_while_the_origin_is_away(origin: OriginServ
             assert contents(one) == files(tmp_path / "away")
 
 
-@pytest.mark.parametrize("after_reads", [1, 4, 9, 14])
-def test_a_killed_daemon_fetches_only_what_is_missing(origin: OriginServer, tmp_path, after_reads: int):
-    """Killed when the origin has been asked for so many ranges; the others wait at the gate."""
-    size = (origin.folder / WEIGHTS).stat().st_size
-    reached, asked = threading.Event(), []
-
-    def gate(_name: str, begin: int) -> None:
-        asked.append(begin)
-        if len(asked) > after_reads:
-            reached.set()
-            threading.Event().wait(5)
-
-    settings = {"cache_dir": tmp_path / "cache", "chunk_bytes": CHUNK, "far_threads": 1}
-    with running(tmp_path / "run", **settings) as daemon:
-        describe(daemon, origin.url)
-        origin.gate = gate
-        with attach(daemon.attach_socket, origin.url, holder="test"):
-            assert reached.wait(SECONDS)
-            landed = min(after_reads - 1, 1) * CHUNK
-            wait_for_status(daemon, lambda now: stored(now, origin.url).disk_bytes >= landed)
-            daemon.kill()
-    origin.gate = lambda _name, _begin: None
-
-    with running(tmp_path / "run", **settings) as again:
-        there = stored(status(again), origin.url).disk_bytes
-        before = origin.weights_sent()
-        with load(again, origin.url) as one:
-            assert contents(one) == files(origin.folder)
-        assert origin.weights_sent() - before == size - there
-        wait_until_on_disk(again, origin.url)
-    (folder,) = whole_folders(tmp_path / "cache")
-    assert files(folder) == files(origin.folder)
-
-
 def test_a_full_quota_costs_the_copy_and_not_the_load(origin: OriginServer, tmp_path):
     with daemon_with(tmp_path / "run", cache_dir=tmp_path / "cache", cache_bytes=100_000) as daemon:
         with load(daemon, origin.url) as one:
