@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -32,8 +31,12 @@ from stoker.v1 import (
 )
 
 REPOSITORY = Path(__file__).parents[3]
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
+"""Ends what would hang; passing tests never come near, on slow machines neither."""
+
 ACK_SECONDS = 3.0
+REFUSED_SECONDS = 0.1
+"""Between two tries to report to a controller that doesn't lead, or isn't there."""
 
 
 def free_port() -> int:
@@ -128,7 +131,7 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
         self._fence = 0
         self._sequence = 0
         self._boot_id = f"boot-{os.urandom(4).hex()}"
-        self._changed = asyncio.Event()
+        self._changed: set[asyncio.Event] = set()
         self.reachable = asyncio.Event()
         self.reachable.set()
         self._server = Server(["stoker.v1.NodeAgent", "stoker.v1.CheckpointStore"])
@@ -215,7 +218,8 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
 
     def report(self) -> None:
         """Something changed: report now."""
-        self._changed.set()
+        for changed in self._changed:
+            changed.set()
 
     def message(self) -> node_agent_pb2.NodeReport:
         """Return the report as of now."""
@@ -251,27 +255,33 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
 
     @asynccontextmanager
     async def joined(self, *controllers: str) -> AsyncGenerator[FakeNode, None]:
-        """Report to whichever controller leads while the block runs, over restarts."""
-        task = asyncio.create_task(self._report_for_ever(controllers))
+        """Report to every controller that takes it while the block runs, over restarts.
+
+        An agent asks them in turn; asked at once, one that is paused costs the others no time, and one that
+        wakes up still gets reports.
+        """
+        tasks = [asyncio.create_task(self._report_for_ever(address)) for address in controllers]
         try:
             yield self
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _report_for_ever(self, controllers: tuple[str, ...]) -> None:
-        for address in itertools.cycle(controllers):
+    async def _report_for_ever(self, address: str) -> None:
+        changed = asyncio.Event()
+        self._changed.add(changed)
+        while True:
             with suppress(StokerError, TimeoutError):  # INTERNAL, too: a write that meets the end of its call
                 async with connect(address) as channel:
                     call = controller_pb2_grpc.ControllerStub(channel).ReportNode()
                     with translated("controller"):
-                        await self._report_to(call)
-            await asyncio.sleep(0.05)
+                        await self._report_to(call, changed)
+            await asyncio.sleep(REFUSED_SECONDS)
 
-    async def _report_to(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+    async def _report_to(self, call: grpc.aio.StreamStreamCall[Any, Any], changed: asyncio.Event) -> None:
         while True:
-            self._changed.clear()
+            changed.clear()
             await self.reachable.wait()
             async with asyncio.timeout(ACK_SECONDS):  # a paused controller is silent
                 with suppress(asyncio.InvalidStateError):  # it ended: reading says why
@@ -279,7 +289,7 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
                 if await call.read() is grpc.aio.EOF:
                     return
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 0.5)
+                await asyncio.wait_for(changed.wait(), 0.5)
 
 
 class Client:
@@ -312,8 +322,8 @@ class Client:
         return {model.spec.name: model for model in listed.models}
 
 
-async def until(claim: Callable[[], Any]) -> None:
-    """Wait until a claim holds; fail when it never does."""
+async def until(claim: Callable[[], Any], *, pause_seconds: float = 0.02) -> None:
+    """Wait until a claim holds, looking again after each pause; fail when it never does."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -325,4 +335,4 @@ async def until(claim: Callable[[], Any]) -> None:
         except PeerError:
             pass
         assert time.monotonic() < deadline, "it never came true"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause_seconds)
