@@ -7,6 +7,7 @@ A service builds its parts in `start`, so that a failure there leaves through th
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ async def _lifecycle(name: str, settings: ServiceSettings, build: Callable[[asyn
         if not await _started(service, stop):
             log.get().info("service.start_cancelled", name=name)
             return False
+        gc.freeze()  # a full collection of what a gateway holds by now stops all its streams for 0.1 s
         log.get().info("service.started", seconds=round(time.monotonic() - began_seconds, 3), pid=os.getpid())
         await _first(stop, ended_within)
         await service.stop_serving()

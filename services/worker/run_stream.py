@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.worker import wire
-from services.worker.engine import Finished, Output, Submit
+from services.worker.engine import Finished, Output, Submit, TokenOut
 from services.worker.engine_thread import EngineThread
 from stoker import log
 from stoker.errors import AlreadyExists, Fenced, InvalidRequest, NotFound, StokerError
@@ -28,6 +29,10 @@ if TYPE_CHECKING:  # torch: imported only when the worker is warm
     from services.worker.adapted_rows import AdapterWeights
     from services.worker.adapter_cache import AdapterCache
     from services.worker.kv_desk import KvDesk
+
+FIRST_TOKEN_SECONDS = 0.002
+"""How long the engine's thread stands still, at most, until a session's first token is on its way. Going on
+at once it would take turns with the loop for the interpreter, and the client waits for nothing else."""
 
 
 class RunStream:
@@ -44,6 +49,7 @@ class RunStream:
         self._numbers = itertools.count()
         self._waiting = StepEvent()
         self._news = asyncio.Event()
+        self._written = threading.Event()
         self._has_reader = False
         self._adapters: AdapterCache | None = None
         self._leases: dict[SessionId, AdapterSpec] = {}
@@ -55,7 +61,14 @@ class RunStream:
         """Take a step's outputs; called in the engine's thread."""
         step = wire.step_event(outputs, self._owners)
         finished = [output.session_id for output in outputs if isinstance(output, Finished)]
+        has_first = self._has_reader and any(
+            isinstance(output, TokenOut) and output.timings is not None for output in outputs
+        )
+        if has_first:
+            self._written.clear()
         self._loop.call_soon_threadsafe(self._add, step, finished)
+        if has_first:
+            self._written.wait(FIRST_TOKEN_SECONDS)
 
     def fail(self, error: StokerError) -> None:
         """End every session with an error; called in the event loop."""
@@ -231,8 +244,10 @@ class RunStream:
                 self._news.clear()
                 step, self._waiting = self._waiting, StepEvent()
                 yield step
+                self._written.set()  # gRPC asks for the next one when it has written this one
         finally:
             self._has_reader = False
+            self._written.set()
 
     def cancel_all(self, engine: EngineThread) -> None:
         """End every session: their reader has gone."""

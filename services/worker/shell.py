@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -126,6 +127,7 @@ class WorkerShell(WorkerServicer):
             on_failure=self._on_engine_failure,
             interrupt=loaded.gate.interrupt,
         )
+        gc.freeze()  # a full collection walks through torch and the model, 0.5 s in which no token is made
         self._engine.start()
         self._kv = KvDesk(self._engine)
         self._stream.expect_kv(self._kv)

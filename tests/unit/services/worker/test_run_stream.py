@@ -7,7 +7,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from services.worker.engine import Finished, FinishReason, Submit, TokenOut
+from services.worker import run_stream
+from services.worker.engine import Finished, FinishReason, SessionTimings, Submit, TokenOut
 from services.worker.run_stream import RunStream
 from stoker.errors import AlreadyExists, CheckpointInvalid, QueueFull, WorkerDied
 from stoker.ids import SessionId
@@ -105,6 +106,36 @@ async def test_steps_that_nobody_read_yet_travel_together_in_order() -> None:
     await asyncio.sleep(0)
 
     assert [item.event.position for item in await scene.read()] == [0, 1]
+
+
+async def test_the_engine_goes_on_when_a_first_token_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_stream, "FIRST_TOKEN_SECONDS", 600.0)
+    scene = Scene()
+    scene.submit()
+    reading = asyncio.ensure_future(scene.read())
+    await asyncio.sleep(0)
+    first = TokenOut(session_id=scene.engine.submitted[-1], position=0, token_id=7, timings=SessionTimings())
+
+    engine = asyncio.ensure_future(asyncio.to_thread(scene.stream.on_outputs, [first]))
+    written = await reading
+    stood_still = not engine.done()
+    reading = asyncio.ensure_future(scene.read())
+    await engine
+    reading.cancel()
+
+    assert stood_still
+    assert [token.id for token in written[0].event.tokens] == [7]
+
+
+async def test_the_engine_does_not_stand_still_for_a_reader_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_stream, "FIRST_TOKEN_SECONDS", 600.0)
+    scene = Scene()
+    scene.submit()
+    first = TokenOut(session_id=scene.engine.submitted[-1], position=0, token_id=7, timings=SessionTimings())
+
+    await asyncio.to_thread(scene.stream.on_outputs, [first])
 
 
 async def test_a_refused_session_ends_with_its_error_and_can_be_sent_again() -> None:
