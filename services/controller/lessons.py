@@ -32,7 +32,9 @@ from stoker.ids import ReplicaId
 DISK = "disk"
 PAGE_CACHE = "page_cache"
 FLEET_STARTS = 15
-"""Starts of all models remembered for those that were never started."""
+"""Starts of all models that are remembered for the others."""
+SURE_STARTS = 3
+"""A model with fewer of its own is taken to be partly like the others."""
 
 
 def is_complete(replica: Replica) -> bool:
@@ -89,23 +91,30 @@ def fleet_with_start(fleet: Fleet, model: Model, stages: StartStages) -> Fleet:
             unexplained_seconds(stages),
         ),
     )[-FLEET_STARTS:]
-    return replace(fleet, starts=starts)
+    ratios, forwards, overheads = zip(*starts, strict=True)
+    return replace(fleet, starts=starts, typical=(median(ratios), median(forwards), median(overheads)))
 
 
 def starts_like(view: View, model: Model) -> tuple[StartStages, ...]:
-    """Return the starts an estimate for this model learns from: its own, else one like the other models'."""
+    """Return the starts an estimate for this model learns from.
+
+    Its own skeletons and first passes, with one like the other models' while it has few of its own; the
+    overhead is everybody's: attaching and reporting are the same for all, and one start is one sample.
+    """
     own = view.measured.get(model.name, ())
-    if own or not view.fleet.starts:
+    if view.fleet.typical is None:
         return own
-    ratios, forwards, overheads = zip(*view.fleet.starts, strict=True)
-    skeleton_seconds = median(ratios) * seed_skeleton_seconds(model.layers)
-    first_forward_seconds = median(forwards)
-    return (
+    ratio, typical_forward_seconds, overhead_seconds = view.fleet.typical
+    found = [(start.skeleton_seconds, start.first_forward_seconds) for start in own]
+    if len(found) < SURE_STARTS:
+        found.append((ratio * seed_skeleton_seconds(model.layers), typical_forward_seconds))
+    return tuple(
         StartStages(
             skeleton_seconds=skeleton_seconds,
             first_forward_seconds=first_forward_seconds,
-            total_seconds=skeleton_seconds + first_forward_seconds + median(overheads),
-        ),
+            total_seconds=skeleton_seconds + first_forward_seconds + overhead_seconds,
+        )
+        for skeleton_seconds, first_forward_seconds in found
     )
 
 

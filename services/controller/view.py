@@ -226,10 +226,12 @@ class Fleet:
     Attributes:
         rates: By stage.
         starts: Of the last ones: skeleton over its seed, first forward in seconds, overhead in seconds.
+        typical: Their medians; None = there was none yet.
     """
 
     rates: Mapping[str, Learnt] = field(default_factory=dict)
     starts: tuple[tuple[float, float, float], ...] = ()
+    typical: tuple[float, float, float] | None = None
 
 
 class Scheduling(Enum):
