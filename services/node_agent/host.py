@@ -14,6 +14,7 @@ from services.node_agent import metrics
 from services.node_agent.awaited_start import AwaitedStart
 from services.node_agent.background import Background
 from services.node_agent.epoch_fence import EpochFence
+from services.node_agent.fork_server import ForkServer
 from services.node_agent.host_state import (
     DrainOrdered,
     Effect,
@@ -46,7 +47,7 @@ from services.node_agent.reports import Load, start_timings
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
 from services.node_agent.worker_link import LinkOptions, WorkerLink
-from services.node_agent.worker_process import WorkerOptions, WorkerProcess
+from services.node_agent.worker_process import WorkerOptions, WorkerProcess, worker_environment
 from stoker import log
 from stoker.errors import BY_CODE, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId
@@ -75,6 +76,11 @@ class Host:
         self._background = background
         self._on_change = on_change
         self._logs = LogFolder(settings.log_dir)
+        self._fork_server = ForkServer(
+            worker_environment(threads=settings.worker_threads, further=settings.worker_env),
+            background.spawn,
+            enabled=settings.fork_server,
+        )
         self._links: dict[WorkerId, WorkerLink] = {}
         self._ended_early: set[WorkerId] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -284,7 +290,7 @@ class Host:
 
     async def _spawn(self, worker_id: WorkerId, niceness: int) -> WorkerLink:
         settings = self._settings
-        process = await WorkerProcess.spawn(
+        process = await WorkerProcess.start(
             worker_id,
             WorkerOptions(
                 threads=settings.worker_threads,
@@ -294,6 +300,7 @@ class Host:
             ),
             socket_path(settings.run_dir, worker_id),
             self._logs.open(worker_id),
+            self._fork_server,
         )
         return WorkerLink(
             process,
@@ -350,6 +357,7 @@ class Host:
                     "worker.warmed",
                     worker_id=worker_id,
                     pid=link.process.pid,
+                    forked=link.process.is_forked,
                     seconds=round(link.start_seconds, 3),
                 )
             case WorkerExited(worker_id=worker_id, reason=reason):

@@ -1,4 +1,4 @@
-"""A worker's operating system process: started, watched, ended, and cleaned up after."""
+"""A worker's operating system process: forked or started, watched, ended, and cleaned up after."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.node_agent.fork_server import ForkServer, NoForkServer
+from services.node_agent.forked_child import ForkedChild, describe_exit
 from services.node_agent.worker_log import WorkerLog
 from stoker.ids import WorkerId
 from stoker.units import KIB
@@ -46,17 +48,37 @@ class WorkerOptions:
     log_level: str
     """Lowest level a worker logs."""
     environment: Mapping[str, str]
-    """Added to this process's own."""
+    """Added to this process's own; the same for every worker that the fork server gives."""
+
+
+def worker_environment(*, threads: int, further: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a worker, or of the server that forks it.
+
+    Args:
+        threads: As in `WorkerOptions`.
+        further: The operator's own, which win.
+    """
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads or default_threads()),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy starts them when it is imported, and nothing computes with it
+        "PYTHONUNBUFFERED": "1",
+        **further,
+    }
 
 
 class WorkerProcess:
     """A running `python -m services.worker`, in a session (process group) of its own.
 
-    Make one with `spawn`; `wait` must be awaited by somebody, it reaps the process.
+    Make one with `start`; `wait` must be awaited by somebody, it reaps the process.
     """
 
     def __init__(
-        self, worker_id: WorkerId, process: asyncio.subprocess.Process, socket: Path, output: WorkerLog
+        self,
+        worker_id: WorkerId,
+        process: asyncio.subprocess.Process | ForkedChild,
+        socket: Path,
+        output: WorkerLog,
     ) -> None:
         self.worker_id = worker_id
         self.socket = socket
@@ -64,47 +86,58 @@ class WorkerProcess:
         self._process = process
 
     @classmethod
-    async def spawn(
-        cls, worker_id: WorkerId, options: WorkerOptions, socket: Path, output: WorkerLog
+    async def start(
+        cls,
+        worker_id: WorkerId,
+        options: WorkerOptions,
+        socket: Path,
+        output: WorkerLog,
+        fork_server: ForkServer,
     ) -> WorkerProcess:
-        """Start a worker.
+        """Start a worker: forked where that can be, else as a new interpreter.
 
         Args:
             worker_id: Its id, new; the worker says it back.
             options: How workers are run on this host.
             socket: Where it will listen; nothing is there.
             output: Takes what it prints.
+            fork_server: With the same environment.
 
         Raises:
             OSError: The process could not be started.
         """
-        threads = options.threads or default_threads()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "services.worker"),
+        arguments = (
             *("--socket", str(socket)),
             *("--worker-id", worker_id),
             *("--parent-pid", str(os.getpid())),
-            *("--threads", str(threads)),
+            *("--threads", str(options.threads or default_threads())),
             *("--warm-up-niceness", str(options.warm_up_niceness)),
             *("--log-level", options.log_level),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": str(threads),
-                "PYTHONUNBUFFERED": "1",
-                **options.environment,
-            },
         )
+        process: asyncio.subprocess.Process | ForkedChild
+        try:
+            process = await fork_server.fork(arguments, niceness=options.warm_up_niceness)
+        except NoForkServer:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "services.worker", *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                env=worker_environment(threads=options.threads, further=options.environment),
+            )
         return cls(worker_id, process, socket, output)
 
     @property
     def pid(self) -> int:
         """Return the process's id."""
         return self._process.pid
+
+    @property
+    def is_forked(self) -> bool:
+        """Tell whether it shares its imports with others."""
+        return isinstance(self._process, ForkedChild)
 
     async def wait(self) -> str:
         """Return how the process ended, for people, once it has; its socket is gone then."""
@@ -126,7 +159,7 @@ class WorkerProcess:
     async def end(self, kill_after_seconds: float = KILL_AFTER_SECONDS) -> None:
         """Send SIGTERM, then SIGKILL to the whole group; returns once the process has ended."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+            self._process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(kill_after_seconds):
                 await self._process.wait()
@@ -138,14 +171,5 @@ class WorkerProcess:
         """Send SIGKILL to the process and all it started."""
         with contextlib.suppress(ProcessLookupError):
             if self._process.returncode is None:
+                self._process.send_signal(signal.SIGKILL)  # a worker forked just now leads no group yet
                 os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def describe_exit(code: int) -> str:
-    """Return e.g. `exited with status 1` or `killed by SIGKILL` for a return code as subprocess gives it."""
-    if code >= 0:
-        return f"exited with status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

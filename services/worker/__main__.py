@@ -1,18 +1,24 @@
-"""`python -m services.worker`: started by the node agent, never outlives it."""
+"""`python -m services.worker`: started or forked for the node agent, never outlives it."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from stoker.process import die_with_parent
 
 
-def main() -> None:
-    """Tie this process to its parent, then import the rest and serve."""
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Tie this process to its parent, then import the rest and serve.
+
+    Args:
+        arguments: Of the command line; `services.worker.settings.parse` says which.
+    """
     from services.worker.settings import WorkerSettings, parse  # noqa: PLC0415 - after the tie to the parent
 
-    values = parse(sys.argv[1:])
+    values = parse(arguments)
     if parent_pid := int(values.pop("parent_pid")):
         die_with_parent(parent_pid, signal.SIGKILL)
 
@@ -30,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -62,13 +62,15 @@ class ServiceProcess:
         await self._reader
         return status
 
-    async def wait_for_log(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Return the first line of this event with these fields, as soon as there is one."""
+    async def wait_for_log(self, event: str, *, nth: int = 1, **fields: Any) -> dict[str, Any]:
+        """Return the first (or nth) line of this event with these fields, as soon as there is one."""
 
         def found() -> dict[str, Any] | None:
-            for line in self.log:
-                if line.get("event") == event and fields.items() <= line.items():
-                    return line
+            fitting = [
+                line for line in self.log if line.get("event") == event and fields.items() <= line.items()
+            ]
+            if len(fitting) >= nth:
+                return fitting[nth - 1]
             if self._reader.done():
                 raise AssertionError(f"{self.name} ended without {event}: {self.log}")
             return None

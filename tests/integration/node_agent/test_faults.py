@@ -94,7 +94,7 @@ async def test_workers_die_with_an_agent_that_is_killed_and_the_next_agent_remov
     async with OneNode(tmp_path) as node:
         await node.listener.until(lambda report: report.warm_workers == 1)
         processes = workers_of(node.agent.pid)
-        assert len(processes) == 1
+        assert len(processes) == 2  # the fork server and a worker
         node.agent.send(signal.SIGKILL)
         await node.agent.ended()
         await asyncio.to_thread(until_ended, processes)
@@ -116,3 +116,24 @@ async def test_an_agent_serves_before_there_is_a_store_or_a_controller(tmp_path:
     async with ServiceProcess("node_agent", **settings) as agent:
         await agent.wait_for_log("agent.listening")
         await agent.wait_for_log("controller.lost")
+
+
+async def test_imports_that_fail_are_shown_by_the_fork_server_and_by_the_worker(tmp_path: Path) -> None:
+    """A worker that can't be forked is started directly, and its own log says why."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libkettle.so is missing')\n")
+    settings = {
+        "address": "127.0.0.1:0",
+        "run_dir": tmp_path / "run",
+        "log_dir": tmp_path / "logs",
+        "controllers": [],
+        "worker_env": {"PYTHONPATH": str(tmp_path / "broken")},
+    }
+    async with ServiceProcess("node_agent", **settings) as agent:
+        lost = await agent.wait_for_log("fork_server.lost")
+        await agent.wait_for_log("worker.ended")
+
+        assert not lost["was_ready"]
+        assert "libkettle.so is missing" in lost["output"]
+        printed = [path.read_text() for path in (tmp_path / "logs").glob("worker-*.log")]
+        assert any("libkettle.so is missing" in text for text in printed)

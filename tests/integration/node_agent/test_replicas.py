@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,32 @@ async def test_a_report_can_be_asked_for(node: OneNode) -> None:
     assert "LlamaForCausalLM" in first.architectures
     assert first.store.pool.total_bytes > 0
     assert second.sequence > first.sequence
+
+
+async def detailed(node: OneNode, replica_id: str) -> list[tuple[int, float]]:
+    """Return the tokens of a sampled session with their log probabilities."""
+    wanted = request(replica_id, PROMPT, max_tokens=24, temperature=1.0, ignore_eos=True, top_logprobs=1)
+    return [(token.id, token.logprob) async for event in node.stub.Generate(wanted) for token in event.tokens]
+
+
+async def test_a_killed_fork_server_harms_no_replica_and_is_started_again(
+    node: OneNode, tiny_model: Path
+) -> None:
+    """A worker that is started directly meanwhile makes the same bits as one that was forked."""
+    await ready(node, tiny_model, "rep-forked")
+    await node.listener.until(lambda report: report.warm_workers == 1)
+    server = await node.agent.wait_for_log("fork_server.ready")
+    forked = await detailed(node, "rep-forked")
+    os.kill(server["pid"], signal.SIGKILL)
+    lost = await node.agent.wait_for_log("fork_server.lost")
+
+    assert (lost["reason"], lost["was_ready"]) == ("killed by SIGKILL", True)
+    assert await detailed(node, "rep-forked") == forked
+    waiting = [line for line in node.agent.log if line.get("event") == "worker.warmed"][-1]
+    assert waiting["forked"]
+    os.kill(waiting["pid"], signal.SIGKILL)
+    await node.agent.wait_for_log("worker.warmed", forked=False)
+    await node.stop_replica("rep-forked")
+    await ready(node, tiny_model, "rep-direct")
+    assert await detailed(node, "rep-direct") == forked
+    await node.agent.wait_for_log("fork_server.ready", nth=2)
