@@ -15,9 +15,10 @@ from services.gateway.placement import Placement
 from services.gateway.rest.admin import admin_router
 from services.gateway.rest.app import build_app
 from services.gateway.rest.edge import Edge
-from services.gateway.rest.inference import inference_router
+from services.gateway.rest.inference import inference_handlers, inference_router
 from services.gateway.rest.models import models_router
 from services.gateway.rest.server import HttpServer
+from services.gateway.rest.short_way import ShortWay
 from services.gateway.rest.status import status_router
 from services.gateway.route_watch import RouteWatch
 from services.gateway.routes import ModelRoute
@@ -89,15 +90,17 @@ class GatewayService:
             executor=executor,
             clock=clock,
             timeout_seconds=settings.request_timeout_seconds,
+            reattach_seconds=settings.reattach_seconds,
             hop_policy=HopPolicy(
                 max_attempts=settings.max_attempts,
                 max_hops=settings.max_hops,
                 resume_timeout_seconds=settings.resume_timeout_seconds,
             ),
         )
+        handlers = inference_handlers(self._runner, clock, settings.keepalive_seconds)
         app = build_app(
             [
-                inference_router(self._runner, clock, settings.keepalive_seconds),
+                inference_router(handlers),
                 models_router(self._watch),
                 status_router(self._why_unready),
                 admin_router(controllers, self._watch, traces),
@@ -105,7 +108,10 @@ class GatewayService:
         )
         api_keys = ApiKeys(settings.api_keys)
         edge = Edge(
-            app, max_body_bytes=settings.max_body_bytes, api_keys=api_keys, max_requests=settings.max_requests
+            ShortWay(app, handlers),
+            max_body_bytes=settings.max_body_bytes,
+            api_keys=api_keys,
+            max_requests=settings.max_requests,
         )
         self._http = HttpServer(edge, settings.address)
         self._grpc = rpc.Server([SERVICE_NAME])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from services.gateway.request_key import KEY_HEADER, LAST_EVENT_HEADER, RequestKey, read_key
 from services.gateway.rest.answers import StreamAnswer, WholeAnswer
 from services.gateway.rest.edge import REQUEST_ID_KEY
 from services.gateway.rest.schema import ChatCompletionRequest, CompletionRequest, parse
 from services.gateway.rest.shapes import ChatShape, CompletionShape
+from services.gateway.rest.short_way import Handler
 from services.gateway.runner import Runner
 from stoker.clock import Clock
 from stoker.errors import InvalidRequest
 from stoker.ids import new_id
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETION_PATH = "/v1/completions"
 
 DEADLINE_HEADER = "x-stoker-deadline-seconds"
 """Seconds within which the answer must begin, from the request's arrival."""
@@ -44,27 +50,28 @@ def read_deadline(text: str | None) -> float | None:
     return seconds
 
 
-def inference_router(runner: Runner, clock: Clock, keepalive_seconds: float) -> APIRouter:
-    """Return the routes.
+def inference_handlers(runner: Runner, clock: Clock, keepalive_seconds: float) -> dict[str, Handler]:
+    """Return what answers, by path.
 
     Args:
         runner: Runs the requests.
         clock: For silences and creation times.
         keepalive_seconds: A stream silent for longer gets a comment.
     """
-    router = APIRouter(tags=["inference"])
 
     def answer(
         asked: ChatCompletionRequest | CompletionRequest,
         shape_class: type[ChatShape | CompletionShape],
         id_prefix: str,
         http: Request,
+        body: bytes,
     ) -> Response:
         deadline_seconds = read_deadline(http.headers.get(DEADLINE_HEADER))
         request = replace(
             asked.to_text_request(http.scope[REQUEST_ID_KEY]),
             deadline_seconds=deadline_seconds,
             whole=not asked.stream,
+            key=_key(http, body, whole=not asked.stream),
         )
         trace = runner.start_trace(request)
         shape = shape_class(
@@ -76,20 +83,46 @@ def inference_router(runner: Runner, clock: Clock, keepalive_seconds: float) -> 
         )
         work = partial(runner.run, request, trace)
         if asked.stream:
-            return StreamAnswer(work, shape, trace, clock=clock, keepalive_seconds=keepalive_seconds)
+            return StreamAnswer(
+                work, shape, trace, clock=clock, keepalive_seconds=keepalive_seconds, key=request.key
+            )
         return WholeAnswer(work, shape, trace)
 
-    @router.post("/v1/chat/completions", openapi_extra=_body("ChatCompletionRequest"))
     async def create_chat_completion(http: Request) -> Response:
         """Answer a conversation, whole or as a stream of events."""
-        return answer(parse(ChatCompletionRequest, await http.body()), ChatShape, "chatcmpl", http)
+        body = await http.body()
+        return answer(parse(ChatCompletionRequest, body), ChatShape, "chatcmpl", http, body)
 
-    @router.post("/v1/completions", openapi_extra=_body("CompletionRequest"))
     async def create_completion(http: Request) -> Response:
         """Continue a text, whole or as a stream of events."""
-        return answer(parse(CompletionRequest, await http.body()), CompletionShape, "cmpl", http)
+        body = await http.body()
+        return answer(parse(CompletionRequest, body), CompletionShape, "cmpl", http, body)
 
+    return {CHAT_PATH: create_chat_completion, COMPLETION_PATH: create_completion}
+
+
+def inference_router(handlers: Mapping[str, Handler]) -> APIRouter:
+    """Return the routes of `inference_handlers`, described for the OpenAPI document."""
+    router = APIRouter(tags=["inference"])
+    for path, schema in ((CHAT_PATH, "ChatCompletionRequest"), (COMPLETION_PATH, "CompletionRequest")):
+        router.post(path, openapi_extra=_body(schema))(handlers[path])
     return router
+
+
+def _key(http: Request, body: bytes, *, whole: bool) -> RequestKey | None:
+    key = read_key(
+        http.headers.get(KEY_HEADER),
+        http.headers.get(LAST_EVENT_HEADER),
+        owner=http.headers.get("authorization", ""),
+        path=http.url.path,
+        body=body,
+    )
+    if whole and key is not None and key.seen:
+        raise InvalidRequest(
+            "Last-Event-ID goes with streams: ask with `stream`, or without the header for all of the answer",
+            param=LAST_EVENT_HEADER,
+        )
+    return key
 
 
 def _body(schema: str) -> dict[str, Any]:
