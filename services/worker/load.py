@@ -22,6 +22,7 @@ from services.worker.cuda_copy import CudaCopyEngine
 from services.worker.device_weights import DeviceWeights
 from services.worker.engine import Engine, EngineLimits
 from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
+from services.worker.kv_store import SLOT_TOKENS
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
 from services.worker.model_loading import build_skeleton
 from services.worker.module_waits import wait_for_weights
@@ -168,11 +169,15 @@ def limits_for(
         else int(available_bytes(device) * settings.default_cuda_kv_fraction)
     )
     tokens = max_kv_tokens(cache_bytes, per_token)
+    max_batch = max(settings.max_batch, spec.concurrency)
+    # Sessions whose keys and values lie in the pool decode together, others one by one. A default that the
+    # longest session may fill alone leaves the pool nothing, so it comes on top, as large at most.
+    slots = 0 if spec.kv_cache_bytes or device.type != "cpu" else min(max_batch, tokens // SLOT_TOKENS)
     return EngineLimits(
-        max_batch=max(settings.max_batch, spec.concurrency),
+        max_batch=max_batch,
         max_waiting=settings.max_waiting,
         max_context_tokens=min(spec.max_context_tokens or tokens, tokens),
-        max_kv_tokens=tokens,
+        max_kv_tokens=tokens + slots * SLOT_TOKENS,
     )
 
 

@@ -38,7 +38,8 @@ class WorkerSettings(ServiceSettings):
     """The node agent drains sessions; its worker ends at once."""
 
     default_kv_cache_bytes: int = Field(default=256 * MIB, ge=1)
-    """Key/value cache of a replica on the processor whose model does not say."""
+    """Key/value cache of a replica on the processor whose model does not say; the batch's pool comes on top,
+    as large at most."""
 
     default_cuda_kv_fraction: float = Field(default=0.8, gt=0, le=1)
     """Of the device memory left beside the weights: key/value cache of a replica whose model does not say."""

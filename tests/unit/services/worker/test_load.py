@@ -16,6 +16,8 @@ from services.worker import load
 from services.worker.device_weights import DeviceWeights
 from services.worker.engine import EngineLimits
 from services.worker.engine_thread import EngineThread
+from services.worker.kv_budget import kv_bytes_per_token
+from services.worker.kv_store import SLOT_TOKENS
 from services.worker.load import LoadedModel, completed, load_model
 from services.worker.settings import WorkerSettings
 from services.worker.transformers_engine import TransformersEngine
@@ -129,6 +131,18 @@ def loading(monkeypatch):
         return store, lambda: load_model(asked, chosen)
 
     return begin
+
+
+@pytest.mark.parametrize(("cache_tokens", "slots"), [(300, 0), (1200, 2), (100_000, 8)])
+def test_a_default_cache_leaves_the_batch_its_pool(cache_tokens: int, slots: int) -> None:
+    model, cpu = reference("llama"), torch.device("cpu")
+    cache_bytes = cache_tokens * kv_bytes_per_token(model.config, torch.float32)
+    settings = WorkerSettings(socket="/s", worker_id="w", default_kv_cache_bytes=cache_bytes)
+
+    limits = load.limits_for(LoadModelRequest(spec=ModelSpec(name="m")), settings, model, cpu)
+
+    assert limits.max_context_tokens == cache_tokens
+    assert limits.max_kv_tokens - limits.max_context_tokens == slots * SLOT_TOKENS
 
 
 def generated(model: LoadedModel, collector: Collector) -> EngineThread:
