@@ -108,6 +108,14 @@ class AlreadyExists(CallerError):
     http_status = 409
 
 
+class IdempotencyKeyReused(CallerError):
+    """An idempotency key came back with another request."""
+
+    code = "idempotency_key_reused"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 422
+
+
 class InUse(CallerError):
     """The thing is held by somebody and stays as it is: a leased or pinned checkpoint."""
 

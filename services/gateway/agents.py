@@ -7,15 +7,20 @@ call open ahead (`Attend`), made while nobody waits; a session that finds none m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from services.gateway.routes import Replica
 from stoker import rpc
-from stoker.errors import DeadlineExceeded, WorkerDied
+from stoker.errors import DeadlineExceeded, StokerError, WorkerDied
 from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_pb2
+
+RELEASE_SECONDS = 5.0
+"""Longest call that ends a session which would go on without its reader."""
 
 Call = grpc.aio.UnaryStreamCall[Any, Any] | grpc.aio.StreamStreamCall[Any, Any]
 
@@ -55,6 +60,8 @@ class Agents:
             raise
         finally:
             call.cancel()  # does nothing to a call that has ended
+            if order.keep_seconds and left_by_us():
+                agent.release(order)
             if deadline is not None:
                 deadline.forget()
             if answered:
@@ -74,6 +81,19 @@ class Agents:
         """
         with rpc.translated(f"node agent {destination.node_id or destination.agent_address}"):
             return await self._agent(destination.agent_address).stub.FetchKv(order, timeout=timeout_seconds)
+
+    async def find_sessions(
+        self, address: str, session_ids: Sequence[str], *, timeout_seconds: float
+    ) -> Sequence[node_agent_pb2.KeptSession]:
+        """Return what the agent at an address has kept of these sessions.
+
+        Raises:
+            StokerError: It can't be reached, or not in time.
+        """
+        with rpc.translated(f"node agent {address}"):
+            request = node_agent_pb2.FindSessionsRequest(session_ids=session_ids)
+            answer = await self._agent(address).stub.FindSessions(request, timeout=timeout_seconds)
+        return answer.sessions
 
     async def close(self) -> None:
         """Close all channels."""
@@ -95,6 +115,7 @@ class _Agent:
         self.stub = node_agent_pb2_grpc.NodeAgentStub(self._channel)
         self._attending: grpc.aio.StreamStreamCall[Any, Any] | None = None
         self._closed = False
+        self._releases: set[asyncio.Task[None]] = set()
 
     def attend(self) -> None:
         """Open a call ahead, unless there is one."""
@@ -106,12 +127,36 @@ class _Agent:
         call, self._attending = self._attending, None
         return None if call is None or call.done() else call
 
+    def release(self, order: session_pb2.GenerateRequest) -> None:
+        """Have a session ended that would go on without its reader: nobody wants more of it here."""
+        if not self._closed:
+            task = asyncio.create_task(self._release(order), name=f"release {order.session_id}")
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def _release(self, order: session_pb2.GenerateRequest) -> None:
+        request = node_agent_pb2.ReleaseSessionRequest(session_id=order.session_id, epoch=order.epoch)
+        with suppress(StokerError), rpc.translated("node agent"):  # else it ends by itself, a little later
+            await self.stub.ReleaseSession(request, timeout=RELEASE_SECONDS)
+
     async def close(self) -> None:
         """Close the channel, whatever runs on it."""
         self._closed = True
+        for task in self._releases:
+            task.cancel()
         if self._attending is not None:
             self._attending.cancel()
         await self._channel.close()
+
+
+def left_by_us() -> bool:
+    """Say whether a generator's `finally` runs because its reader closed it, not for an error or its own end.
+
+    A client that left cancels the task, and may come back; a reader that closes the stream wants no more.
+    """
+    task = asyncio.current_task()
+    is_closed = sys.exc_info()[0] is GeneratorExit
+    return is_closed and (task is None or not task.cancelling())
 
 
 class _Deadline:

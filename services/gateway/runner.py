@@ -19,6 +19,7 @@ from services.gateway.hops import HopPolicy
 from services.gateway.job import Job
 from services.gateway.placement import Placement
 from services.gateway.prompts import content_characters, encode_prompts
+from services.gateway.reattachment import Reattachment
 from services.gateway.route_watch import RouteWatch
 from services.gateway.routes import ModelRoute, Replica, split_name
 from services.gateway.sampling import derive_seed, output_budget, resolve
@@ -57,6 +58,7 @@ class Runner:
         clock: Time.
         timeout_seconds: Longest life of a request.
         hop_policy: How long sessions look for another replica after a failure.
+        reattach_seconds: How long sessions with a key go on without a gateway.
     """
 
     def __init__(  # noqa: PLR0913 - the parts it joins
@@ -71,6 +73,7 @@ class Runner:
         clock: Clock,
         timeout_seconds: float,
         hop_policy: HopPolicy,
+        reattach_seconds: float,
     ) -> None:
         self._watch = watch
         self._placement = placement
@@ -81,6 +84,8 @@ class Runner:
         self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._hop_policy = hop_policy
+        self._reattach_seconds = reattach_seconds
+        self._reattachment = Reattachment(agents)
         self._admission = Admission()
         self._running = 0
         self._idle = asyncio.Event()
@@ -158,16 +163,16 @@ class Runner:
         waiting.inc(count)  # each session's run takes itself off
         try:
             try:
-                sessions, replica = await self._prepare(job, route)
+                sessions, places = await self._prepare(job, route)
             except BaseException:
                 waiting.dec(count)
                 raise
-            await self._run_sessions(job, sessions, replica)
+            await self._run_sessions(job, sessions, places)
         finally:
             self._admission.leave(route.name, count)
 
-    async def _prepare(self, job: Job, route: ModelRoute) -> tuple[list[Session], Replica]:
-        """Get the prompts' tokens and a replica; a prompt that cannot be served is refused before a start."""
+    async def _prepare(self, job: Job, route: ModelRoute) -> tuple[list[Session], list[Replica]]:
+        """Get the prompts' tokens and a replica for each; what can't be served is refused before a start."""
         text = self._texts.cached(route)
         replica = self._placement.ready(route)
         prompts = await self._encode(job, route, text) if text is not None else None
@@ -180,7 +185,13 @@ class Runner:
             prompts = await self._encode(job, route, text)
         job.trace.prompt_tokens = sum(map(len, prompts))
         adapter = route.adapters.get(job.trace.adapter)
-        return self._sessions(job.request, text, prompts, _context_tokens(route, replica), adapter), replica
+        sessions = self._sessions(job.request, text, prompts, _context_tokens(route, replica), adapter)
+        key = job.request.key
+        if key is None:
+            return sessions, [replica] * len(sessions)
+        route = self._watch.table.find(job.trace.model)  # as of now, with what has become ready
+        job.trace.revision = route.revision
+        return sessions, await self._reattachment.restore(job, key, sessions, route, replica)
 
     async def _fetch_text(self, job: Job) -> ModelText:
         began_seconds = self._clock.now_seconds()
@@ -216,38 +227,40 @@ class Runner:
         adapter: model_pb2.AdapterSpec | None,
     ) -> list[Session]:
         asked = request.sampling
-        seed = asked.seed if asked.seed is not None else secrets.randbits(SEED_BITS)
+        key = request.key
+        seed = asked.seed if asked.seed is not None else key.seed if key else secrets.randbits(SEED_BITS)
         return [
             Session(
-                session_id=SessionId(new_id("ses")),
+                session_id=key.session_id(number) if key else SessionId(new_id("ses")),
                 prompt_token_ids=prompt,
                 sampling=resolve(
                     asked,
                     text.defaults,
                     model_stop_ids=text.stop_token_ids,
-                    seed=derive_seed(seed, choice),
+                    seed=derive_seed(seed, number % request.choices),
                     max_tokens=output_budget(len(prompt), asked.max_tokens, context_tokens)
                     or UNLIMITED_TOKENS,
                 ),
                 text=text,
                 stop=asked.stop,
                 adapter=adapter,
+                keep_seconds=self._reattach_seconds if key else 0.0,
+                fingerprint=key.fingerprint if key else b"",
             )
-            for prompt in prompts
-            for choice in range(request.choices)
+            for number, prompt in enumerate(prompt for prompt in prompts for _ in range(request.choices))
         ]
 
-    async def _run_sessions(self, job: Job, sessions: list[Session], replica: Replica) -> None:
+    async def _run_sessions(self, job: Job, sessions: list[Session], places: list[Replica]) -> None:
         runs = [
             SessionRun(session, choice, job, self._placement, self._agents, self._hop_policy)
             for choice, session in enumerate(sessions)
         ]
         try:
             if len(runs) == 1:
-                await runs[0].run(replica)
+                await runs[0].run(places[0])
                 return
             async with asyncio.TaskGroup() as group:
-                for run in runs:
+                for run, replica in zip(runs, places, strict=True):
                     group.create_task(run.run(replica))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors  # one failed; the others were cancelled for it

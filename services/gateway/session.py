@@ -55,6 +55,8 @@ class Delta:
     """Those whose text is shown by now; empty unless log probabilities were asked for."""
     finish_reason: str | None = None
     """`stop` or `length` on the last delta."""
+    received: int = 0
+    """Tokens of the session with those of this delta."""
 
 
 class Session:
@@ -67,6 +69,8 @@ class Session:
         text: The model's text side.
         stop: Strings that end the answer.
         adapter: What is added to the model, on every replica that serves the session.
+        keep_seconds: How long it goes on without a gateway, its tokens kept; 0 = not at all.
+        fingerprint: Of the client's request, with `keep_seconds`.
 
     Attributes:
         token_ids: Tokens received, in order; with the prompt and the sampling all there is to know.
@@ -83,11 +87,15 @@ class Session:
         text: ModelText,
         stop: Sequence[str] = (),
         adapter: model_pb2.AdapterSpec | None = None,
+        keep_seconds: float = 0.0,
+        fingerprint: bytes = b"",
     ) -> None:
         self.session_id = session_id
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
         self.adapter = adapter
+        self._keep_seconds = keep_seconds
+        self._fingerprint = fingerprint
         self.token_ids: list[int] = []
         self.epoch = 0
         self._highest_epoch = 0
@@ -119,7 +127,13 @@ class Session:
             request_id=request_id,
             resume_mode=resume_mode,
             adapter=self.adapter,
+            keep_seconds=self._keep_seconds,
+            fingerprint=self._fingerprint,
         )
+
+    def own_after(self, epoch: int) -> None:
+        """Own the session from the epoch after `epoch`, the highest known, before it has run here."""
+        self.epoch = self._highest_epoch = epoch + 1
 
     def claim_epoch(self) -> int:
         """Return an epoch higher than any before; its owner owns the session once `epoch` is set to it."""
@@ -193,9 +207,14 @@ class Session:
     def _delta(self, pieces: list[str]) -> Delta:
         text = "".join(pieces)
         if not self._unshown:  # the hot path: no log probabilities
-            return Delta(text=text, finish_reason=self.finish_reason)
+            return Delta(text=text, finish_reason=self.finish_reason, received=len(self.token_ids))
         self._shown_characters += len(text)
-        return Delta(text=text, tokens=tuple(self._take_shown()), finish_reason=self.finish_reason)
+        return Delta(
+            text=text,
+            tokens=tuple(self._take_shown()),
+            finish_reason=self.finish_reason,
+            received=len(self.token_ids),
+        )
 
     def _take_shown(self) -> Iterator[ScoredToken]:
         """Give out the tokens whose text began to show; at the end, those before the stop string."""

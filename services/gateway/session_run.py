@@ -15,8 +15,9 @@ from services.gateway.hops import GiveUp, GoOn, HopPolicy, Hops, after, redeploy
 from services.gateway.job import Job
 from services.gateway.mover import Events, Moved, Mover, in_order, next_or_moved
 from services.gateway.placement import Placement
+from services.gateway.request_key import feed_unseen
 from services.gateway.routes import Replica
-from services.gateway.session import Session
+from services.gateway.session import Delta, Session
 from services.gateway.text_request import Waiting
 from stoker import log
 from stoker.errors import CapacityError, Fenced, StokerError, StreamLost
@@ -88,6 +89,8 @@ class SessionRun:
         origin, model = replica, self._job.trace.model
         try:
             while True:
+                if self._session.finish_reason is not None:
+                    return  # an earlier gateway had all of it
                 try:
                     await self._stream(replica)
                 except StokerError as error:
@@ -142,7 +145,7 @@ class SessionRun:
 
     async def _take(self, event: session_pb2.GenerateEvent, replica: Replica) -> None:
         try:
-            delta = self._session.feed(event)
+            delta = self._feed(event)
         except Fenced as error:
             self._note_fenced(replica, error)
             return
@@ -153,6 +156,12 @@ class SessionRun:
         if self._choice == 0 and event.HasField("timings"):
             self._job.trace.note_timings(event.timings)
         await self._job.sink.delta(self._choice, delta)
+
+    def _feed(self, event: session_pb2.GenerateEvent) -> Delta:
+        key = self._job.request.key
+        if key is None or not key.seen:
+            return self._session.feed(event)
+        return feed_unseen(self._session, event, key.seen[self._choice])
 
     def _resume_mode(self) -> session_pb2.ResumeMode.ValueType:
         name = self._job.trace.model

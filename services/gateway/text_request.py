@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from services.gateway.request_key import RequestKey
 from services.gateway.sampling import SamplingRequest
 from services.gateway.session import Delta
 
@@ -41,6 +42,9 @@ class TextRequest:
     """Nothing is sent before the answer is complete."""
     deadline_seconds: float | None = None
     """It is worthless unless its answer begins within this, from its arrival; None = it has all time."""
+
+    key: RequestKey | None = None
+    """Under which another gateway may go on with it; None = it ends with this one."""
 
     @property
     def kind(self) -> str:

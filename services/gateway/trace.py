@@ -52,6 +52,8 @@ class Trace:
     """Tokens that were computed again for it."""
     resume_seconds: float = 0.0
     """From the failures noticed to the next tokens, summed."""
+    revision: str = ""
+    """Of the weights, as the route named it."""
     finish: str = "running"
     """`stop`, `length`, `cancelled` (the client left), or an error's code."""
 

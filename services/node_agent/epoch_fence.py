@@ -17,6 +17,10 @@ class EpochFence:
         self._remembered = remembered
         self._highest: OrderedDict[str, int] = OrderedDict()
 
+    def highest(self, session_id: str) -> int:
+        """Return the highest epoch of an owner that a session has had here; -1 = none is remembered."""
+        return self._highest.get(session_id, -1)
+
     def admit(self, session_id: str, epoch: int, *, follows: bool) -> None:
         """Take note of a request for a session.
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
+from services.node_agent.kept_sessions import KeepLimits, KeptSessions
 from services.node_agent.log_folder import LogFolder
 from services.node_agent.move_watch import MoveWatch
 from services.node_agent.relay import RelayedSession, SessionRelay
@@ -51,8 +52,8 @@ from services.node_agent.worker_process import WorkerOptions, WorkerProcess, wor
 from stoker import log
 from stoker.errors import BY_CODE, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId
-from stoker.v1.node_agent_pb2 import Device, StartReplicaRequest, StopReplicaRequest
-from stoker.v1.session_pb2 import GenerateRequest
+from stoker.v1.node_agent_pb2 import Device, KeptSession, StartReplicaRequest, StopReplicaRequest
+from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest
 
 
 class Host:
@@ -85,6 +86,9 @@ class Host:
         self._ended_early: set[WorkerId] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._fence = EpochFence()
+        self._kept = KeptSessions(
+            self.session, background.spawn, KeepLimits(keep_seconds=settings.keep_seconds)
+        )
         self._quiet = asyncio.Condition()
         self.moves = MoveWatch(time.monotonic)
         self.architectures: tuple[str, ...] = ()
@@ -179,6 +183,20 @@ class Host:
             yield session
         finally:
             link.relay.close(session)
+
+    def generate_kept(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent]:
+        """Run a session that outlives its reader; see `KeptSessions.generate`."""
+        hosted = self.state.replicas.get(ReplicaId(request.replica_id))
+        revision = hosted.order.checkpoint.revision if hosted is not None else ""
+        return self._kept.generate(request, revision)
+
+    def find_kept(self, session_ids: Iterable[str]) -> list[KeptSession]:
+        """Return what is known of sessions that outlived their readers."""
+        return self._kept.find(session_ids, self._fence.highest)
+
+    def release_kept(self, session_id: str, epoch: int) -> None:
+        """End a session that nobody wants more tokens of, unless a later owner runs it."""
+        self._kept.release(session_id, epoch)
 
     def awaited_start(self, replica_id: str) -> AwaitedStart:
         """Return a watch on a replica's start, for a session that begins now."""

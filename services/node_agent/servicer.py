@@ -17,12 +17,16 @@ from stoker.ids import ReplicaId
 from stoker.v1.node_agent_pb2 import (
     FetchKvRequest,
     FetchKvResponse,
+    FindSessionsRequest,
+    FindSessionsResponse,
     GetReportRequest,
     LogLine,
     MoveSessionsRequest,
     MoveSessionsResponse,
     NodeReport,
     ReadLogsRequest,
+    ReleaseSessionRequest,
+    ReleaseSessionResponse,
     StartReplicaRequest,
     StartReplicaResponse,
     StopReplicaRequest,
@@ -85,6 +89,9 @@ class Servicer(NodeAgentServicer):
 
     async def _generate(self, request: GenerateRequest, context: Context) -> None:
         with log.bind(request_id=request.request_id, session_id=request.session_id):
+            if request.keep_seconds > 0:
+                await self._generate_kept(request, context)
+                return
             async with self._host.session(request) as session:
                 start = self._host.awaited_start(request.replica_id)
                 arriving = self._host.moves.round(request)
@@ -95,6 +102,31 @@ class Servicer(NodeAgentServicer):
                     await context.write(event)
                     if event.finish_reason:
                         return
+
+    async def _generate_kept(self, request: GenerateRequest, context: Context) -> None:
+        """As `_generate`, for a session that outlives this call."""
+        start = self._host.awaited_start(request.replica_id)
+        arriving = self._host.moves.round(request)
+        async with aclosing(self._host.generate_kept(request)) as events:
+            async for event in events:
+                start.add_to(event)
+                arriving.saw(event)
+                await context.write(event)
+
+    async def FindSessions(  # noqa: N802 - the name of the rpc
+        self, request: FindSessionsRequest, context: Context
+    ) -> FindSessionsResponse:
+        """See node_agent.proto."""
+        del context
+        return FindSessionsResponse(sessions=self._host.find_kept(request.session_ids))
+
+    async def ReleaseSession(  # noqa: N802 - the name of the rpc
+        self, request: ReleaseSessionRequest, context: Context
+    ) -> ReleaseSessionResponse:
+        """See node_agent.proto."""
+        del context
+        self._host.release_kept(request.session_id, request.epoch)
+        return ReleaseSessionResponse()
 
     async def GetReport(  # noqa: N802 - the name of the rpc
         self, request: GetReportRequest, context: Context

@@ -85,5 +85,9 @@ class NodeAgentSettings(ServiceSettings):
     spawn_timeout_seconds: float = Field(default=300.0, gt=0)
     """A worker that takes longer to become warm is ended and replaced."""
 
+    keep_seconds: float = Field(default=120.0, ge=0, le=3600)
+    """Longest time that a session goes on without its gateway, and that its tokens are kept; 0 = not at all.
+    Asked for by requests with an idempotency key only."""
+
     max_sessions: int = Field(default=1024, ge=1)
     """Sessions of one replica at most, running and waiting; more are refused."""

@@ -53,6 +53,9 @@ def _weather() -> tuple[Weather, Path | None]:
     options.add_argument("--requests", type=int, default=usual.requests, help="distinct ones")
     options.add_argument("--tokens", type=int, default=usual.tokens, help="of an answer, at most")
     options.add_argument("--kinds", nargs="*", choices=sorted(KINDS), default=list(usual.kinds))
+    options.add_argument(
+        "--rolling", action="store_true", help="no faults: every service is replaced in turn"
+    )
     options.add_argument("--keep", type=Path, help="new folder for the logs of all processes")
     told = options.parse_args()
     counts = (told.streams, told.requests, told.tokens, told.nodes - 1)
@@ -67,6 +70,7 @@ def _weather() -> tuple[Weather, Path | None]:
         requests=told.requests,
         tokens=told.tokens,
         kinds=tuple(told.kinds),
+        rolling=told.rolling,
     )
     return weather, told.keep
 
@@ -74,6 +78,8 @@ def _weather() -> tuple[Weather, Path | None]:
 def _print(account: Account) -> None:
     tally = account.tally
     _say("faults: " + ", ".join(f"{count} {kind}" for kind, count in sorted(account.faults.items())))
+    if tally.reasons:
+        _say(f"refused: {dict(tally.reasons)}")
     for title, found in (
         ("lost", tally.lost),
         ("changed", tally.changed),

@@ -91,6 +91,8 @@ class Answer:
     usage: dict[str, Any] | None = None
     chunks: int = 0
     """Those that were seen; no part of a comparison."""
+    event_id: str = ""
+    """Of the last one, by which the rest can be had from another gateway."""
 
     def add(self, chunk: Mapping[str, Any]) -> None:
         """Take a chunk of a stream."""

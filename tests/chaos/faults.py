@@ -73,6 +73,7 @@ class Faults:
         self._cluster = cluster
         self._say = say
         self._busy: set[str] = set()
+        self._is_gateway_busy = False
 
     async def do(self, fault: Fault) -> None:
         """Do one fault and return when it is over; skipped where every possible victim is in one already."""
@@ -125,6 +126,17 @@ class Faults:
         """SIGKILL the controller."""
         del seconds, node
         await self._kill("kill controller", "controller", "")
+
+    async def kill_gateway(self, node: str, seconds: float) -> None:
+        """SIGKILL one of the gateways; the other one stays."""
+        del node
+        name = self._cluster.gateways[int(seconds * len(self._cluster.gateways))].name
+        if not self._is_gateway_busy:
+            self._is_gateway_busy = True
+            try:
+                await self._kill("kill gateway", f"gateway of {name}", name)
+            finally:
+                self._is_gateway_busy = False
 
     async def zombie_agent(self, node: str, seconds: float) -> None:
         """Stop a node agent beyond its lease, then wake it."""
@@ -266,6 +278,7 @@ KINDS: dict[str, Callable[[Faults, str, float], Awaitable[None]]] = {
     "kill agent": Faults.kill_agent,
     "kill store": Faults.kill_store,
     "kill controller": Faults.kill_controller,
+    "kill gateway": Faults.kill_gateway,
     "zombie agent": Faults.zombie_agent,
     "partition": Faults.partition,
     "blip": Faults.blip,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,16 +32,23 @@ class Tally:
 
     streams: int = 0
     tokens: int = 0
+    reattached: int = 0
+    """Times a client lost its gateway in the middle of an answer and got the rest from the other one."""
+    ended_with_gateway: int = 0
+    """Answers without a key that ended with their gateway, and were asked for again: as documented."""
     refusals: int = 0
     """Tries that were refused, or not connected, before the first byte."""
     lost: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Of the refusals."""
 
     def line(self) -> str:
         """Return it for people."""
         return (
             f"{self.streams} streams, {self.tokens} tokens; lost {len(self.lost)}, "
-            f"changed {len(self.changed)}; {self.refusals} refused before they began, then served"
+            f"changed {len(self.changed)}; {self.reattached} re-attached; {self.refusals} refused before "
+            "they began, then served"
         )
 
 
@@ -50,11 +58,13 @@ class Clients:
     Args:
         gateways: Where they ask; the first that answers serves a request.
         tally: Told what became of each request.
+        gateways_die: Whether a gateway's death is among the faults.
     """
 
-    def __init__(self, gateways: Sequence[Gateway], tally: Tally) -> None:
+    def __init__(self, gateways: Sequence[Gateway], tally: Tally, *, gateways_die: bool = False) -> None:
         self._gateways = gateways
         self._tally = tally
+        self._gateways_die = gateways_die
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(SILENCE_SECONDS, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
@@ -64,32 +74,46 @@ class Clients:
         """Close the connections."""
         await self._http.aclose()
 
-    async def answer(self, ask: Ask) -> Answer:
+    async def answer(self, ask: Ask, key: str = "") -> Answer:
         """Return the answer to a request, tried again while it is refused before it began.
+
+        Args:
+            ask: The request.
+            key: Its idempotency key: when its gateway dies the rest comes from another; empty = it has none.
 
         Raises:
             Lost: It was cut off, or nobody would take it.
         """
         order = random.sample(self._gateways, len(self._gateways))
         why = ""
+        answer = Answer()
         for number in range(MAX_TRIES):
             gateway = order[number % len(order)]
-            answer = Answer()
             try:
-                if await self._try(gateway, ask, answer):
+                if await self._try(gateway, ask, answer, key):
                     return answer
-                why = "refused"
+                why = f"{gateway.name}: refused"
             except httpx.HTTPError as error:
-                why = f"{gateway.name}: {type(error).__name__}: {error}"
-                if answer.chunks:
+                why = f"{gateway.name}: {type(error).__name__}"
+                if answer.chunks and not self._gateways_die:
                     raise Lost(f"{ask.name} after {answer.chunks} chunks at {why}") from error
+                if answer.chunks and key:
+                    self._tally.reattached += 1
+                elif answer.chunks:
+                    self._tally.ended_with_gateway += 1
+                    answer = Answer()
             self._tally.refusals += 1
+            self._tally.reasons[why] += 1
             await asyncio.sleep(RETRY_SECONDS)
         raise Lost(f"{ask.name} was refused {MAX_TRIES} times, the last time: {why}")
 
-    async def _try(self, gateway: Gateway, ask: Ask, answer: Answer) -> bool:
+    async def _try(self, gateway: Gateway, ask: Ask, answer: Answer, key: str) -> bool:
         """Read one try into `answer`; False = it was refused."""
-        async with self._http.stream("POST", gateway.rest_url + ask.path, json=dict(ask.body)) as response:
+        headers = {"idempotency-key": key} if key else {}
+        if answer.event_id:
+            headers["last-event-id"] = answer.event_id
+        url, body, event_id = gateway.rest_url + ask.path, dict(ask.body), ""
+        async with self._http.stream("POST", url, json=body, headers=headers) as response:
             if response.status_code in REFUSED:
                 return False
             if response.status_code != httpx.codes.OK:
@@ -97,6 +121,8 @@ class Clients:
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     return True
+                if line.startswith("id: "):
+                    event_id = line[len("id: ") :]
                 if line.startswith("data: "):
                     chunk = json.loads(line[len("data: ") :])
                     if "error" in chunk:
@@ -104,6 +130,7 @@ class Clients:
                             return False
                         raise Lost(f"{ask.name} after {answer.chunks} chunks: {chunk['error']}")
                     answer.add(chunk)
+                    answer.event_id = event_id
         raise Lost(f"{ask.name} ended after {answer.chunks} chunks without [DONE]")
 
 
@@ -116,7 +143,7 @@ async def keep_asking(
     while not stop.is_set():
         ask = draw.choice(asks)
         try:
-            answer = await clients.answer(ask)
+            answer = await clients.answer(ask, key=f"{seed}-{draw.getrandbits(64)}" if seed % 2 else "")
         except Lost as lost:
             tally.lost.append(str(lost))
             continue

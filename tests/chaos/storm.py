@@ -16,6 +16,7 @@ from tests.chaos.asks import MODEL, Answer, Ask, asks
 from tests.chaos.cluster import ChaosCluster, chaos_cluster, until
 from tests.chaos.faults import KINDS, Fault, Faults, schedule
 from tests.chaos.load import Clients, Tally, keep_asking
+from tests.chaos.rolling import roll
 
 REFERENCE_CLIENTS = 8
 CALM_SECONDS = 180.0
@@ -40,6 +41,8 @@ class Weather:
     tokens: int = 120
     """Of an answer, at most."""
     kinds: tuple[str, ...] = tuple(KINDS)
+    rolling: bool = False
+    """Instead of faults every service is replaced in turn, once, however long that takes."""
 
 
 @dataclass(slots=True)
@@ -146,7 +149,7 @@ async def _storm(
     say: Callable[[str], None],
 ) -> None:
     """Load and faults, until the time is up and every stream has ended."""
-    clients = Clients(cluster.gateways, account.tally)
+    clients = Clients(cluster.gateways, account.tally, gateways_die="kill gateway" in weather.kinds)
     stop = asyncio.Event()
     limit_seconds = weather.seconds + CALM_SECONDS
     try:
@@ -155,9 +158,21 @@ async def _storm(
                 group.create_task(
                     keep_asking(clients, wanted, account.tally, seed=weather.seed * 1000 + number, stop=stop)
                 )
-            group.create_task(_faults(cluster, weather, account, say, stop))
+            trouble = _upgrade if weather.rolling else _faults
+            group.create_task(trouble(cluster, weather, account, say, stop))
     finally:
         await clients.close()
+
+
+async def _upgrade(
+    cluster: ChaosCluster, weather: Weather, account: Account, say: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    try:
+        account.faults["replaced"] = await roll(cluster, say)
+    except TimeoutError as error:
+        account.broken.append(f"upgrade: {error}")
+    finally:
+        stop.set()
 
 
 async def _faults(

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.request_key import RequestKey, Seen, after_delta, event_ids, revision_tag
 from services.gateway.rest.errors import error_body, error_headers
 from services.gateway.rest.shapes import DONE, Collected, Shape, usage
 from services.gateway.session import Delta
@@ -123,15 +124,24 @@ class StreamAnswer(_Answer):
         trace: Its trace.
         clock: For silences.
         keepalive_seconds: A longer silence gets a comment.
+        key: Its reader may come back, so that its events have ids; None = it may not.
     """
 
-    def __init__(
-        self, work: Work, shape: Shape, trace: Trace, *, clock: Clock, keepalive_seconds: float
+    def __init__(  # noqa: PLR0913 - the parts it joins
+        self,
+        work: Work,
+        shape: Shape,
+        trace: Trace,
+        *,
+        clock: Clock,
+        keepalive_seconds: float,
+        key: RequestKey | None = None,
     ) -> None:
         super().__init__(work, shape, trace)
         self._clock = clock
         self._keepalive_seconds = keepalive_seconds
         self._opened = [False] * trace.choices
+        self._seen = None if key is None else list(key.seen) or [Seen()] * trace.choices
         self._news = Waiting(state="waiting")
         self._written_seconds = self._news_seconds = clock.now_seconds()
 
@@ -144,12 +154,23 @@ class StreamAnswer(_Answer):
     async def delta(self, choice: int, delta: Delta) -> None:
         """See `Sink`."""
         text = self._shape.chunk(choice, delta)
+        if self._seen is not None:
+            text = self._with_ids(self._seen, choice, delta, text)
         if not self._opened[choice]:
             self._opened[choice] = True
             self._news = Waiting(state="generating")
             text = self._shape.opening(choice) + text
         if text:
             await self._write(text)
+
+    def _with_ids(self, seen: list[Seen], choice: int, delta: Delta, text: str) -> str:
+        """Return a delta's messages, each with the id by which its reader may come back."""
+        messages = text.split("\n\n")[:-1]
+        named = ""
+        for number, message in enumerate(messages):
+            seen[choice] = after_delta(len(messages), number, delta)
+            named += f"id: {event_ids(revision_tag(self._trace.revision), seen)}\n{message}\n\n"
+        return named
 
     async def _finish(self) -> None:
         last = self._shape.usage_chunk(self._usage()).encode() + DONE

@@ -1,0 +1,44 @@
+"""A rolling upgrade: every service in turn is stopped with SIGTERM and started again, under load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from tests.chaos.cluster import ChaosCluster, until
+
+SETTLE_SECONDS = 1.0
+
+
+async def roll(cluster: ChaosCluster, say: Callable[[str], None]) -> int:
+    """Replace every service once; return how many there were.
+
+    Each is asked to stop, ends by itself (a gateway when its streams have ended, a node agent when they have
+    moved), is started again and serves before the next one's turn.
+
+    Raises:
+        TimeoutError: One does not end, or does not come back.
+    """
+    titles = cluster.titles()
+    for title in titles:
+        process = cluster.process(title)
+        assert process is not None, title
+        say(f"replace {title} (pid {process.pid})")
+        process.terminate()
+        await cluster.until_serving(title, not_pid=process.pid)
+        await cluster.until_open()
+        if title.startswith("node_agent"):
+            await _until_served(cluster, title.removeprefix("node_agent of "))
+        await asyncio.sleep(SETTLE_SECONDS)
+    return len(titles)
+
+
+async def _until_served(cluster: ChaosCluster, node: str) -> None:
+    """Return when as many replicas are ready as before: the next node must find room for its streams."""
+
+    async def is_served() -> bool:
+        async with cluster.client() as client:
+            ready = [each for each in await client.replicas() if each.ready_unix_seconds]
+        return len(ready) >= len(cluster.nodes)
+
+    await until(is_served, f"every replica is ready again after {node}")
