@@ -29,7 +29,7 @@ from services.controller.forecast import expected_rate_per_second, likelihood
 from services.controller.index import index_of
 from services.controller.lessons import starts_like
 from services.controller.room import never_fits
-from services.controller.view import Held, Model, Node, View
+from services.controller.view import Checkpoint, Held, Model, Node, View
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB, MB
 
@@ -141,6 +141,16 @@ def foresee(view: View, before: Foreseen, now_seconds: float, limits: Limits) ->
 # --- checkpoints ---
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What is the same for every model and node of one look; `names` has a checkpoint's most likely model."""
+
+    view: View
+    limits: Limits
+    chances: Mapping[ModelName, float]
+    names: Mapping[Checkpoint, ModelName]
+
+
 def _prefetches(
     view: View,
     under_way: frozenset[NodeId],
@@ -155,16 +165,22 @@ def _prefetches(
         for name, arrivals in view.arrivals.items()
         if name in view.models
     }
+    by_chance = sorted(view.models, key=lambda name: chances.get(name, 0.0))
+    look = _Look(
+        view=view,
+        limits=limits,
+        chances=chances,
+        names={view.models[name].checkpoint: name for name in by_chance},
+    )
     chosen: list[Prefetch] = []
     busy = set(under_way)
-    for name in _candidates(view, chances, limits):
+    for name in _candidates(look):
         if len(busy) >= limits.at_once:
             break
         found = [
             option
             for node in _nodes_for(view, view.models[name], busy)
-            if (node.node_id, name) not in rests
-            and (option := _on_node(view, name, node, chances, limits)) is not None
+            if (node.node_id, name) not in rests and (option := _on_node(look, name, node)) is not None
         ]
         if found:
             best = min(found, key=lambda option: (len(option.drop), option.gain_seconds, option.node_id))
@@ -173,12 +189,13 @@ def _prefetches(
     return tuple(chosen)
 
 
-def _candidates(view: View, chances: Mapping[ModelName, float], limits: Limits) -> list[ModelName]:
+def _candidates(look: _Look) -> list[ModelName]:
     """Return the models worth having in memory, those that promise most first."""
+    view = look.view
     promising = [
         (-chance * view.models[name].file_bytes, name)
-        for name, chance in chances.items()
-        if chance >= limits.least_likelihood
+        for name, chance in look.chances.items()
+        if chance >= look.limits.least_likelihood
         and not _is_in_memory(view, view.models[name])
         and not any(found.standing in LIVE for found in members_of(view, name))
     ]
@@ -197,35 +214,32 @@ def _is_in_memory(view: View, model: Model) -> bool:
 def _nodes_for(view: View, model: Model, busy: set[NodeId]) -> Iterable[Node]:
     """Return the nodes that may take a prefetch, those that hold the checkpoint on disk first."""
     index = index_of(view)
-    open_nodes = [node_id for node_id in index.open_nodes if node_id not in busy]
     holders = index.holders.get(model.checkpoint, ())
-    open_nodes.sort(
-        key=lambda node_id: (node_id not in holders, -view.nodes[node_id].pool.free_bytes, node_id)
-    )
-    for node_id in open_nodes[:MAX_NODES]:
+
+    def promises(node_id: NodeId) -> tuple[bool, int, NodeId]:
+        return (node_id not in holders, -view.nodes[node_id].pool.free_bytes, node_id)
+
+    open_nodes = [node_id for node_id in index.open_nodes if node_id not in busy]
+    for node_id in sorted(open_nodes, key=promises)[:MAX_NODES]:
         node, summary = view.nodes[node_id], index.summaries[node_id]
         if not summary.queued and never_fits(model, node) is None and node.pool.total_bytes:
             yield node
 
 
-def _on_node(
-    view: View, name: ModelName, node: Node, chances: Mapping[ModelName, float], limits: Limits
-) -> Prefetch | None:
+def _on_node(look: _Look, name: ModelName, node: Node) -> Prefetch | None:
     """Return the prefetch of a model to a node; None where there is no room for it, or it saves nothing."""
-    model = view.models[name]
-    gain_seconds = _gain_seconds(view, model, node)
+    model, limits = look.view.models[name], look.limits
+    gain_seconds = _gain_seconds(look.view, model, node)
     if gain_seconds < limits.least_gain_seconds:
         return None
-    need_bytes = int(model.file_bytes * POOL_SLACK)
-    held = node.held.get(model.checkpoint, Held()).dram_bytes
-    idle = _droppable(view, node, model, chances[name], chances, limits)
+    missing_bytes = int(model.file_bytes * POOL_SLACK) - node.held.get(model.checkpoint, Held()).dram_bytes
     idle_bytes = sum(found.dram_bytes for found in node.held.values() if not found.leases)
     over_bytes = max(
-        need_bytes - held - node.pool.free_bytes,
-        idle_bytes + need_bytes - held - int(limits.memory_fraction * node.pool.total_bytes),
+        missing_bytes - node.pool.free_bytes,
+        idle_bytes + missing_bytes - int(limits.memory_fraction * node.pool.total_bytes),
     )
     drop: list[ModelName] = []
-    for dropped, dram_bytes in idle:
+    for dropped, dram_bytes in _droppable(look, node, name):
         if over_bytes <= 0:
             break
         drop.append(dropped)
@@ -236,39 +250,30 @@ def _on_node(
         model=name,
         node_id=node.node_id,
         drop=tuple(drop),
-        likelihood=chances[name],
+        likelihood=look.chances[name],
         gain_seconds=gain_seconds,
     )
 
 
-def _droppable(  # noqa: PLR0913, PLR0917 - what decides who may go
-    view: View,
-    node: Node,
-    model: Model,
-    chance: float,
-    chances: Mapping[ModelName, float],
-    limits: Limits,
-) -> list[tuple[ModelName, int]]:
+def _droppable(look: _Look, node: Node, name: ModelName) -> list[tuple[ModelName, int]]:
     """Return the models whose checkpoints may be dropped for this one, the least likely first."""
-    names = {found.checkpoint: found.name for found in view.models.values()} if node.held else {}
     idle = [
-        (chances.get(names[checkpoint], 0.0), names[checkpoint], held.dram_bytes)
+        (look.chances.get(other, 0.0), other, held.dram_bytes)
         for checkpoint, held in node.held.items()
-        if checkpoint in names and checkpoint != model.checkpoint and held.dram_bytes and not held.leases
+        if (other := look.names.get(checkpoint)) is not None
+        and checkpoint != look.view.models[name].checkpoint
+        and held.dram_bytes
+        and not held.leases
     ]
-    return [
-        (name, dram_bytes)
-        for other, name, dram_bytes in sorted(idle)
-        if other * limits.hysteresis_ratio <= chance
-    ]
+    most = look.chances[name] / look.limits.hysteresis_ratio
+    return [(other, dram_bytes) for chance, other, dram_bytes in sorted(idle) if chance <= most]
 
 
 def _gain_seconds(view: View, model: Model, node: Node) -> float:
     """Return what a start there takes less once the checkpoint is in memory."""
-    estimate = start_estimate(
-        model, node, measured=starts_like(view, model), loading_bytes=0, starting_workers=0
-    )
-    parts = learnt_parts(model, starts_like(view, model))
+    measured = starts_like(view, model)
+    estimate = start_estimate(model, node, measured=measured, loading_bytes=0, starting_workers=0)
+    parts = learnt_parts(model, measured)
     on_device = estimate.stage_seconds.get("device", 0.0) if has_own_memory(node) else 0.0
     return parts.start_seconds(0.0, estimate.load_seconds) - parts.start_seconds(0.0, on_device)
 
