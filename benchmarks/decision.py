@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from immutables import Map
 from setting import print_heading
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,11 @@ def cluster(nodes: int, kind: Kind, seed: int) -> View:
             )
         made[node_id] = _node(node_id, replicas, models, dice)
     return indexed(
-        View(models={model.name: model for model in models}, nodes=made, reservations=reservations)
+        View(
+            models=Map({model.name: model for model in models}),
+            nodes=Map(made),
+            reservations=Map(reservations),
+        )
     )
 
 

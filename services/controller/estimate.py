@@ -74,42 +74,6 @@ class Estimate:
         )
 
 
-def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named by its caller
-    model: Model,
-    node: Node,
-    *,
-    measured: tuple[StartStages, ...],
-    loading_bytes: int,
-    starting_workers: int,
-    stop_seconds: float = 0.0,
-    has_peer: bool = False,
-) -> Estimate:
-    """Estimate the start of `model` on `node`.
-
-    Args:
-        model: What to start.
-        node: Where.
-        measured: The model's last starts.
-        loading_bytes: Bytes other replicas that start on the node still read from its slowest tier.
-        starting_workers: Replicas ordered there that may take a warm worker first.
-        stop_seconds: What must be waited for before.
-        has_peer: Another node holds all of the checkpoint.
-    """
-    held = node.held.get(model.checkpoint, Held())
-    missing_bytes = max(0, model.file_bytes - held.dram_bytes)
-    source = source_of(model, held, has_peer=has_peer) if missing_bytes else ""
-    learnt = learnt_parts(model, measured)
-    return Estimate(
-        worker_seconds=worker_wait_seconds(node, starting_workers),
-        stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
-        skeleton_seconds=learnt.skeleton_seconds,
-        first_forward_seconds=learnt.first_forward_seconds,
-        stop_seconds=stop_seconds,
-        overhead_seconds=learnt.overhead_seconds,
-        tier=source or "dram",
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearntParts:
     """The parts of a start that depend on the model alone."""
@@ -127,18 +91,58 @@ class LearntParts:
         )
 
 
+def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named by its caller
+    model: Model,
+    node: Node,
+    *,
+    parts: LearntParts,
+    loading_bytes: int,
+    starting_workers: int,
+    stop_seconds: float = 0.0,
+    has_peer: bool = False,
+) -> Estimate:
+    """Estimate the start of `model` on `node`.
+
+    Args:
+        model: What to start.
+        node: Where.
+        parts: What the model's last starts say; see `learnt_parts`.
+        loading_bytes: Bytes other replicas that start on the node still read from its slowest tier.
+        starting_workers: Replicas ordered there that may take a warm worker first.
+        stop_seconds: What must be waited for before.
+        has_peer: Another node holds all of the checkpoint.
+    """
+    source, missing_bytes = _missing(model, node, has_peer=has_peer)
+    return Estimate(
+        worker_seconds=worker_wait_seconds(node, starting_workers),
+        stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
+        skeleton_seconds=parts.skeleton_seconds,
+        first_forward_seconds=parts.first_forward_seconds,
+        stop_seconds=stop_seconds,
+        overhead_seconds=parts.overhead_seconds,
+        tier=source or "dram",
+    )
+
+
 def learnt_parts(model: Model, measured: tuple[StartStages, ...]) -> LearntParts:
     """Return the medians of the model's last starts, or seeds."""
+    if not measured:
+        return LearntParts(
+            skeleton_seconds=seed_skeleton_seconds(model.layers),
+            first_forward_seconds=SEED_FIRST_FORWARD_SECONDS,
+            overhead_seconds=SEED_OVERHEAD_SECONDS,
+        )
     return LearntParts(
-        skeleton_seconds=_learnt(
-            [start.skeleton_seconds for start in measured],
-            seed_skeleton_seconds(model.layers),
-        ),
-        first_forward_seconds=_learnt(
-            [start.first_forward_seconds for start in measured], SEED_FIRST_FORWARD_SECONDS
-        ),
-        overhead_seconds=_learnt([unexplained_seconds(start) for start in measured], SEED_OVERHEAD_SECONDS),
+        skeleton_seconds=median([start.skeleton_seconds for start in measured]),
+        first_forward_seconds=median([start.first_forward_seconds for start in measured]),
+        overhead_seconds=median([unexplained_seconds(start) for start in measured]),
     )
+
+
+def load_seconds(model: Model, node: Node, *, loading_bytes: int, has_peer: bool) -> float:
+    """Return how long a load takes: `load_seconds` of `start_estimate`, without the rest of it."""
+    source, missing_bytes = _missing(model, node, has_peer=has_peer)
+    return max(_load_stages(model, node, source, missing_bytes, loading_bytes).values(), default=0.0)
 
 
 def source_of(model: Model, held: Held, *, has_peer: bool) -> str:
@@ -192,6 +196,13 @@ def unexplained_seconds(start: StartStages) -> float:
     return max(0.0, start.total_seconds - explained)
 
 
+def _missing(model: Model, node: Node, *, has_peer: bool) -> tuple[str, int]:
+    """Return where the bytes that are not in the node's memory come from, and how many; none = ("", 0)."""
+    held = node.held.get(model.checkpoint, NOTHING_HELD)
+    missing_bytes = max(0, model.file_bytes - held.dram_bytes)
+    return (source_of(model, held, has_peer=has_peer) if missing_bytes else "", missing_bytes)
+
+
 def _load_stages(
     model: Model, node: Node, source: str, missing_bytes: int, loading_bytes: int
 ) -> dict[str, float]:
@@ -207,6 +218,4 @@ def _load_stages(
 
 NOTHING = Stage(bytes_per_second=0.0)
 
-
-def _learnt(values: list[float], seed: float) -> float:
-    return median(values) if values else seed
+NOTHING_HELD = Held()

@@ -271,9 +271,8 @@ def _droppable(look: _Look, node: Node, name: ModelName) -> list[tuple[ModelName
 
 def _gain_seconds(view: View, model: Model, node: Node) -> float:
     """Return what a start there takes less once the checkpoint is in memory."""
-    measured = starts_like(view, model)
-    estimate = start_estimate(model, node, measured=measured, loading_bytes=0, starting_workers=0)
-    parts = learnt_parts(model, measured)
+    parts = learnt_parts(model, starts_like(view, model))
+    estimate = start_estimate(model, node, parts=parts, loading_bytes=0, starting_workers=0)
     on_device = estimate.stage_seconds.get("device", 0.0) if has_own_memory(node) else 0.0
     return parts.start_seconds(0.0, estimate.load_seconds) - parts.start_seconds(0.0, on_device)
 

@@ -6,48 +6,46 @@ fast. Rules:
 1. An index says nothing that the view does not: `index_of(view)` makes the same one anew (property-tested).
 2. Everything in it is immutable; a change shares all but what it touches with the index before.
 3. It knows no policy and no time, so that neither makes it stale.
+4. A change costs what it changes: of a node's places in the lists only those that differ are moved.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from immutables import Map
 
 from services.controller.attention import EMPTY, Mark, Tally, due_of, mark_of
 from services.controller.fleet import member
-from services.controller.summary import ORIGINS, Shape, Summary, shape_of, summary_of
+from services.controller.ladder import Ladder, item_added, item_removed
+from services.controller.summary import ORIGINS, Shape, Summary, summary_of
 from services.controller.view import Checkpoint, Node, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 T = TypeVar("T")
 K = TypeVar("K")
-Item = TypeVar("Item", bound=str | tuple[float, str])
-"""What lists are sorted by: an id, or a number and an id."""
-Ladder = tuple[tuple[float, NodeId], ...]
+Nodes = Ladder[tuple[float, NodeId]]
 """Nodes in ascending order of a number: the first is the best."""
 Members = Map[NodeId, None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class Rung(NamedTuple):
     """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
 
     Attributes:
-        shape: What they can ever take.
-        free: How many free slots each has.
+        origin: Where the bytes come from that its rates are about; one of `ORIGINS`.
+        free: Each has at least so many free slots; a power of two.
         waits: A pre-started worker waits there.
-        queued: Bytes wait before a stage.
+        shape: What they can ever take.
     """
 
-    shape: Shape
+    origin: str
     free: int
     waits: bool
-    queued: bool
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +57,15 @@ class Index:
         of_model: Reservations of each model, sorted.
         summaries: Of every node.
         holders: Nodes whose stores hold some of a checkpoint.
-        free: Open nodes with free slots, by origin and rung, the fastest first; by negative rate.
-        free_by_worker: Those where no worker waits, by the time that one takes.
+        free_holders: Those of them that are open and have free slots.
+        free: Open nodes with free slots, the fastest first; by negative rate.
+        free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
         marks: What each reserved replica adds to its model's tally.
         tallies: Of every model with replicas.
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
         idle_by_worth: The same, by `worth_key` of the replica cheapest to lose.
         busy_by_rate: Open nodes with a replica that serves sessions, the fastest first, by origin.
-        leaving: Nodes with replicas on their way out.
+        leaving: Nodes with replicas on their way out, by whom these make room for.
         orphaned: Nodes with replicas that nobody reserved.
         homeless: Nodes that have reservations, and are not in the cluster.
         labelled: Nodes by label.
@@ -81,22 +80,43 @@ class Index:
     of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
     summaries: Map[NodeId, Summary] = field(default_factory=Map)
     holders: Map[Checkpoint, Members] = field(default_factory=Map)
-    free: Map[str, Map[Rung, Ladder]] = field(default_factory=Map)
-    free_by_worker: Map[Rung, Ladder] = field(default_factory=Map)
+    free_holders: Map[Checkpoint, Members] = field(default_factory=Map)
+    free: Map[Rung, Nodes] = field(default_factory=Map)
+    free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
     marks: Map[ReplicaId, Mark] = field(default_factory=Map)
     tallies: Map[ModelName, Tally] = field(default_factory=Map)
-    idle_by_rate: Map[str, Ladder] = field(default_factory=Map)
-    idle_by_worth: Ladder = ()
-    busy_by_rate: Map[str, Ladder] = field(default_factory=Map)
-    leaving: Members = field(default_factory=Map)
+    idle_by_rate: Map[str, Nodes] = field(default_factory=Map)
+    idle_by_worth: Nodes = field(default_factory=Ladder)
+    busy_by_rate: Map[str, Nodes] = field(default_factory=Map)
+    leaving: Map[ModelName, Members] = field(default_factory=Map)
     orphaned: Members = field(default_factory=Map)
     homeless: Members = field(default_factory=Map)
     labelled: Map[tuple[str, str], Members] = field(default_factory=Map)
-    open_nodes: tuple[NodeId, ...] = ()
-    last_seen: Ladder = ()
-    due: tuple[tuple[float, ModelName], ...] = ()
+    open_nodes: Ladder[NodeId] = field(default_factory=Ladder)
+    last_seen: Nodes = field(default_factory=Ladder)
+    due: Ladder[tuple[float, ModelName]] = field(default_factory=Ladder)
     due_at: Map[ModelName, float] = field(default_factory=Map)
     shapes: Map[Shape, int] = field(default_factory=Map)
+
+
+class _Draft:
+    """An index on the way to the next one: its fields, to be assigned; what they hold stays immutable."""
+
+    __slots__ = tuple(each.name for each in fields(Index))
+
+    def __init__(self, index: Index) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(index, name))
+
+    if TYPE_CHECKING:  # the fields' types, once more: a type checker can't read __slots__
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: object) -> None: ...
+
+    def finished(self) -> Index:
+        """Return the index."""
+        return Index(**{name: getattr(self, name) for name in self.__slots__})
 
 
 def index_of(view: View) -> Index:
@@ -109,17 +129,17 @@ def index_of(view: View) -> Index:
         reservation = view.reservations[replica_id]
         on_node.setdefault(reservation.node_id, []).append(replica_id)
         of_model.setdefault(reservation.model, []).append(replica_id)
-    index = Index(
-        on_node=Map({key: tuple(found) for key, found in on_node.items()}),
-        of_model=Map({key: tuple(found) for key, found in of_model.items()}),
-    )
+    draft = _Draft(Index())
+    draft.on_node = Map({key: tuple(found) for key, found in on_node.items()})
+    draft.of_model = Map({key: tuple(found) for key, found in of_model.items()})
     for replica_id in sorted(view.reservations):
-        index = _remarked(index, view, replica_id, view.reservations[replica_id].model)
+        _remark(draft, view, replica_id, view.reservations[replica_id].model)
     for node_id in sorted(view.nodes):
-        index = _node_changed(index, None, view, node_id)
+        _change_node(draft, None, view, node_id)
     for node_id in sorted(on_node):
-        index = _rehomed(index, view, node_id)
-    return _models_changed(index, view, {*view.models, *of_model, *view.demands})
+        _rehome(draft, view, node_id)
+    _change_models(draft, view, {*view.models, *of_model, *view.demands})
+    return draft.finished()
 
 
 def indexed(view: View) -> View:
@@ -144,12 +164,13 @@ def reindexed(
         models: Those whose definition, demand, failures or replicas may have changed.
         reservations: Those that may have come or gone.
     """
-    index = index_of(before)
+    draft = _Draft(index_of(before))
     for replica_id in reservations:
-        index = _reservation_changed(index, before, after, replica_id)
+        _change_reservation(draft, before, after, replica_id)
     for node_id in nodes:
-        index = _node_changed(index, before, after, node_id)
-    return replace(after, index=_models_changed(index, after, models))
+        _change_node(draft, before, after, node_id)
+    _change_models(draft, after, models)
+    return replace(after, index=draft.finished())
 
 
 def reservations_on(view: View, index: Index, node_id: NodeId) -> tuple[Reservation, ...]:
@@ -162,205 +183,191 @@ def reservations_of(view: View, index: Index, name: ModelName) -> tuple[Reservat
     return tuple(view.reservations[replica_id] for replica_id in index.of_model.get(name, ()))
 
 
-def _reservation_changed(index: Index, before: View, after: View, replica_id: ReplicaId) -> Index:
+def _change_reservation(draft: _Draft, before: View, after: View, replica_id: ReplicaId) -> None:
     was, now = before.reservations.get(replica_id), after.reservations.get(replica_id)
     found = was or now
     if found is None:
-        return index
-    index = _remarked(index, after, replica_id, found.model)
+        return
+    _remark(draft, after, replica_id, found.model)
     if (was is None) == (now is None):
-        return index  # neither its node nor its model ever changes
-    index = replace(
-        index,
-        on_node=_listed(index.on_node, found.node_id, replica_id, present=now is not None),
-        of_model=_listed(index.of_model, found.model, replica_id, present=now is not None),
-    )
-    return _rehomed(index, after, found.node_id)
+        return  # neither its node nor its model ever changes
+    draft.on_node = _listed(draft.on_node, found.node_id, replica_id, present=now is not None)
+    draft.of_model = _listed(draft.of_model, found.model, replica_id, present=now is not None)
+    _rehome(draft, after, found.node_id)
 
 
-def _remarked(index: Index, view: View, replica_id: ReplicaId, name: ModelName) -> Index:
+def _remark(draft: _Draft, view: View, replica_id: ReplicaId, name: ModelName) -> None:
     reservation = view.reservations.get(replica_id)
-    was = index.marks.get(replica_id)
+    was = draft.marks.get(replica_id)
     now = mark_of(view, member(view, reservation)) if reservation is not None else None
     if was == now:
-        return index
-    tally = index.tallies.get(name, EMPTY)
+        return
+    tally: Tally = draft.tallies.get(name, EMPTY)
     tally = tally.plus(was, -1) if was is not None else tally
     tally = tally.plus(now, 1) if now is not None else tally
-    return replace(
-        index,
-        marks=index.marks.set(replica_id, now) if now is not None else _dropped(index.marks, replica_id),
-        tallies=index.tallies.set(name, tally) if tally.replicas else _dropped(index.tallies, name),
-    )
+    draft.marks = _put(draft.marks, replica_id, now)
+    draft.tallies = _put(draft.tallies, name, tally if tally.replicas else None)
 
 
-def _rehomed(index: Index, view: View, node_id: NodeId) -> Index:
-    is_homeless = node_id in index.on_node and node_id not in view.nodes
-    if is_homeless == (node_id in index.homeless):
-        return index
-    changed = index.homeless.set(node_id, None) if is_homeless else index.homeless.delete(node_id)
-    return replace(index, homeless=changed)
+def _rehome(draft: _Draft, view: View, node_id: NodeId) -> None:
+    is_homeless = node_id in draft.on_node and node_id not in view.nodes
+    draft.homeless = _marked(draft.homeless, node_id, present=is_homeless)
 
 
-def _listed(
-    lists: Map[K, tuple[Item, ...]], key: K, item: Item, *, present: bool
-) -> Map[K, tuple[Item, ...]]:
-    items = _with_item(lists.get(key, ()), item) if present else _without_item(lists.get(key, ()), item)
-    return lists.set(key, items) if items else _dropped(lists, key)
-
-
-def _node_changed(index: Index, before: View | None, after: View, node_id: NodeId) -> Index:
+def _change_node(draft: _Draft, before: View | None, after: View, node_id: NodeId) -> None:
     was, now = before.nodes.get(node_id) if before else None, after.nodes.get(node_id)
-    was_summary = index.summaries.get(node_id)
-    index = _rehomed(index, after, node_id)
-    now_summary = (
-        summary_of(after, node_id, reservations_on(after, index, node_id)) if now is not None else None
+    was_summary: Summary | None = draft.summaries.get(node_id)
+    was_held = was.held.keys() if was else frozenset()
+    now_held = now.held.keys() if now else frozenset()
+    if was is not now:
+        _rehome(draft, after, node_id)
+        _resee(draft, was, now)
+        if was_held != now_held:
+            draft.holders = _regrouped(draft.holders, was_held, now_held, node_id)
+        if was is None or now is None or was.labels != now.labels:
+            draft.labelled = _regrouped(
+                draft.labelled, was.labels if was else (), now.labels if now else (), node_id
+            )
+    now_summary = None
+    if now is not None:
+        same = before is not None and was is now and before.models is after.models
+        reservations = tuple(after.reservations[found] for found in draft.on_node.get(node_id, ()))
+        now_summary = summary_of(after, node_id, reservations, was_summary if same else None)
+    was_free, now_free = _has_free(was_summary), _has_free(now_summary)
+    if was_free != now_free or (now_free and was_held != now_held):
+        draft.free_holders = _regrouped(
+            draft.free_holders, was_held if was_free else (), now_held if now_free else (), node_id
+        )
+    if was_summary == now_summary:
+        return
+    draft.summaries = _put(draft.summaries, node_id, now_summary)
+    _recount(draft, was_summary, now_summary)
+    had = set(_places(was_summary, node_id)) if was_summary else set()
+    has = set(_places(now_summary, node_id)) if now_summary else set()
+    for place in had - has:
+        _place(draft, place, present=False)
+    for place in has - had:
+        _place(draft, place, present=True)
+    draft.leaving = _regrouped(
+        draft.leaving,
+        was_summary.leaving_for if was_summary else (),
+        now_summary.leaving_for if now_summary else (),
+        node_id,
     )
-    index = replace(
-        index,
-        summaries=(
-            index.summaries.set(node_id, now_summary)
-            if now_summary is not None
-            else _dropped(index.summaries, node_id)
-        ),
-        last_seen=_reseen(index.last_seen, was, now),
+    draft.orphaned = _marked(
+        draft.orphaned, node_id, present=now_summary is not None and now_summary.has_orphans
     )
-    if was is None or now is None or was.held != now.held:
-        index = _reheld(index, was, now, node_id)
-    if (was.labels if was else None) != (now.labels if now else None):
-        index = _relabelled(index, was, now, node_id)
-    was_shape, now_shape = shape_of(was) if was else None, shape_of(now) if now else None
-    if (was_shape, was_summary) == (now_shape, now_summary):
-        return index
-    if was_shape != now_shape:
-        index = replace(index, shapes=_recounted(index.shapes, was_shape, now_shape))
-    if was_shape is not None and was_summary is not None:
-        index = _reranked(index, was_shape, was_summary, node_id, present=False)
-    if now_shape is not None and now_summary is not None:
-        index = _reranked(index, now_shape, now_summary, node_id, present=True)
-    return index
 
 
-def _reranked(index: Index, shape: Shape, summary: Summary, node_id: NodeId, *, present: bool) -> Index:
-    """Put the node into, or take it out of, every list its summary belongs to."""
-    free, idle, busy = index.free, index.idle_by_rate, index.busy_by_rate
-    worth, open_nodes = index.idle_by_worth, index.open_nodes
-    leaving, orphaned = index.leaving, index.orphaned
-    if summary.is_leaving:
-        leaving = leaving.set(node_id, None) if present else _dropped(leaving, node_id)
-    if summary.has_orphans:
-        orphaned = orphaned.set(node_id, None) if present else _dropped(orphaned, node_id)
-    rung = (
-        Rung(shape=shape, free=len(summary.free), waits=not summary.worker_seconds, queued=summary.queued)
-        if summary.is_open and summary.free
-        else None
-    )
-    by_worker = index.free_by_worker
-    if rung is not None and not rung.waits:
-        by_worker = _reladdered(by_worker, rung, (summary.worker_seconds, node_id), present=present)
-    if summary.is_open:
-        open_nodes = _changed(open_nodes, node_id, present=present)
-        for origin, rate in zip(ORIGINS, summary.rates, strict=True):
-            rank = (-rate, node_id)
-            if rung is not None:
-                rungs = _reladdered(free.get(origin, Map()), rung, rank, present=present)
-                free = free.set(origin, rungs) if rungs else _dropped(free, origin)
-            if summary.worth_keys:
-                idle = _reladdered(idle, origin, rank, present=present)
-            if summary.has_busy:
-                busy = _reladdered(busy, origin, rank, present=present)
+def _has_free(summary: Summary | None) -> bool:
+    return summary is not None and summary.is_open and bool(summary.free)
+
+
+_Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
+"""One of a node's places: the list's name, its key where there are several, and the item."""
+
+
+def _places(summary: Summary, node_id: NodeId) -> Iterator[_Place]:
+    """Yield the sorted lists a node belongs into."""
+    if not summary.is_open:
+        return
+    yield "open_nodes", None, node_id
+    waits = not summary.worker_seconds
+    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+        rank = (-rate, node_id)
+        for free in _steps(len(summary.free)):
+            yield "free", Rung(origin, free, waits, summary.shape), rank
         if summary.worth_keys:
-            worth = _changed(worth, (summary.worth_keys[0][0], node_id), present=present)
-    return replace(
-        index,
-        free=free,
-        free_by_worker=by_worker,
-        idle_by_rate=idle,
-        busy_by_rate=busy,
-        idle_by_worth=worth,
-        open_nodes=open_nodes,
-        leaving=leaving,
-        orphaned=orphaned,
-    )
+            yield "idle_by_rate", origin, rank
+        if summary.busy:
+            yield "busy_by_rate", origin, rank
+    if not waits:
+        for free in _steps(len(summary.free)):
+            by_worker = (summary.worker_seconds, node_id)
+            yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
+    if summary.worth_keys:
+        yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
 
 
-def _reladdered(
-    ladders: Map[K, Ladder], key: K, rank: tuple[float, NodeId], *, present: bool
-) -> Map[K, Ladder]:
-    ladder = _changed(ladders.get(key, ()), rank, present=present)
-    return ladders.set(key, ladder) if ladder else _dropped(ladders, key)
+def _steps(count: int) -> Iterator[int]:
+    """Yield the powers of two that are no more than `count`."""
+    step = 1
+    while step <= count:
+        yield step
+        step *= 2
 
 
-def _reseen(last_seen: Ladder, was: Node | None, now: Node | None) -> Ladder:
+def _place(draft: _Draft, place: _Place, *, present: bool) -> None:
+    name, key, item = place
+    lists = getattr(draft, name)
+    ladder = lists if key is None else lists.get(key, _NOBODY)
+    ladder = ladder.added(item) if present else ladder.removed(item)
+    setattr(draft, name, ladder if key is None else _put(lists, key, ladder or None))
+
+
+_NOBODY: Ladder[NodeId] = Ladder()
+
+
+def _resee(draft: _Draft, was: Node | None, now: Node | None) -> None:
+    if was is not None and now is not None and was.last_seen_seconds == now.last_seen_seconds:
+        return
     if was is not None:
-        last_seen = _without_item(last_seen, (was.last_seen_seconds, was.node_id))
+        draft.last_seen = draft.last_seen.removed((was.last_seen_seconds, was.node_id))
     if now is not None:
-        last_seen = _with_item(last_seen, (now.last_seen_seconds, now.node_id))
-    return last_seen
+        draft.last_seen = draft.last_seen.added((now.last_seen_seconds, now.node_id))
 
 
-def _reheld(index: Index, was: Node | None, now: Node | None, node_id: NodeId) -> Index:
-    holders = index.holders
-    had = was.held.keys() if was else frozenset()
-    has = now.held.keys() if now else frozenset()
-    for checkpoint in has - had:
-        holders = holders.set(checkpoint, holders.get(checkpoint, Map()).set(node_id, None))
-    for checkpoint in had - has:
-        left = _dropped(holders[checkpoint], node_id)
-        holders = holders.set(checkpoint, left) if left else holders.delete(checkpoint)
-    return replace(index, holders=holders)
+def _recount(draft: _Draft, was: Summary | None, now: Summary | None) -> None:
+    if was is not None and now is not None and was.shape == now.shape:
+        return
+    for summary, change in ((now, 1), (was, -1)):
+        if summary is not None:
+            count = draft.shapes.get(summary.shape, 0) + change
+            draft.shapes = _put(draft.shapes, summary.shape, count or None)
 
 
-def _relabelled(index: Index, was: Node | None, now: Node | None, node_id: NodeId) -> Index:
-    labelled = index.labelled
-    had = was.labels if was else frozenset()
-    has = now.labels if now else frozenset()
-    for label in has - had:
-        labelled = labelled.set(label, labelled.get(label, Map()).set(node_id, None))
-    for label in had - has:
-        left = _dropped(labelled[label], node_id)
-        labelled = labelled.set(label, left) if left else labelled.delete(label)
-    return replace(index, labelled=labelled)
-
-
-def _recounted(shapes: Map[Shape, int], was: Shape | None, now: Shape | None) -> Map[Shape, int]:
-    if now is not None:
-        shapes = shapes.set(now, shapes.get(now, 0) + 1)
-    if was is not None:
-        left = shapes[was] - 1
-        shapes = shapes.set(was, left) if left else shapes.delete(was)
-    return shapes
-
-
-def _models_changed(index: Index, view: View, names: Iterable[ModelName]) -> Index:
-    due, due_at = index.due, index.due_at
+def _change_models(draft: _Draft, view: View, names: Iterable[ModelName]) -> None:
     for name in names:
-        was = due_at.get(name)
-        now = due_of(view, name, index.tallies.get(name, EMPTY))
+        was = draft.due_at.get(name)
+        now = due_of(view, name, draft.tallies.get(name, EMPTY))
         if was == now:
             continue
         if was is not None:
-            due, due_at = _without_item(due, (was, name)), due_at.delete(name)
+            draft.due = draft.due.removed((was, name))
         if now is not None:
-            due, due_at = _with_item(due, (now, name)), due_at.set(name, now)
-    return replace(index, due=due, due_at=due_at)
+            draft.due = draft.due.added((now, name))
+        draft.due_at = _put(draft.due_at, name, now)
 
 
-def _dropped(mapping: Map[K, T], key: K) -> Map[K, T]:
+def _listed(
+    lists: Map[K, tuple[ReplicaId, ...]], key: K, item: ReplicaId, *, present: bool
+) -> Map[K, tuple[ReplicaId, ...]]:
+    items = lists.get(key, ())
+    items = item_added(items, item) if present else item_removed(items, item)
+    return _put(lists, key, items or None)
+
+
+def _regrouped(
+    groups: Map[K, Members], had: Iterable[K], has: Iterable[K], node_id: NodeId
+) -> Map[K, Members]:
+    """Return the groups with a node taken out of those it was in and put into those it is in."""
+    had, has = set(had), set(has)
+    for key in has - had:
+        groups = groups.set(key, groups.get(key, Map()).set(node_id, None))
+    for key in had - has:
+        left = groups[key].delete(node_id)
+        groups = groups.set(key, left) if left else groups.delete(key)
+    return groups
+
+
+def _marked(members: Members, node_id: NodeId, *, present: bool) -> Members:
+    if present == (node_id in members):
+        return members
+    return members.set(node_id, None) if present else members.delete(node_id)
+
+
+def _put(mapping: Map[K, T], key: K, value: T | None) -> Map[K, T]:
+    """Return the mapping with this value; without the key where there is none."""
+    if value is not None:
+        return mapping.set(key, value)
     return mapping.delete(key) if key in mapping else mapping
-
-
-def _changed(items: tuple[Item, ...], item: Item, *, present: bool) -> tuple[Item, ...]:
-    return _with_item(items, item) if present else _without_item(items, item)
-
-
-def _with_item(items: tuple[Item, ...], item: Item) -> tuple[Item, ...]:
-    place = bisect_left(items, item)
-    return (*items[:place], item, *items[place:])
-
-
-def _without_item(items: tuple[Item, ...], item: Item) -> tuple[Item, ...]:
-    place = bisect_left(items, item)
-    if place < len(items) and items[place] == item:
-        return items[:place] + items[place + 1 :]
-    return items

@@ -40,8 +40,17 @@ def learn_move(before: MoveCost | None, moved: Moved) -> MoveCost:
 
 def move_seconds(view: View, name: ModelName, tokens: int, policy: Policy) -> float:
     """Return how long moving sessions of `tokens` tokens together takes, by the faster known path."""
+    if not view.moves:
+        return policy.move_seconds_per_token * tokens + policy.move_seconds
     known = [view.moves[(name, path)] for path in PATHS if (name, path) in view.moves]
     lines = [(cost.a_seconds_per_token, cost.b_seconds) for cost in known] or [
         (policy.move_seconds_per_token, policy.move_seconds)
     ]
     return min(slope * tokens + offset for slope, offset in lines)
+
+
+def least_move(view: View, policy: Policy) -> tuple[float, float]:
+    """Return a line (seconds per token, seconds) that no model's `move_seconds` is below."""
+    slopes = [policy.move_seconds_per_token, *(cost.a_seconds_per_token for cost in view.moves.values())]
+    offsets = [policy.move_seconds, *(cost.b_seconds for cost in view.moves.values())]
+    return min(slopes), min(offsets)

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from services.controller.estimate import Estimate, start_estimate
-from services.controller.fleet import Member, Standing, is_idle
-from services.controller.lessons import starts_like
+from services.controller.fleet import Member, Standing, is_idle, member
 from services.controller.moves import move_seconds
 from services.controller.room import (
     Situation,
-    devices_needed,
+    Wanted,
+    can_ever,
     enough,
-    free_devices,
-    has_peer,
+    free_slots,
     live_replicas,
-    never_fits,
     on_node,
     pool_has_room,
+    wanted_of,
 )
-from services.controller.summary import is_busy, is_disposable, worth_seconds
-from services.controller.view import Model, Node, Policy
+from services.controller.summary import worth_seconds
+from services.controller.view import Node, Policy
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 MAX_VICTIMS_CONSIDERED = 16
@@ -94,13 +94,26 @@ def rank(option: Option, policy: Policy) -> Rank:
     )
 
 
+class Destinations(Protocol):
+    """Where replicas could move to without disturbing anybody."""
+
+    def swiftest_seconds(self, name: ModelName) -> float:
+        """Return what starting the model takes at least, were there a free node with all of it in memory."""
+
+    def least_seconds(self, name: ModelName) -> float | None:
+        """Return what starting the model elsewhere takes at least; None = it can't be started anywhere."""
+
+    def best(self, name: ModelName, not_on: NodeId, count: int) -> tuple[Option, ...]:
+        """Return the best `count` ways to start a model on other nodes than `not_on`, the best first."""
+
+
 def best_on(
     situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
 ) -> Option | None:
     """Return the best way to start the model on this node now; None where there is none below `limit`."""
-    if never_fits(situation.model, node) is not None:
+    if not can_ever(situation.wanted, node, situation.index.summaries[node.node_id]):
         return None
-    free = free_option(situation, node, situation.model)
+    free = free_option(situation, node, situation.wanted)
     if free is not None or not situation.may_disturb:
         return free
     search = _Cheapest(situation, node, destinations, limit)
@@ -108,33 +121,31 @@ def best_on(
     return search.best
 
 
-def free_option(situation: Situation, node: Node, model: Model) -> Option | None:
+def free_option(situation: Situation, node: Node, wanted: Wanted) -> Option | None:
     """Return the option that disturbs nobody."""
-    free = free_devices(situation, node, (), model)
-    needed = devices_needed(model)
-    if len(free) < needed or not pool_has_room(situation, node, (), (model,)):
+    free = free_slots(wanted, situation.index.summaries[node.node_id])
+    if len(free) < wanted.slots or not pool_has_room(situation, node, (), (wanted.model,)):
         return None
     return Option(
         node_id=node.node_id,
-        devices=tuple(sorted(free[:needed])),
+        devices=tuple(sorted(free[: wanted.slots])),
         victims=(),
-        estimate=estimate_on(situation, node, model),
+        estimate=estimate_on(situation, node, wanted),
         disturbance_seconds=0.0,
-        preferred=len(model.preferred_labels & node.labels),
+        preferred=len(wanted.model.preferred_labels & node.labels),
     )
 
 
-def estimate_on(situation: Situation, node: Node, model: Model, stop_seconds: float = 0.0) -> Estimate:
-    """Estimate a start of `model` on `node`, behind all that is under way there."""
+def estimate_on(situation: Situation, node: Node, wanted: Wanted) -> Estimate:
+    """Estimate a start on `node`, behind all that is under way there."""
     summary = situation.index.summaries[node.node_id]
     return start_estimate(
-        model,
+        wanted.model,
         node,
-        measured=starts_like(situation.view, model),
+        parts=wanted.parts,
         loading_bytes=summary.loading_bytes,
         starting_workers=summary.starting_workers,
-        stop_seconds=stop_seconds,
-        has_peer=has_peer(situation, model, node.node_id),
+        has_peer=wanted.has_peer(node.node_id),
     )
 
 
@@ -144,6 +155,7 @@ class _Victim:
 
     Attributes:
         member: Which.
+        name: Its model.
         wait_seconds: Until its slots are free, at least.
         disturbance_seconds: What it costs others, at least.
         moves: It would have to be moved.
@@ -151,59 +163,58 @@ class _Victim:
     """
 
     member: Member
+    name: ModelName
     wait_seconds: float
     disturbance_seconds: float
     moves: bool = False
     drains: bool = False
 
 
-Destinations = Callable[[Model, NodeId, int], tuple[Option, ...]]
-"""The best `count` ways to start a model without disturbing anybody and not on a given node, best first."""
-
-
 def _victims(situation: Situation, node: Node, destinations: Destinations) -> list[_Victim]:
-    found: list[_Victim] = []
+    view, policy = situation.view, situation.policy
     summary = situation.index.summaries[node.node_id]
-    keys = {replica_id: key for key, replica_id in summary.worth_keys}
-    for member in on_node(situation, node):
-        if not is_disposable(situation.view, member) or member.reservation.model == situation.model.name:
-            continue
-        if idle_may_go(situation, member):
-            worth = worth_seconds(keys[member.reservation.replica_id], situation.now_seconds)
+    found: list[_Victim] = []
+    for key, replica_id in summary.worth_keys:
+        reserved = member(view, view.reservations[replica_id])
+        if reserved.reservation.model != situation.model.name and idle_may_go(situation, reserved):
             found.append(
                 _Victim(
-                    member=member,
-                    wait_seconds=situation.policy.stop_seconds,
-                    disturbance_seconds=worth,
+                    member=reserved,
+                    name=reserved.reservation.model,
+                    wait_seconds=policy.stop_seconds,
+                    disturbance_seconds=worth_seconds(key, situation.now_seconds),
                 )
             )
-        elif is_busy(member) and _has_stayed(situation, member, situation.policy.minimum_residency_seconds):
-            found.extend(_busy_victims(situation, member, destinations))
+    if policy.may_migrate or situation.waited_too_long:
+        for replica_id in summary.busy:
+            reserved = member(view, view.reservations[replica_id])
+            if reserved.reservation.model != situation.model.name and _has_stayed(
+                situation, reserved, policy.minimum_residency_seconds
+            ):
+                victim = _busy_victim(situation, reserved, destinations)
+                if victim is not None:
+                    found.append(victim)
     found.sort(key=lambda victim: (victim.disturbance_seconds, victim.member.reservation.replica_id))
     return found[:MAX_VICTIMS_CONSIDERED]
 
 
-def _busy_victims(situation: Situation, member: Member, destinations: Destinations) -> list[_Victim]:
-    """Return the ways in which a replica that serves sessions could go: moved, or drained after the bound."""
-    policy = situation.policy
-    tokens = member.replica.context_tokens if member.replica else 0
+def _busy_victim(situation: Situation, found: Member, destinations: Destinations) -> _Victim | None:
+    """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not."""
+    policy, name = situation.policy, found.reservation.model
     if policy.may_migrate:
-        seconds = move_seconds(situation.view, member.reservation.model, tokens, policy)
-        model = situation.view.models[member.reservation.model]
-        nearest = destinations(model, member.reservation.node_id, 1)
-        return [
-            _Victim(
-                member=member,
-                wait_seconds=nearest[0].estimate.total_seconds + seconds,
-                disturbance_seconds=seconds,
-                moves=True,
-            )
-            for _ in nearest
-        ]
-    if situation.waited_too_long and _has_stayed(situation, member, policy.waiting_bound_seconds):
-        seconds = policy.drain_grace_seconds
-        return [_Victim(member=member, wait_seconds=seconds, disturbance_seconds=seconds, drains=True)]
-    return []
+        tokens = found.replica.context_tokens if found.replica else 0
+        seconds = move_seconds(situation.view, name, tokens, policy)
+        return _Victim(
+            member=found,
+            name=name,
+            wait_seconds=destinations.swiftest_seconds(name) + seconds,
+            disturbance_seconds=seconds,
+            moves=True,
+        )
+    if not _has_stayed(situation, found, policy.waiting_bound_seconds):
+        return None
+    seconds = policy.drain_grace_seconds
+    return _Victim(member=found, name=name, wait_seconds=seconds, disturbance_seconds=seconds, drains=True)
 
 
 def idle_may_go(situation: Situation, found: Member) -> bool:
@@ -246,38 +257,54 @@ class _Cheapest:
         self._destinations = destinations
         self._spare = {
             name: live_replicas(situation, name) - situation.view.models[name].min_replicas
-            for name in {victim.member.reservation.model for victim in victims}
+            for name in {victim.name for victim in victims}
         }
-        self._estimate = estimate_on(situation, node, situation.model)
+        wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
+        self._fitting = frozenset(wanted.slots_that_fit(summary.shape))
+        self._missing_slots = wanted.slots - len(self._fitting.intersection(summary.free))
+        self._pool_has_room = pool_has_room(situation, node, (), (wanted.model,))
+        self._estimate = estimate_on(situation, node, wanted)
         self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
         self._preferred = len(situation.model.preferred_labels & node.labels)
 
     def run(self) -> None:
         """Find the best set, if any."""
-        everybody = tuple(victim.member for victim in self._victims)
-        if self._victims and enough(self._situation, self._node, everybody):
+        if self._victims and self._is_enough(self._victims):
             self._grow((), 0)
 
+    def _is_enough(self, chosen: Sequence[_Victim]) -> bool:
+        """Tell whether slots and pool suffice without these; must agree with `enough`."""
+        slots = sum(len(self._fitting.intersection(victim.member.reservation.devices)) for victim in chosen)
+        return slots >= self._missing_slots and (
+            self._pool_has_room
+            or pool_has_room(
+                self._situation,
+                self._node,
+                tuple(victim.member for victim in chosen),
+                (self._situation.model,),
+            )
+        )
+
     def _grow(self, chosen: tuple[_Victim, ...], begin: int) -> None:
-        if chosen and not self._could_win(chosen):
-            return
-        if chosen and enough(self._situation, self._node, tuple(victim.member for victim in chosen)):
-            self._take(chosen)
-            return
-        taken = Counter(victim.member.reservation.model for victim in chosen if not victim.moves)
+        if chosen:
+            if not self._could_win(chosen):
+                return
+            if self._is_enough(chosen):
+                self._take(chosen)
+                return
+        taken = Counter(victim.name for victim in chosen if not victim.moves)
         for place in range(begin, len(self._victims)):
             victim = self._victims[place]
-            name = victim.member.reservation.model
-            if victim.moves or taken[name] < self._spare[name]:
+            if victim.moves or taken[victim.name] < self._spare[victim.name]:
                 self._grow((*chosen, victim), place + 1)
 
     def _could_win(self, chosen: tuple[_Victim, ...]) -> bool:
         return self._limit is None or self._rank(chosen, ()) < self._limit
 
-    def _rank(self, chosen: tuple[_Victim, ...], moves: tuple[Move, ...]) -> Rank:
+    def _rank(self, chosen: tuple[_Victim, ...], moves: tuple[Move, ...], moves_seconds: float = 0.0) -> Rank:
         """Return the rank of an option of these victims, without making it; must agree with `rank`."""
         disturbance_seconds = sum(sorted(victim.disturbance_seconds for victim in chosen))
-        total_seconds = self._total_seconds(_wait_seconds(chosen, moves))
+        total_seconds = self._total_seconds(max(_wait_seconds(chosen, moves), moves_seconds))
         cost_seconds = total_seconds + self._weight * disturbance_seconds
         return (
             int(cost_seconds / self._situation.policy.tie_seconds),
@@ -299,6 +326,15 @@ class _Cheapest:
 
     def _take(self, chosen: tuple[_Victim, ...]) -> None:
         movers = [victim for victim in chosen if victim.moves]
+        if movers:
+            moves_seconds = 0.0
+            for mover in movers:
+                least_seconds = self._destinations.least_seconds(mover.name)
+                if least_seconds is None:
+                    return
+                moves_seconds = max(moves_seconds, least_seconds + mover.disturbance_seconds)
+            if self._limit is not None and self._rank(chosen, (), moves_seconds) >= self._limit:
+                return
         self._assign(chosen, movers, ())
 
     def _assign(self, chosen: tuple[_Victim, ...], movers: list[_Victim], moves: tuple[Move, ...]) -> None:
@@ -310,27 +346,29 @@ class _Cheapest:
             self.best, self._limit = self._option(chosen, moves), ranked
             return
         mover = movers[len(moves)]
-        model = self._situation.view.models[mover.member.reservation.model]
-        for destination in self._destinations(model, self._node.node_id, len(movers)):
+        for destination in self._destinations.best(mover.name, self._node.node_id, len(movers)):
             move = self._move(mover, destination, moves)
             if move is not None:
                 self._assign(chosen, movers, (*moves, move))
 
     def _move(self, mover: _Victim, destination: Option, moves: tuple[Move, ...]) -> Move | None:
         situation = self._situation
-        model = situation.view.models[mover.member.reservation.model]
-        node = situation.view.nodes[destination.node_id]
+        model, node = situation.view.models[mover.name], situation.view.nodes[destination.node_id]
         others = [move for move in moves if move.to_node_id == node.node_id]
-        taken = {device for move in others for device in move.to_devices}
-        free = [device for device in free_devices(situation, node, (), model) if device not in taken]
-        coming = (model, *(situation.view.models[move.model] for move in others))
-        if len(free) < devices_needed(model) or not pool_has_room(situation, node, (), coming):
-            return None
+        devices = destination.devices
+        if others:
+            wanted = wanted_of(situation.view, situation.index, mover.name)
+            taken = {device for move in others for device in move.to_devices}
+            free = free_slots(wanted, situation.index.summaries[node.node_id])
+            devices = tuple(sorted([slot for slot in free if slot not in taken][: wanted.slots]))
+            coming = (model, *(situation.view.models[move.model] for move in others))
+            if len(devices) < wanted.slots or not pool_has_room(situation, node, (), coming):
+                return None
         return Move(
             replica_id=mover.member.reservation.replica_id,
             model=model.name,
             to_node_id=node.node_id,
-            to_devices=tuple(sorted(free[: devices_needed(model)])),
+            to_devices=devices,
             estimate=destination.estimate,
             seconds=mover.disturbance_seconds,
         )
@@ -339,11 +377,12 @@ class _Cheapest:
         """Return the option of these victims; movers without a destination yet count their least."""
         situation, node = self._situation, self._node
         members = tuple(victim.member for victim in chosen)
-        free = free_devices(situation, node, members)
+        wanted = situation.wanted
+        free = free_slots(wanted, situation.index.summaries[node.node_id], members)
         estimate = self._estimate
         return Option(
             node_id=node.node_id,
-            devices=tuple(sorted(free[: devices_needed(situation.model)])),
+            devices=tuple(sorted(free[: wanted.slots])),
             victims=tuple(sorted(found.reservation.replica_id for found in members)),
             estimate=Estimate(
                 worker_seconds=estimate.worker_seconds,

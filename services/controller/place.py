@@ -18,26 +18,25 @@ Nodes are looked at best first until no other can be better (`search`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from services.controller.estimate import Estimate
 from services.controller.fleet import is_idle
-from services.controller.index import Ladder, reservations_on
 from services.controller.options import Move, Option, residency_ends_seconds, room_is_being_made
 from services.controller.room import (
     Never,
     Situation,
-    devices_needed,
-    free_devices,
+    can_ever,
+    free_slots,
     never_fits,
     on_node,
     situation_of,
 )
 from services.controller.search import search
-from services.controller.summary import is_busy
-from services.controller.view import Model, Node, Phase, Policy, Pool, View
+from services.controller.summary import ANYBODY, is_busy
+from services.controller.view import Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
 
@@ -152,40 +151,23 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
 
 def _some_node_fits(situation: Situation) -> bool:
     """Tell whether any node could ever take the model: by shape, because nodes share theirs."""
-    model, index, nodes = situation.model, situation.index, situation.view.nodes
-    if model.required_labels:
-        labelled = [index.labelled.get(label, ()) for label in model.required_labels]
-        return any(never_fits(model, nodes[node_id]) is None for node_id in sorted(min(labelled, key=len)))
-    stand_in = NodeId("")
-    return any(
-        never_fits(
-            model,
-            Node(node_id=stand_in, architectures=known, devices=devices, pool=Pool(total_bytes=pool_bytes)),
-        )
-        is None
-        for known, devices, pool_bytes in index.shapes
-    )
+    wanted, index, nodes = situation.wanted, situation.index, situation.view.nodes
+    required = wanted.model.required_labels
+    if not required:
+        return any(wanted.slots_that_fit(shape) for shape in index.shapes)
+    carriers = min((tuple(index.labelled.get(label, ())) for label in required), key=len)
+    return any(can_ever(wanted, nodes[node_id], index.summaries[node_id]) for node_id in carriers)
 
 
 def _making_room(situation: Situation) -> NodeId | None:
-    index = situation.index
-    for node_id in sorted(index.leaving):
-        node = situation.view.nodes[node_id]
+    """Return the first node on which replicas on their way out leave enough room for this model."""
+    index, nodes = situation.index, situation.view.nodes
+    leaving: set[NodeId] = {*index.leaving.get(ANYBODY, ()), *index.leaving.get(situation.model.name, ())}
+    for node_id in sorted(leaving):
+        node, summary = nodes[node_id], index.summaries[node_id]
         if (
-            index.summaries[node_id].is_open
-            and any(
-                (
-                    found.stopping_for in {None, situation.model.name}
-                    and (found.stopping_since_seconds is not None or found.moving_to is not None)
-                )
-                or found.releasing
-                or (
-                    found.replica_id in node.replicas
-                    and node.replicas[found.replica_id].phase is Phase.STOPPING
-                )
-                for found in reservations_on(situation.view, index, node_id)
-            )
-            and never_fits(situation.model, node) is None
+            summary.is_open
+            and can_ever(situation.wanted, node, summary)
             and room_is_being_made(situation, node)
         ):
             return node_id
@@ -217,7 +199,7 @@ def _retry_at_seconds(situation: Situation) -> float | None:
     now_seconds, policy = situation.now_seconds, situation.policy
     moments = [
         residency_ends_seconds(found, policy)
-        for _, node_id in _disturbable(situation)
+        for node_id in _disturbable(situation)
         for found in on_node(situation, situation.view.nodes[node_id])
         if is_idle(found) or (policy.may_migrate and is_busy(found))
     ]
@@ -227,16 +209,20 @@ def _retry_at_seconds(situation: Situation) -> float | None:
     return min((moment for moment in moments if now_seconds < moment < math.inf), default=None)
 
 
-def _disturbable(situation: Situation) -> Ladder:
-    """Return some nodes whose replicas could make room once they have stayed long enough."""
+def _disturbable(situation: Situation) -> Iterator[NodeId]:
+    """Yield some nodes whose replicas could make room once they have stayed long enough."""
     index = situation.index
-    busy = index.busy_by_rate.get("disk", ()) if situation.policy.may_migrate else ()
-    return (*index.idle_by_worth[:MAX_RESIDENCIES], *busy[:MAX_RESIDENCIES])
+    lists = [index.idle_by_worth]
+    if situation.policy.may_migrate and "disk" in index.busy_by_rate:
+        lists.append(index.busy_by_rate["disk"])
+    for nodes in lists:
+        for _, node_id in islice(nodes, MAX_RESIDENCIES):
+            yield node_id
 
 
 def _busy(situation: Situation, node: Node) -> str:
-    free = free_devices(situation, node)
-    needed = devices_needed(situation.model)
+    free = free_slots(situation.wanted, situation.index.summaries[node.node_id])
+    needed = situation.wanted.slots
     if len(free) >= needed:
         return (
             f"{node.node_id}: {format_bytes(node.pool.leased_bytes)} of the pool's "

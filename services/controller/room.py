@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 
 from services.controller.attention import EMPTY
-from services.controller.estimate import LearntParts, learnt_parts
+from services.controller.estimate import NOTHING_HELD, LearntParts, learnt_parts
 from services.controller.fleet import Member, member
 from services.controller.index import Index, index_of, reservations_on
 from services.controller.lessons import starts_like
-from services.controller.summary import holds_all
-from services.controller.view import Checkpoint, Device, Held, Model, Node, Policy, View
+from services.controller.summary import Shape, Summary, holds_all
+from services.controller.view import Checkpoint, Device, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
 from stoker.units import format_bytes
+
+SOURCES = 2
+"""Nodes remembered that could send a checkpoint: with two there is one beside any node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,78 @@ class Never:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a start of a model takes, wherever it may be.
+
+    Attributes:
+        model: What is to start.
+        parts: What a start of it takes on any node.
+        slots: How many slots of one node it occupies.
+        sources: Nodes that could send all of the checkpoint, `SOURCES` at most.
+        origin: Where a node that holds nothing gets the bytes from.
+        fitting: Per shape of nodes, the slots large enough, the smallest first; filled as it is asked for.
+    """
+
+    model: Model
+    parts: LearntParts
+    slots: int
+    sources: tuple[NodeId, ...]
+    origin: str
+    fitting: dict[Shape, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def has_peer(self, node_id: NodeId) -> bool:
+        """Tell whether another reachable node holds all of the checkpoint."""
+        return any(source != node_id for source in self.sources)
+
+    def slots_that_fit(self, shape: Shape) -> tuple[int, ...]:
+        """Return the slots of such a node that are large enough, whoever occupies them, smallest first.
+
+        Empty where the node can never take the model: its engines, its pool or its devices don't suit.
+        """
+        known = self.fitting.get(shape)
+        if known is None:
+            known = self.fitting[shape] = _slots_that_fit(self.model, shape)
+        return known
+
+
+def _slots_that_fit(model: Model, shape: Shape) -> tuple[int, ...]:
+    if shape.architectures and model.architecture not in shape.architectures:
+        return ()
+    if 0 < shape.pool_bytes < model.file_bytes:
+        return ()
+    found = _large_enough(shape, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+    return found if len(found) >= devices_needed(model) else ()
+
+
+@lru_cache(maxsize=4096)
+def _large_enough(shape: Shape, on_cpu_bytes: int, on_other_bytes: int) -> tuple[int, ...]:
+    found = large_enough(shape.devices, on_cpu_bytes, on_other_bytes)
+    return tuple(
+        device.index for device in sorted(found, key=lambda device: (device.memory_bytes, device.index))
+    )
+
+
+def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
+    """Return what a start of a deployed model takes."""
+    model = view.models[name]
+    sources = () if model.origin == "disk" else tuple(islice(_sources(view, index, model), SOURCES))
+    return Wanted(
+        model=model,
+        parts=learnt_parts(model, starts_like(view, model)),
+        slots=devices_needed(model),
+        sources=sources,
+        origin="disk" if model.origin == "disk" else "peer" if sources else "remote",
+    )
+
+
+def _sources(view: View, index: Index, model: Model) -> Iterator[NodeId]:
+    for node_id in index.holders.get(model.checkpoint, ()):
+        node = view.nodes[node_id]
+        if node.reachable and holds_all(node.held.get(model.checkpoint), model.file_bytes):
+            yield node_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """What is the same for every node of one decision.
 
@@ -33,7 +110,7 @@ class Situation:
         view: The cluster.
         index: Its summaries.
         model: What is to start.
-        parts: What a start of it takes on any node.
+        wanted: What a start of it takes.
         now_seconds: The view's clock.
         policy: Constants.
         may_disturb: Replicas of other models may be stopped or moved for it.
@@ -43,7 +120,7 @@ class Situation:
     view: View
     index: Index
     model: Model
-    parts: LearntParts
+    wanted: Wanted
     now_seconds: float
     policy: Policy
     may_disturb: bool = True
@@ -54,12 +131,12 @@ def situation_of(
     view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
 ) -> Situation:
     """Return what every node of a decision about `name` shares."""
-    demand = view.demands.get(name)
+    demand, index = view.demands.get(name), index_of(view)
     return Situation(
         view=view,
-        index=index_of(view),
+        index=index,
         model=view.models[name],
-        parts=learnt_parts(view.models[name], starts_like(view, view.models[name])),
+        wanted=wanted_of(view, index, name),
         now_seconds=now_seconds,
         policy=policy,
         may_disturb=may_disturb,
@@ -91,7 +168,8 @@ def never_fits(model: Model, node: Node) -> Never | None:
                 f"{format_bytes(node.pool.total_bytes)}"
             ),
         )
-    if len(fitting_devices(model, node)) < devices_needed(model):
+    fitting = large_enough(node.devices, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+    if len(fitting) < devices_needed(model):
         return Never(code="does_not_fit", reason=_too_small(model, node))
     return None
 
@@ -114,67 +192,59 @@ def device_bytes(model: Model, kind: str) -> int:
     return -(-(model.kv_cache_bytes + weight_bytes) // devices_needed(model))
 
 
-def fitting_devices(model: Model, node: Node) -> tuple[Device, ...]:
-    """Return the slots that are large enough, whoever occupies them."""
-    on_cpu_bytes, on_other_bytes = device_bytes(model, "cpu"), device_bytes(model, "cuda")
-    return tuple(
+def large_enough(devices: Iterable[Device], on_cpu_bytes: int, on_other_bytes: int) -> list[Device]:
+    """Return the devices that could hold a replica's share, whoever occupies them; see `device_bytes`."""
+    return [
         device
-        for device in node.devices
+        for device in devices
         if not device.memory_bytes
         or device.memory_bytes >= (on_cpu_bytes if device.kind == "cpu" else on_other_bytes)
-    )
+    ]
 
 
-def free_devices(
-    situation: Situation, node: Node, given_up: tuple[Member, ...] = (), model: Model | None = None
-) -> tuple[int, ...]:
+def can_ever(wanted: Wanted, node: Node, summary: Summary) -> bool:
+    """Tell whether the node can take the model, sooner or later: `never_fits` without the reason."""
+    return bool(wanted.slots_that_fit(summary.shape)) and wanted.model.required_labels <= node.labels
+
+
+def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Member] = ()) -> list[int]:
     """Return the free slots that are large enough, once `given_up` are gone; the smallest devices first."""
-    free = set(situation.index.summaries[node.node_id].free)
-    free.update(device for victim in given_up for device in victim.reservation.devices)
-    fitting = fitting_devices(model or situation.model, node)
-    found = [device for device in fitting if device.index in free]
-    found.sort(key=lambda device: (device.memory_bytes, device.index))
-    return tuple(device.index for device in found)
+    free = {*summary.free, *(slot for victim in given_up for slot in victim.reservation.devices)}
+    return [slot for slot in wanted.slots_that_fit(summary.shape) if slot in free]
 
 
 def pool_has_room(
-    situation: Situation, node: Node, given_up: tuple[Member, ...] = (), coming: Iterable[Model] = ()
+    situation: Situation, node: Node, given_up: tuple[Member, ...], coming: Iterable[Model]
 ) -> bool:
-    """Tell whether the pool can take the checkpoint by evicting what nobody leases.
+    """Tell whether the pool can take the checkpoints by evicting what nobody leases.
 
     Args:
-        situation: What the decision is about; `coming` overrides its model.
+        situation: What the decision is about.
         node: Whose pool.
         given_up: Replicas that end before.
-        coming: What is to be taken, each checkpoint once; empty = the decision's model.
+        coming: What is to be taken, each checkpoint once.
     """
     if not node.pool.total_bytes:
         return True
     wanted: dict[Checkpoint, int] = {}
-    for model in tuple(coming) or (situation.model,):
+    for model in coming:
         if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
             wanted[model.checkpoint] = model.file_bytes
     if not wanted:
         return True
-    ordered = dict(situation.index.summaries[node.node_id].coming)
-    for checkpoint in wanted:
-        ordered.pop(checkpoint, None)  # two replicas of one checkpoint share its place
-    free_bytes = (
-        node.pool.total_bytes
-        - node.pool.leased_bytes
-        - sum(ordered.values())
-        + _freed_pool_bytes(situation, node, given_up)
-    )
-    return free_bytes >= sum(wanted.values())
-
-
-NOTHING_HELD = Held()
+    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - sum(wanted.values())
+    for checkpoint, byte_count in situation.index.summaries[node.node_id].coming:
+        if checkpoint not in wanted:  # two replicas of one checkpoint share its place
+            free_bytes -= byte_count
+    return free_bytes >= 0 or free_bytes + _freed_pool_bytes(situation, node, given_up) >= 0
 
 
 def enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:
     """Tell whether slots and pool suffice, once `given_up` are gone."""
-    free = free_devices(situation, node, given_up)
-    return len(free) >= devices_needed(situation.model) and pool_has_room(situation, node, given_up)
+    wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
+    return len(free_slots(wanted, summary, given_up)) >= wanted.slots and pool_has_room(
+        situation, node, given_up, (wanted.model,)
+    )
 
 
 def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
@@ -186,19 +256,6 @@ def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
 def live_replicas(situation: Situation, name: ModelName) -> int:
     """Return how many replicas of a model are ready or starting, those that move away not counted."""
     return situation.index.tallies.get(name, EMPTY).live
-
-
-def has_peer(situation: Situation, model: Model, node_id: NodeId) -> bool:
-    """Tell whether another reachable node holds all of the model's checkpoint."""
-    if model.origin == "disk":
-        return False
-    nodes = situation.view.nodes
-    return any(
-        holder != node_id
-        and nodes[holder].reachable
-        and holds_all(nodes[holder].held.get(model.checkpoint), model.file_bytes)
-        for holder in situation.index.holders.get(model.checkpoint, ())
-    )
 
 
 def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> int:

@@ -18,8 +18,6 @@ look again though nothing happens.
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 from services.controller.actions import Plan
 from services.controller.planner import Planner
 from services.controller.starting import start_what_is_wanted
@@ -48,8 +46,10 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
 
 def _to_look_at(planner: Planner) -> list[ModelName]:
     """Return the models that are due, by name, and have the next one looked at in time."""
-    due = planner.index.due
-    now = [name for _, name in takewhile(lambda item: item[0] <= planner.now_seconds, due)]
-    if len(now) < len(due):
-        planner.look_again(due[len(now)][0])
+    now: list[ModelName] = []
+    for at_seconds, name in planner.index.due:
+        if at_seconds > planner.now_seconds:
+            planner.look_again(at_seconds)
+            break
+        now.append(name)
     return sorted(now)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from services.controller.estimate import (
     NOTHING,
     bytes_per_second,
     has_own_memory,
-    start_estimate,
+    learnt_parts,
+    load_seconds,
     worker_wait_seconds,
 )
 from services.controller.fleet import Member, Standing, is_idle, member
 from services.controller.view import Checkpoint, Device, Held, Node, Reservation, Scheduling, View
-from stoker.ids import NodeId, ReplicaId
+from stoker.ids import ModelName, NodeId, ReplicaId
 
+ANYBODY = ModelName("")
+"""Whom a replica makes room for that stops for no model in particular."""
 ORIGINS = ("disk", "peer", "remote")
 """Tiers that the bytes of a checkpoint come from where a node's memory lacks them."""
 
@@ -24,8 +28,39 @@ WORTH_DECAY_SECONDS = 60.0
 """The chance that an idle replica is asked for again falls by e in this time. An exponential keeps the order
 of idle replicas by worth the same as time passes, so that they can be kept sorted (LRFU's trick)."""
 
-Shape = tuple[frozenset[str], tuple[Device, ...], int]
-"""What a node can ever take: architectures, devices, and the pool's bytes."""
+
+class Shape:
+    """What a node can ever take: architectures, devices, and the pool's bytes. Hashed once: it is a key.
+
+    Attributes:
+        architectures: What its engines serve; empty = it did not say.
+        devices: Its slots.
+        pool_bytes: Of its store's pool; 0 = not known.
+    """
+
+    __slots__ = ("_hash", "architectures", "devices", "pool_bytes")
+
+    def __init__(self, architectures: frozenset[str], devices: tuple[Device, ...], pool_bytes: int) -> None:
+        self.architectures = architectures
+        self.devices = devices
+        self.pool_bytes = pool_bytes
+        self._hash = hash((architectures, devices, pool_bytes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Shape)
+            and self._hash == other._hash
+            and self.pool_bytes == other.pool_bytes
+            and self.architectures == other.architectures
+            and self.devices == other.devices
+        )
+
+
+_shape_of = lru_cache(maxsize=4096)(Shape)
+"""Equal shapes are one object where this remembers them: cheap to compare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,37 +68,38 @@ class Summary:
     """A node, as far as the search for the best one needs it.
 
     Attributes:
+        shape: What it can ever take.
         is_open: It takes new replicas.
         free: Slots that nobody occupies or has reserved, sorted.
         loading_bytes: What starts under way there still read.
         starting_workers: Starts that may take a warm worker first.
         worker_seconds: Until a worker would take an order; 0 = one waits.
         rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
+        device_rate: To its devices, in bytes per second; infinity where weights are not copied.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
         worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
-        has_busy: A replica that serves sessions now may be moved, or drained.
-        is_leaving: Replicas are on their way out.
+        busy: Replicas that serve sessions now and may be moved, or drained; by id.
+        busy_tokens: The fewest that the sessions of one of them have together; 0 = there is none.
+        leaving_for: Whom replicas on their way out make room for, `ANYBODY` among them; sorted.
         coming: Checkpoints that replicas just ordered will lease and the store does not show yet, with bytes.
         has_orphans: Replicas run there that nobody reserved.
     """
 
+    shape: Shape
     is_open: bool
     free: tuple[int, ...]
     loading_bytes: int
     starting_workers: int
     worker_seconds: float
     rates: tuple[float, ...]
+    device_rate: float
     queued: bool
     worth_keys: tuple[tuple[float, ReplicaId], ...]
-    has_busy: bool
-    is_leaving: bool
+    busy: tuple[ReplicaId, ...]
+    busy_tokens: int
+    leaving_for: tuple[ModelName, ...]
     coming: tuple[tuple[Checkpoint, int], ...]
     has_orphans: bool
-
-
-def shape_of(node: Node) -> Shape:
-    """Return what decides whether the node can ever take a model."""
-    return (node.architectures, node.devices, node.pool.total_bytes)
 
 
 def is_open(view: View, node: Node) -> bool:
@@ -79,34 +115,61 @@ def taken_slots(node: Node, reservations: Iterable[Reservation]) -> frozenset[in
     return frozenset(taken)
 
 
-def summary_of(view: View, node_id: NodeId, reservations: tuple[Reservation, ...]) -> Summary:
-    """Return the summary of a node with its reservations."""
+def summary_of(
+    view: View, node_id: NodeId, reservations: tuple[Reservation, ...], known: Summary | None = None
+) -> Summary:
+    """Return the summary of a node with its reservations.
+
+    Args:
+        view: The cluster.
+        node_id: Which node.
+        reservations: All of those on it, by replica id.
+        known: An earlier summary of the very same report and the same models: spares most of the work.
+    """
     node = view.nodes[node_id]
     members = [member(view, reservation) for reservation in reservations]
     taken = taken_slots(node, reservations)
     starting_workers = sum(found.replica is None and found.standing is Standing.STARTING for found in members)
-    device_rate = bytes_per_second(node, "device") if has_own_memory(node) else math.inf
     loading_bytes = _loading_bytes(view, node, members)
-    keys = [
-        (worth_key(view, node, found), found.reservation.replica_id)
-        for found in members
-        if is_idle(found) and is_disposable(view, found)
-    ]
+    busy = [found for found in members if is_busy(found) and is_disposable(view, found)]
+    device_rate, rates = (known.device_rate, known.rates) if known else _rates(node)
     return Summary(
+        shape=known.shape if known else _shape_of(node.architectures, node.devices, node.pool.total_bytes),
         is_open=is_open(view, node),
         free=tuple(device.index for device in node.devices if device.index not in taken),
         loading_bytes=loading_bytes,
         starting_workers=starting_workers,
         worker_seconds=worker_wait_seconds(node, starting_workers),
-        rates=tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS),
+        rates=rates,
+        device_rate=device_rate,
         queued=loading_bytes > 0
         or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
-        worth_keys=tuple(sorted(keys)),
-        has_busy=any(is_busy(found) and is_disposable(view, found) for found in members),
-        is_leaving=any(is_leaving(found) for found in members),
+        worth_keys=_worth_keys(view, node, members, known),
+        busy=tuple(found.reservation.replica_id for found in busy),
+        busy_tokens=min((found.replica.context_tokens for found in busy if found.replica), default=0),
+        leaving_for=tuple(
+            sorted({found.reservation.stopping_for or ANYBODY for found in members if is_leaving(found)})
+        ),
         coming=tuple(sorted(_coming(view, node, members).items())),
         has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
     )
+
+
+def _rates(node: Node) -> tuple[float, tuple[float, ...]]:
+    device_rate = bytes_per_second(node, "device") if has_own_memory(node) else math.inf
+    return device_rate, tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS)
+
+
+def _worth_keys(
+    view: View, node: Node, members: list[Member], known: Summary | None
+) -> tuple[tuple[float, ReplicaId], ...]:
+    before = {replica_id: key for key, replica_id in known.worth_keys} if known else {}
+    keys = []
+    for found in members:
+        if is_idle(found) and is_disposable(view, found):
+            key = before.get(found.reservation.replica_id)
+            keys.append((worth_key(view, node, found) if key is None else key, found.reservation.replica_id))
+    return tuple(sorted(keys))
 
 
 def is_disposable(view: View, found: Member) -> bool:
@@ -134,9 +197,9 @@ def is_leaving(found: Member) -> bool:
 def worth_key(view: View, node: Node, found: Member) -> float:
     """Return the logarithm of `worth_seconds` at time 0: what orders idle replicas at any time."""
     model = view.models[found.reservation.model]
-    restart = start_estimate(
-        model, node, measured=(), loading_bytes=0, starting_workers=0, has_peer=True
-    ).total_seconds
+    worker_seconds = worker_wait_seconds(node, 0)
+    load = load_seconds(model, node, loading_bytes=0, has_peer=True)
+    restart = learnt_parts(model, ()).start_seconds(worker_seconds, load)
     idle_since_seconds = found.replica.idle_since_seconds if found.replica else None
     return math.log(max(restart, 0.001)) + (idle_since_seconds or 0.0) / WORTH_DECAY_SECONDS
 

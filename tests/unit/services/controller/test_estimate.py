@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.controller.estimate import SEED_BYTES_PER_SECOND, Estimate, start_estimate
+from services.controller.estimate import SEED_BYTES_PER_SECOND, Estimate, learnt_parts, start_estimate
 from services.controller.view import Device, Held, Model, Node, Stage, StartStages
 from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_node
@@ -14,7 +14,7 @@ from tests.unit.services.controller.builders import a_model, a_node
 
 def estimate(model: Model, node: Node, measured: tuple[StartStages, ...] = (), **changes: int) -> Estimate:
     arguments = {"loading_bytes": 0, "starting_workers": 0} | changes
-    return start_estimate(model, node, measured=measured, **arguments)
+    return start_estimate(model, node, parts=learnt_parts(model, measured), **arguments)
 
 
 def gpu_node(**bytes_per_second: float) -> Node:
