@@ -134,8 +134,8 @@ class SessionRun:
                     if isinstance(event, Moved):
                         self._switch(event, replica)
                         return event
-                    if event.HasField("leave") and (mover is None or mover.task.done()):
-                        mover = self._move(replica, event.leave)  # one that has given up holds nothing
+                    if event.HasField("leave") and (mover is None or has_given_up(mover)):
+                        mover = self._move(replica, event.leave)
                     await self._take(event, replica)
                 return None
         finally:
@@ -347,3 +347,8 @@ class SessionRun:
             search_seconds=round(search_seconds, 6),
             replay_seconds=round(replay_seconds, 6),
         )
+
+
+def has_given_up(mover: Mover) -> bool:
+    """Say whether a move came to nothing and holds nothing; one that waits to be switched to holds a call."""
+    return mover.task.done() and mover.task.result() is None
