@@ -60,17 +60,29 @@ class ToyCluster:
         self.nodes = {f"rep-{number}": ToyNode() for number in range(nodes)}
         self.history: list[str] = []
         self.streams = 0
+        self.away_asks = 0
+        self._owner: dict[str, str] = {}
 
     async def generate(
         self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
     ) -> AsyncGenerator[session_pb2.GenerateEvent]:
         """Yield a session's events until it ends or fate strikes."""
         node, session_id = self.nodes[replica.replica_id], order.session_id
+        if order.follows:
+            self._strike_move("begins", order.session_id, replica)
+        else:
+            self._owner[session_id] = replica.replica_id
         self._admit(node, replica, order)
         self.streams += 1
         node.owners[session_id] = order.epoch
         try:
+            number = 0
             async for event in self._events(node, replica, order):
+                number += 1
+                if order.follows and number <= 2:
+                    self._strike_move("has computed" if number == 1 else "is switched", session_id, replica)
+                elif order.follows:
+                    self._owner[session_id] = replica.replica_id
                 yield event
         finally:
             self.streams -= 1
@@ -82,6 +94,7 @@ class ToyCluster:
         for _ in range(self._random.randrange(4)):
             await asyncio.sleep(0)
         node = self.nodes[destination.replica_id]
+        self._strike_move("ships", order.session_id, destination)
         self._strike(node, destination)
         if node.is_dead:
             raise ReplicaGone(f"{destination.replica_id} is dead")
@@ -131,6 +144,21 @@ class ToyCluster:
             if event.finish_reason:
                 return
 
+    def _strike_move(self, phase: str, session_id: str, destination: Replica) -> None:
+        """While a session moves: source, destination, both, the connection or the controller fail."""
+        if self._random.random() >= min(0.5, 4 * self._faults):
+            return
+        what = self._random.choice(("source", "destination", "both", "connection", "controller"))
+        self._note(f"{what} fails as a move {phase}")
+        if what in ("source", "both"):
+            self.nodes[self._owner[session_id]].is_dead = True
+        if what in ("destination", "both"):
+            self.nodes[destination.replica_id].is_dead = True
+        if what == "connection":
+            raise PeerError(f"the connection to {destination.replica_id} broke")
+        if what == "controller":
+            self.away_asks = 8
+
     def _strike(self, node: ToyNode, replica: Replica) -> None:
         draw = self._random.random()
         if draw < self._faults:
@@ -145,6 +173,9 @@ class ToyCluster:
 
     def refusal(self) -> StokerError | None:
         """Return what the controller answers instead of a replica, if fate will have it."""
+        if self.away_asks:
+            self.away_asks -= 1
+            return PeerError("no controller")
         if self._random.random() < 0.3:
             return self._random.choice([PeerError("no controller"), LoadFailed("x", retry_after_seconds=1)])
         return None
