@@ -73,7 +73,7 @@ class Migrate:
         runtime: Its model's.
         estimate: Of the start at the destination.
         move_seconds: Expected for its sessions, after that.
-        for_model: Who gets its room.
+        for_model: Who gets its room, if anybody.
     """
 
     replica_id: ReplicaId
@@ -84,7 +84,7 @@ class Migrate:
     runtime: str
     estimate: Estimate
     move_seconds: float
-    for_model: ModelName
+    for_model: ModelName | None
 
 
 Noted = (

@@ -9,7 +9,7 @@ view is thrown away and built anew from state and reports (`leadership`); a rest
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -86,6 +86,7 @@ class Cluster:
         self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
         self._waiting = 0
         self._ended = False
+        self._ordered: deque[Migrate] = deque()  # bounded: one per call of an operator, done at once
 
     # --- one term ---
 
@@ -120,6 +121,8 @@ class Cluster:
         async with background() as tasks:
             while True:
                 self._dirty.clear()
+                while self._ordered:
+                    self._act(self._ordered.popleft(), tasks)
                 now_seconds = self.clock.now_seconds()
                 settled_seconds = settling.until_seconds(self.view, now_seconds)
                 plan = reconcile(self.view, now_seconds, self._policy)
@@ -216,6 +219,23 @@ class Cluster:
         await self.ledger.set_scheduling(node_id, scheduling)
         self.apply(SchedulingSet(node_id=node_id, scheduling=scheduling))
         self.tell("node.scheduling_set", node_id=node_id, scheduling=scheduling.value)
+
+    def order(self, move: Migrate) -> None:
+        """Have the loop begin a move that an operator wants."""
+        self._ordered.append(move)
+        self._dirty.set()
+
+    @contextmanager
+    def watching(self, name: ModelName) -> Iterator[asyncio.Event]:
+        """Yield an event that is set whenever something about a model has changed; counts as no demand."""
+        woken = asyncio.Event()
+        self._waiters[name].add(woken)
+        try:
+            yield woken
+        finally:
+            self._waiters[name].discard(woken)
+            if not self._waiters[name]:
+                del self._waiters[name]
 
     def tell(self, kind: str, **fields: object) -> None:
         """Log an event, and keep it for operators."""
@@ -424,8 +444,13 @@ class Cluster:
         try:
             if node is None:
                 raise PeerError(f"node {stop.node_id} left before the stop could be ordered")
+            reservation = self.view.reservations.get(stop.replica_id)
             await self.orders.stop_replica(
-                node.agent_address, stop.replica_id, only_if_idle=stop.only_if_idle, reason=stop.reason
+                node.agent_address,
+                stop.replica_id,
+                only_if_idle=stop.only_if_idle,
+                reason=stop.reason,
+                to_replica_id=(reservation.moving_to or "") if reservation is not None else "",
             )
         except Fenced:
             raise

@@ -15,6 +15,7 @@ from services.controller.deadline import Late, late
 from services.controller.fleet import Member
 from services.controller.index import index_of, reservations_on
 from services.controller.leadership import Leadership
+from services.controller.migrate import migrate
 from services.controller.registry import model_not_found
 from services.controller.settings import ControllerSettings
 from services.controller.store_peers import StorePeers
@@ -164,6 +165,12 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         return pb.SetNodeSchedulingResponse(
             replicas=len(reservations_on(cluster.view, index_of(cluster.view), node_id))
         )
+
+    async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateResponse:  # noqa: N802 - named by the proto
+        """See the proto."""
+        del context
+        term = self._leadership.term()
+        return await migrate(term.cluster, self._settings, request)
 
     async def WatchEvents(  # noqa: N802 - named by the proto
         self, request: pb.WatchEventsRequest, context: Context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import grpc
 
 from services.controller.records import ModelRecord, ReservationRecord
@@ -45,9 +47,15 @@ class Orders:
             await self._agent(address).StartReplica(request, timeout=self._settings.order_timeout_seconds)
 
     async def stop_replica(
-        self, address: str, replica_id: ReplicaId, *, only_if_idle: bool, reason: str
+        self,
+        address: str,
+        replica_id: ReplicaId,
+        *,
+        only_if_idle: bool,
+        reason: str,
+        to_replica_id: str = "",
     ) -> None:
-        """Order an agent to stop a replica.
+        """Order an agent to stop a replica; its sessions go where it says, if it does.
 
         Raises:
             StokerError: As the agent answered; `PeerError` when it cannot be reached.
@@ -59,10 +67,35 @@ class Orders:
             grace_seconds=grace_seconds,
             reason=reason,
             fence=self._fence,
+            to_replica_id=to_replica_id,
         )
         with translated(f"node agent at {address}"):
             await self._agent(address).StopReplica(
                 request, timeout=self._settings.order_timeout_seconds + grace_seconds + STOP_MARGIN_SECONDS
+            )
+
+    async def move_sessions(
+        self, address: str, request_id: str, to_replica_ids: Mapping[str, str]
+    ) -> agent_pb2.MoveSessionsResponse:
+        """Have a request's sessions asked to move, if they run on that agent's node.
+
+        Args:
+            address: The agent's.
+            request_id: The request's.
+            to_replica_ids: Where to, by model.
+
+        Raises:
+            StokerError: As the agent answered; `PeerError` when it cannot be reached.
+        """
+        order = agent_pb2.MoveSessionsRequest(
+            request_id=request_id,
+            to_replica_ids=to_replica_ids,
+            reason="moved by an operator",
+            fence=self._fence,
+        )
+        with translated(f"node agent at {address}"):
+            return await self._agent(address).MoveSessions(
+                order, timeout=self._settings.order_timeout_seconds
             )
 
     async def describe(self, store_address: str, uri: str) -> model_pb2.CheckpointInfo:

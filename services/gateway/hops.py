@@ -46,6 +46,8 @@ class HopPolicy:
     """Times one session may change its replica."""
     resume_timeout_seconds: float = 120.0
     """Longest search for a replica that goes on with a stream."""
+    ships_kv: bool = True
+    """Planned moves ship keys and values; False: they compute them from the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ class Shipped:
     data_bytes: int = 0
     rounds: int = 0
     why_not: str = ""
-    """Code of the error for which nothing is there."""
+    """Code of the error for which nothing is there, or `switched_off`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,7 @@ class Mover:
         agents: Node agents.
         resume_mode: How tokens get into the destination.
         leave: Why it moves, and where to. Where its replica stays it goes there or nowhere.
+        ships_kv: Whether keys and values are shipped, where they can be.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts it joins
@@ -90,7 +91,10 @@ class Mover:
         agents: Agents,
         resume_mode: session_pb2.ResumeMode.ValueType,
         leave: session_pb2.Leave,
+        *,
+        ships_kv: bool = True,
     ) -> None:
+        self._ships_kv = ships_kv
         self._leave = leave
         self._session = session
         self._origin = origin
@@ -229,6 +233,8 @@ class Mover:
     async def _ship(self, destination: Replica) -> Shipped:
         """Have the keys and values of the tokens so far brought to the destination, as far as that goes."""
         session, job = self._session, self._job
+        if not self._ships_kv:
+            return Shipped(why_not="switched_off")
         shipped, missing = Shipped(), 0
         while True:
             earlier, missing = missing, self._tokens() - shipped.tokens

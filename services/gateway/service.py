@@ -95,6 +95,7 @@ class GatewayService:
                 max_attempts=settings.max_attempts,
                 max_hops=settings.max_hops,
                 resume_timeout_seconds=settings.resume_timeout_seconds,
+                ships_kv=settings.ship_kv,
             ),
         )
         handlers = inference_handlers(self._runner, clock, settings.keepalive_seconds)

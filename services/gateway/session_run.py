@@ -198,7 +198,14 @@ class SessionRun:
             to_replica_id=leave.to_replica_id,
         )
         return Mover(
-            self._session, replica, self._job, self._placement, self._agents, self._resume_mode(), leave
+            self._session,
+            replica,
+            self._job,
+            self._placement,
+            self._agents,
+            self._resume_mode(),
+            leave,
+            ships_kv=self._policy.ships_kv,
         )
 
     def _switch(self, moved: Moved, source: Replica) -> None:

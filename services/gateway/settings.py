@@ -67,6 +67,10 @@ class GatewaySettings(ServiceSettings):
     resume_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
     """How long a stream that has begun looks for a replica that goes on with it."""
 
+    ship_kv: bool = True
+    """A session that moves to another replica takes its keys and values along; False: they are computed there
+    from its tokens, as they are where they can't be shipped."""
+
     reattach_seconds: Annotated[float, Field(ge=0, le=3600)] = 60.0
     """How long an answer asked for with an `Idempotency-Key` goes on without its gateway or its client, and
     its tokens are kept, for whoever sends the key again; 0 = not at all. Node agents have their own limit."""

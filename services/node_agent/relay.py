@@ -128,6 +128,10 @@ class SessionRelay:
         """Return the tokens, prompt and output so far, of all sessions that run."""
         return sum(session.context_tokens for session in self._sessions.values() if session.started)
 
+    def has_request(self, request_id: str) -> bool:
+        """Tell whether sessions of a request run here."""
+        return any(session.request_id == request_id for session in self._sessions.values())
+
     def idle_seconds(self) -> float:
         """Return the time since the last session ended; 0 while one is open."""
         return 0.0 if self._sessions else self._now_seconds() - self._idle_since_seconds

@@ -33,9 +33,11 @@ def ask_to_move(
         )
     for replica_id in [order.replica_id] if order.replica_id else relays:
         model, relay = relays[replica_id]
-        count = relay.ask_to_leave(
-            order.reason, 0.0, to_replica_id=order.to_replica_id, request_id=order.request_id
-        )
-        if count or order.replica_id:
-            return MoveSessionsResponse(sessions=count, replica_id=replica_id, model=model)
+        if not order.replica_id and not relay.has_request(order.request_id):
+            continue
+        to = order.to_replica_id or order.to_replica_ids.get(model, "")
+        count = 0
+        if to and to != replica_id:
+            count = relay.ask_to_leave(order.reason, 0.0, to_replica_id=to, request_id=order.request_id)
+        return MoveSessionsResponse(sessions=count, replica_id=replica_id, model=model)
     return MoveSessionsResponse()

@@ -1,4 +1,4 @@
-"""`stoker nodes`, `explain`, `drain`, `undrain`, `cordon`, `events`, `top`: the operator's view."""
+"""What operators use: `nodes`, `explain`, `drain`, `undrain`, `cordon`, `migrate`, `events`, `top`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command("nodes")(list_nodes)
     app.command()(explain)
     app.command()(drain)
+    app.command()(migrate)
     app.command()(undrain)
     app.command()(cordon)
     app.command()(events)
@@ -149,6 +150,33 @@ def drain(
 ) -> None:
     """Take a node out of placement and empty it: idle replicas stop now, busy ones after their sessions."""
     _schedule(node, controller_pb2.NODE_SCHEDULING_DRAINED, "drained", controller)
+
+
+def migrate(
+    subject: Annotated[str, typer.Argument(help="name of a model, or id of a request that runs")],
+    to: Annotated[str, typer.Option("--to", help="id of the node it goes to")],
+    controller: ControllerOption = None,
+    output: FormatOption = Format.text,
+) -> None:
+    """Move a model's busiest replica, or one request, to another node; its streams go on without a gap."""
+
+    async def work() -> controller_pb2.MigrateResponse:
+        async with AsyncClient(controller=controller) as client:
+            return await client.migrate(subject, to)
+
+    moved = asyncio.run(work())
+    if output is Format.json:
+        print_json(as_json(moved))
+        return
+    streams = f"{moved.sessions} stream{'s' if moved.sessions != 1 else ''}"
+    console.print(
+        f"{subject}: {streams} of model {moved.model} on their way from {moved.from_node_id} to {to} "
+        f"(replica {moved.replica_id}{', started for it' if moved.started else ''})",
+        highlight=False,
+        markup=False,
+    )
+    if moved.stops_source:
+        console.print(f"replica {moved.from_replica_id} ends once they have left", highlight=False)
 
 
 def undrain(

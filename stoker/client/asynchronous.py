@@ -21,6 +21,10 @@ from stoker.v1 import (
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 
+MIGRATE_SECONDS = 600.0
+"""A move may wait for a model to be loaded."""
+
+
 class AsyncClient:
     """A client of a running cluster; use as an async context manager.
 
@@ -142,6 +146,23 @@ class AsyncClient:
         request = controller_pb2.ExplainRequest(subject=subject, limit=limit)
         with translated(f"controller {self.controller}"):
             return (await self._admin.Explain(request)).decisions
+
+    async def migrate(
+        self, subject: str, to_node_id: str, *, timeout_seconds: float = MIGRATE_SECONDS
+    ) -> controller_pb2.MigrateResponse:
+        """Move a model's replica, or one request's sessions, to a node while they stream.
+
+        Args:
+            subject: Name of a model, or id of a request that runs.
+            to_node_id: The node.
+            timeout_seconds: How long the model's start there may take; the move goes on beyond it.
+
+        Raises:
+            StokerError: Why it can't be moved; what runs goes on where it is.
+        """
+        request = controller_pb2.MigrateRequest(subject=subject, to_node_id=to_node_id)
+        with translated(f"controller {self.controller}"):
+            return await self._admin.Migrate(request, timeout=timeout_seconds)
 
     async def set_node_scheduling(
         self, node_id: str, scheduling: controller_pb2.NodeScheduling.ValueType

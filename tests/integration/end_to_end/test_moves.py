@@ -32,6 +32,9 @@ def test_a_replica_that_is_stopped_while_it_streams_hands_its_session_over(
     assert _stream(up, after_first=stop_the_busy_one) == wanted
     (moved,) = up.log_events("gateway", "session.moved")
     assert moved["from_replica_id"] != moved["to_replica_id"]
+    assert (moved["path"], moved["reason"], moved["why_not_shipped"]) == ("ship", "test", "")
+    assert moved["shipped_bytes"] > 0
+    assert moved["recomputed_tokens"] < moved["shipped_tokens"]
     assert up.log_events("gateway", "session.resumed") == []
 
 

@@ -38,8 +38,14 @@ def text(folder: Path) -> ModelText:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def new_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
+def each_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
     model = engine_model(folder, getattr(torch, request.param))
+    return lambda: TransformersEngine(model, LIMITS)
+
+
+@pytest.fixture(scope="module")
+def new_engine(folder: Path) -> NewEngine:
+    model = engine_model(folder, torch.bfloat16)
     return lambda: TransformersEngine(model, LIMITS)
 
 
@@ -67,7 +73,7 @@ async def until_nothing_is_held(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("position", [0, 1, 30, 63])
+@pytest.mark.parametrize("position", [0, 30])
 async def test_a_move_with_shipped_keys_and_values_changes_nothing(
     new_engine: NewEngine, text: ModelText, sampling: dict, position: int
 ) -> None:
@@ -87,8 +93,11 @@ async def test_a_move_with_shipped_keys_and_values_changes_nothing(
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("beside", [(), BESIDE], ids=["alone", "mixed"])
 def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
-    new_engine: NewEngine, sampling: dict, beside: tuple[Submit, ...]
+    each_engine: NewEngine, sampling: dict, beside: tuple[Submit, ...]
 ) -> None:
+    new_engine = each_engine
+    # Beside others every sixteenth position: all of them were equal once (docs/reliability.md).
+    between = 16 if beside else 1
     wanted = Submit(
         session_id=SessionId("s"),
         prompt_token_ids=PROMPT,
@@ -107,7 +116,8 @@ def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
         staged = shipped(source.export_kv(SessionId("s")), destination)
         source.close()
         source = destination
-        made += stopped_after(source, replace(wanted, generated_token_ids=generated, staged=staged), 1)
+        resumed = replace(wanted, generated_token_ids=generated, staged=staged)
+        made += stopped_after(source, resumed, min(between, POSITIONS - len(made)))
         assert source.stats().replay_token_count == 0
     source.close()
 
@@ -117,7 +127,7 @@ def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
 async def test_many_moves_of_one_stream_change_nothing(new_engine: NewEngine, text: ModelText) -> None:
     wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
 
-    async with Cluster(new_engine, leave_after(list(range(0, POSITIONS, 8)))) as cluster:
+    async with Cluster(new_engine, leave_after(list(range(0, POSITIONS, 16)))) as cluster:
         found = await answer(cluster, text, PROMPT, **how(SAMPLED))
         await until_nothing_is_held(cluster)
 
@@ -125,8 +135,10 @@ async def test_many_moves_of_one_stream_change_nothing(new_engine: NewEngine, te
     assert found.trace.moves >= 2
 
 
-@pytest.mark.parametrize("fault", ["refused", "damaged", "source dies", "destination dies"])
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [("refused", 0), ("damaged", 0), ("damaged", 1), ("source dies", 1), ("destination dies", 1)],
+)
 async def test_wherever_a_shipment_breaks_the_stream_goes_on(
     new_engine: NewEngine, text: ModelText, fault: str, part: int
 ) -> None:

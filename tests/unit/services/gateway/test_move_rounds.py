@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.move_rounds import MAX_ROUNDS, Abandon, Again, Diverged, Switch, after_round, unseen
+from services.gateway.move_rounds import (
+    MAX_ROUNDS,
+    MAX_SHIP_ROUNDS,
+    SHIP_LEVEL_TOKENS,
+    Abandon,
+    Again,
+    Diverged,
+    Switch,
+    after_round,
+    ships_on,
+    unseen,
+)
 from tests.unit.services.gateway.builders import event
 
 LOG = [10, 11, 12, 13]
@@ -56,3 +67,18 @@ def test_an_earlier_owners_event_is_left_to_the_fence() -> None:
     stale = event(2, [99], epoch=2)
 
     assert unseen(stale, LOG, 3) is stale
+
+
+def test_rounds_of_shipping_go_on_until_one_pass_computes_what_is_missing() -> None:
+    assert ships_on(number=0, missing=500, earlier_missing=0)
+    assert ships_on(number=1, missing=40, earlier_missing=500)
+    assert not ships_on(number=2, missing=SHIP_LEVEL_TOKENS, earlier_missing=40)
+
+
+def test_a_session_of_few_tokens_is_not_worth_shipping() -> None:
+    assert not ships_on(number=0, missing=SHIP_LEVEL_TOKENS, earlier_missing=0)
+
+
+def test_shipping_that_gains_nothing_ends() -> None:
+    assert not ships_on(number=2, missing=40, earlier_missing=40)
+    assert not ships_on(number=MAX_SHIP_ROUNDS, missing=20, earlier_missing=40)

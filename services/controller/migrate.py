@@ -1,0 +1,154 @@
+"""`Migrate`: an operator moves a model's replica, or one request's sessions, to a node. A shell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from services.controller.answer import near_names
+from services.controller.cluster import Cluster
+from services.controller.events import MoveOrdered
+from services.controller.fleet import Standing, members_of
+from services.controller.operator_moves import Join, operator_move, usable_node
+from services.controller.registry import model_not_found
+from services.controller.settings import ControllerSettings
+from stoker.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, LoadFailed, NotFound, StokerError
+from stoker.ids import ModelName, NodeId, ReplicaId
+from stoker.v1 import controller_pb2 as pb
+from stoker.v1 import node_agent_pb2
+
+MAX_ASKED_TOGETHER = 32
+"""Agents asked at a time for a request's sessions."""
+
+
+async def migrate(
+    cluster: Cluster, settings: ControllerSettings, request: pb.MigrateRequest
+) -> pb.MigrateResponse:
+    """Move what the subject names; see the proto.
+
+    Raises:
+        StokerError: Why it can't be moved; what runs goes on where it is.
+    """
+    if not request.subject or not request.to_node_id:
+        raise InvalidRequest("a move needs a model or request, and a node", param="subject")
+    to_node_id = NodeId(request.to_node_id)
+    usable_node(cluster.view, to_node_id)
+    if request.subject in cluster.records:
+        return await _migrate_model(cluster, settings, ModelName(request.subject), to_node_id)
+    return await _migrate_request(cluster, request.subject, to_node_id)
+
+
+async def _migrate_model(
+    cluster: Cluster, settings: ControllerSettings, name: ModelName, to_node_id: NodeId
+) -> pb.MigrateResponse:
+    now_seconds = cluster.clock.now_seconds()
+    decided = operator_move(cluster.view, name, to_node_id, now_seconds, settings.policy())
+    source = decided.source.reservation
+    with cluster.watching(name) as woken:
+        if isinstance(decided, Join):
+            cluster.apply(MoveOrdered(replica_id=source.replica_id, to=decided.to))
+        else:
+            cluster.order(decided.move)
+        to, sessions = await _until_it_goes(cluster, settings, source.replica_id, name, woken)
+    return pb.MigrateResponse(
+        model=name,
+        replica_id=to,
+        from_replica_id=source.replica_id,
+        from_node_id=source.node_id,
+        sessions=sessions,
+        started=not isinstance(decided, Join),
+        stops_source=True,
+    )
+
+
+async def _until_it_goes(
+    cluster: Cluster,
+    settings: ControllerSettings,
+    source_id: ReplicaId,
+    name: ModelName,
+    woken: asyncio.Event,
+) -> tuple[ReplicaId, int]:
+    """Return where the source's sessions go, and how many there are, once the source has been told.
+
+    Raises:
+        LoadFailed: The destination did not come; the source serves on.
+        DeadlineExceeded: It takes too long; the move goes on.
+    """
+    to: ReplicaId | None = None
+    sessions = 0
+    try:
+        async with asyncio.timeout(settings.acquire_timeout_seconds):
+            while True:
+                woken.clear()
+                cluster.check_leading()
+                found = {one.reservation.replica_id: one for one in members_of(cluster.view, name)}
+                source = found.get(source_id)
+                if source is None or source.standing is not Standing.READY:
+                    if to is not None:
+                        return to, sessions
+                    raise LoadFailed(f"replica {source_id} of model {name} ended before it could be moved")
+                sessions = source.replica.sessions if source.replica else 0
+                if to is not None and source.reservation.moving_to is None:
+                    raise LoadFailed(
+                        f"model {name} could not be started there, its replica stays; "
+                        f"`stoker explain {name}` says why"
+                    )
+                to = source.reservation.moving_to
+                await woken.wait()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the move of model {name} takes longer than {settings.acquire_timeout_seconds:g} s; "
+            "it goes on: see `stoker events`"
+        ) from None
+
+
+async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId) -> pb.MigrateResponse:
+    targets: dict[str, str] = {
+        name: found.reservation.replica_id
+        for name in cluster.records
+        for found in members_of(cluster.view, name)
+        if found.reservation.node_id == to_node_id and found.standing is Standing.READY and not found.stale
+    }
+    nodes = [node for node in cluster.view.nodes.values() if node.connected]
+    unheard: list[str] = []
+    for first in range(0, len(nodes), MAX_ASKED_TOGETHER):
+        part = nodes[first : first + MAX_ASKED_TOGETHER]
+        answers = await asyncio.gather(
+            *(cluster.orders.move_sessions(node.agent_address, request_id, targets) for node in part),
+            return_exceptions=True,
+        )
+        for node, answer in zip(part, answers, strict=True):
+            if isinstance(answer, StokerError):
+                unheard.append(node.node_id)
+            elif isinstance(answer, BaseException):
+                raise answer
+            elif answer.replica_id:
+                return _moved(answer, targets, node.node_id, to_node_id)
+    near = near_names(request_id, cluster.records.keys())
+    if near:
+        raise model_not_found(request_id, near)
+    silent = f"; {', '.join(unheard[:8])} did not answer" if unheard else ""
+    raise NotFound(f"{request_id[:140]!r} is neither a deployed model nor a request that runs{silent}")
+
+
+def _moved(
+    found: node_agent_pb2.MoveSessionsResponse,
+    targets: Mapping[str, str],
+    node_id: NodeId,
+    to_node_id: NodeId,
+) -> pb.MigrateResponse:
+    to = targets.get(found.model)
+    if to is None:
+        raise NotFound(
+            f"the request is for model {found.model}, of which no replica is ready on node {to_node_id}: "
+            f"`stoker migrate {found.model} --to {to_node_id}` moves the model there, with all its requests"
+        )
+    if node_id == to_node_id:
+        raise AlreadyExists(f"the request runs on node {to_node_id} already")
+    return pb.MigrateResponse(
+        model=found.model,
+        replica_id=to,
+        from_replica_id=found.replica_id,
+        from_node_id=node_id,
+        sessions=found.sessions,
+    )
