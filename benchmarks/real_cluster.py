@@ -182,7 +182,12 @@ async def _unless_absent(call: object) -> None:
 
 @asynccontextmanager
 async def real_cluster(
-    name: str, shape: Shape, *, local: Sequence[int], far: Sequence[int]
+    name: str,
+    shape: Shape,
+    *,
+    local: Sequence[int],
+    far: Sequence[int],
+    keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
 ) -> AsyncIterator[RealCluster]:
     """Run a cluster with models of these sizes, in MB: on its hosts' disk, and behind an HTTP origin each."""
     shutil.rmtree(ROOT / ".data" / f"bench-{name}", ignore_errors=True)
@@ -205,7 +210,7 @@ async def real_cluster(
             for model in models:
                 await admin.deploy(
                     model_pb2.ModelSpec(
-                        name=model.name, checkpoint_uri=model.uri, keep_alive_seconds=KEEP_ALIVE_SECONDS
+                        name=model.name, checkpoint_uri=model.uri, keep_alive_seconds=keep_alive_seconds
                     )
                 )
             yield RealCluster(admin, models)

@@ -30,7 +30,7 @@ def make_small_model(folder: Path, *, megabytes: int, seed: int) -> int:
 
     folder.mkdir(parents=True)
     _write_tokenizer(folder)
-    layers = max(1, round(megabytes * 10**6 / _layer_bytes()))
+    layers = _layers(megabytes)
     (folder / "config.json").write_text(json.dumps(_config(layers)))
     generator = np.random.default_rng(seed)
     weights = {
@@ -38,6 +38,15 @@ def make_small_model(folder: Path, *, megabytes: int, seed: int) -> int:
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(weight.nbytes for weight in weights.values())
+
+
+def small_model_bytes(megabytes: int) -> int:
+    """Return the weight bytes of such a model: whole layers."""
+    return 4 * sum(int(np.prod(shape)) for _, shape in _shapes(_layers(megabytes)))
+
+
+def _layers(megabytes: int) -> int:
+    return max(1, round(megabytes * 10**6 / _layer_bytes()))
 
 
 def _config(layers: int) -> dict[str, Any]:
