@@ -19,6 +19,8 @@ ROWS = Path(__file__).with_name("loading_rows.py")
 VOCABULARY = 32_000
 _HEAD_DIMENSION = 64
 _BF16_BYTES = 2
+_HEADER_STEP = 8
+"""The safetensors library pads its headers to this with spaces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,7 @@ def _write_random(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
         table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(table).encode()
+    header += b" " * (-len(header) % _HEADER_STEP)
     generator = np.random.default_rng(1)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
