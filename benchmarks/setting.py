@@ -103,8 +103,15 @@ class StreamResult:
         return self.token_times_seconds[0] - self.sent_seconds
 
 
-async def stream_chat(base_url: str, body: dict[str, object]) -> StreamResult:
+async def stream_chat(
+    base_url: str, body: dict[str, object], result: StreamResult | None = None
+) -> StreamResult:
     """Send a chat request and read the stream with a bare socket: the client must not be what is measured.
+
+    Args:
+        base_url: Of the gateway.
+        body: Of the request.
+        result: Filled while the stream comes, for whoever looks meanwhile; one is made if there is none.
 
     Raises:
         RuntimeError: The answer is not 200, or the stream carried an error.
@@ -117,7 +124,8 @@ async def stream_chat(base_url: str, body: dict[str, object]) -> StreamResult:
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             f"Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
         )
-        result = StreamResult(sent_seconds=time.monotonic())
+        result = result or StreamResult(sent_seconds=0.0)
+        result.sent_seconds = time.monotonic()
         writer.write(head.encode() + payload)
         status = await reader.readline()
         while (line := await reader.readline()).strip():
