@@ -7,7 +7,7 @@ Every decode pass of a model has the same arithmetic per row, whatever the batch
   because a piece's last elements go through scalar code, which rounds differently from vector code;
 - for the same reason padding rows stand at the end where a row isn't a multiple of the vector width.
 
-Prefill passes pack chunks of several sessions into groups of 64 rows where the same holds for them:
+Prefill passes pack chunks of several sessions into groups of 32 or 64 rows where the same holds for them:
 rows of whole vectors, cut between threads at whole vectors. Elsewhere each chunk has a pass of its own.
 
 On CUDA a decode pass always has exactly `group_rows` rows, for reductions there are laid out by the shape.
@@ -48,6 +48,8 @@ UNBOUNDED_CONTEXT = 1 << 30
 
 PREFILL_GROUP_ROWS = 64
 """Rows per matrix product in prefill; with 2 threads MKL takes no longer for 64 than for 16."""
+SINGLE_THREAD_PREFILL_GROUP_ROWS = 32
+"""With one thread 32 take two thirds of the time of 64, and are padded with half as many rows."""
 EVEN_THREADS = frozenset({1, 2, 4, 8, 16, 32, 64})
 """Thread counts for which torch's CPU loops cut whole groups of aligned rows at vector boundaries."""
 
@@ -88,7 +90,9 @@ class ModelRunner:
         widths = _row_widths(model)
         is_aligned = all(width % VECTOR_ELEMENTS == 0 for width in widths)
         self._tail_rows = 0 if is_aligned else -(-VECTOR_ELEMENTS // min(widths))
-        self._prefill_rows = PREFILL_GROUP_ROWS
+        self._prefill_rows = (
+            SINGLE_THREAD_PREFILL_GROUP_ROWS if torch.get_num_threads() == 1 else PREFILL_GROUP_ROWS
+        )
         self.packs_prefill = (
             is_aligned and self.device.type == "cpu" and torch.get_num_threads() in EVEN_THREADS
         )
@@ -108,6 +112,11 @@ class ModelRunner:
     def group_rows(self) -> int:
         """Return how many rows a matrix product of a decode pass takes."""
         return self._group_rows
+
+    @property
+    def prefill_group_rows(self) -> int:
+        """Return how many rows a matrix product of a prefill pass takes; 0: all at once."""
+        return self._prefill_rows
 
     def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Cut a step's rows into passes."""

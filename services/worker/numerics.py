@@ -12,23 +12,43 @@ import torch
 from stoker import __version__
 
 
-def numerics(
-    *, engine: str, dtype: torch.dtype, device: torch.device, group_rows: int, prefill_chunk_tokens: int
+def numerics(  # noqa: PLR0913 - one per thing that decides
+    *,
+    engine: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    group_rows: int,
+    prefill_group_rows: int,
+    prefill_chunk_tokens: int,
 ) -> str:
     """Return the line of an engine in this process.
 
     Args:
         engine: Its name.
         dtype: Of its weights.
-        device: It computes on; a processor counts by its instruction set and this process's threads.
+        device: It computes on; a processor counts by its instruction set, its units for small floats, and
+            this process's threads.
         group_rows: Rows per matrix product of a decode pass.
+        prefill_group_rows: Rows per matrix product of a prefill pass; 0: all at once.
         prefill_chunk_tokens: Where prompts are cut.
     """
     if device.type == "cuda":
         place = f"cuda:{torch.cuda.get_device_name(device).replace(' ', '-')}"
     else:
-        place = f"{device.type}:{torch.backends.cpu.get_cpu_capability()} threads={torch.get_num_threads()}"
+        instructions = "+".join((torch.backends.cpu.get_cpu_capability(), *_small_float_units()))
+        place = f"{device.type}:{instructions} threads={torch.get_num_threads()}"
     return (
         f"{engine} stoker={__version__} torch={torch.__version__} dtype={str(dtype).removeprefix('torch.')} "
-        f"device={place} group_rows={group_rows} prefill_chunk={prefill_chunk_tokens}"
+        f"device={place} group_rows={group_rows} prefill_group_rows={prefill_group_rows} "
+        f"prefill_chunk={prefill_chunk_tokens}"
     )
+
+
+def _small_float_units() -> list[str]:
+    """Return what this processor has for 16-bit floats: by it libraries and `row_linear` choose products."""
+    units = {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),  # noqa: SLF001 - its only name
+        "amx_tile": torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 - its only name
+        "amx_fp16": torch.cpu._is_amx_fp16_supported(),  # noqa: SLF001 - its only name
+    }
+    return [name for name, is_there in units.items() if is_there]

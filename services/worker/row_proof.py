@@ -43,7 +43,13 @@ class ProductShape:
     """Rows of the small products whose bits count."""
     terms: int
     columns: int
+    """That a small product covers."""
+    block_columns: int
+    """That a large product covers: so many pieces make up `columns`."""
     dtype: torch.dtype
+    """Of rows and weight, before `is_widened`."""
+    is_widened: bool
+    """Rows, weight and result of the products are float32 copies."""
     is_transposed: bool
     """The weight is stored as [columns, terms]."""
     has_bias: bool
@@ -95,8 +101,13 @@ def sums_alike(shape: ProductShape) -> bool:
     weight_NK = some_columns[torch.arange(shape.columns) % _DISTINCT]
     weight_KN = _placed(weight_NK, shape)
     bias = _spread((shape.columns,), shape.dtype, generator) * 2.0**-12 if shape.has_bias else None
+    if shape.is_widened:
+        rows_RK, weight_KN = rows_RK.float(), weight_KN.float()
+        bias = None if bias is None else bias.float()
     large, small = _target(shape), _target(shape)
-    product(rows_RK, weight_KN, bias, large)
+    for left in range(0, shape.columns, shape.block_columns):
+        block = slice(left, left + shape.block_columns)
+        product(rows_RK, weight_KN[:, block], None if bias is None else bias[block], large[:, block])
     for top in range(0, shape.rows, shape.group):
         end = top + shape.group
         product(rows_RK[top:end], weight_KN, bias, small[top:end])
@@ -135,4 +146,5 @@ def _placed(weight_NK: torch.Tensor, shape: ProductShape) -> torch.Tensor:
 
 def _target(shape: ProductShape) -> torch.Tensor:
     width = 2 * shape.columns if shape.is_strided else shape.columns
-    return torch.empty((shape.rows, width), dtype=shape.dtype)[:, : shape.columns]
+    dtype = torch.float32 if shape.is_widened else shape.dtype
+    return torch.empty((shape.rows, width), dtype=dtype)[:, : shape.columns]

@@ -111,6 +111,7 @@ class TransformersEngine:
             dtype=self._runner.dtype,
             device=self._runner.device,
             group_rows=self._runner.group_rows,
+            prefill_group_rows=self._runner.prefill_group_rows,
             prefill_chunk_tokens=self._limits.prefill_chunk_tokens,
         )
 

@@ -15,6 +15,8 @@ def shape(dtype: torch.dtype = torch.float32, **changes: object) -> ProductShape
         "group": 3,
         "terms": 192,
         "columns": 128,
+        "block_columns": 128,
+        "is_widened": False,
         "dtype": dtype,
         "is_transposed": True,
         "has_bias": False,
@@ -51,6 +53,8 @@ def test_another_order_of_summation_is_noticed_in_every_dtype(dtype, has_bias, m
         {"is_transposed": False},
         {"is_strided": True, "has_bias": True},
         {"offset_bytes": 8},
+        {"block_columns": 64},
+        {"is_widened": True, "has_bias": True},
     ],
 )
 def test_the_same_order_of_summation_is_recognised(dtype, changes, monkeypatch) -> None:
