@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)')
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# A file stays with one of the two; in the order of collection the long tests of real processes come first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo up down test check format oracle fuzz chaos gpu-check env model test-tools clean
 

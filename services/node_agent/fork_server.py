@@ -99,7 +99,7 @@ class ForkServer:
 
     def _start(self, niceness: int) -> asyncio.Future[_Server]:
         if self._enabled and not adopt_orphans():
-            log.get().warning("fork_server.impossible", reason="this kernel lacks child subreapers or pidfds")
+            log.get().warning("fork_server.impossible", reason="no child subreaper or no pidfd here")
             self._enabled = False
         if not self._enabled or time.monotonic() < self._not_before_seconds:
             raise NoForkServer

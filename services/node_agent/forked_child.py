@@ -12,9 +12,18 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def adopt_orphans() -> bool:
-    """Become the parent of all orphans below this process; False where the kernel has no such thing."""
+    """Become the parent of all orphans below this process.
+
+    Returns:
+        Whether that, and following a process by a descriptor, can be had here: not with old kernels, nor with
+        filters of system calls that know neither.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "prctl") or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
         return False
     return bool(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 

@@ -16,6 +16,8 @@ from stoker.v1.node_agent_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY, 
 from tests.integration.node_agent.cluster import OneNode, request
 from tests.integration.node_agent.processes import ServiceProcess
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 PROMPT = [5, 6, 7]
 
 
@@ -31,42 +33,38 @@ def until_ended(processes: list[psutil.Process]) -> None:
 
 
 async def test_a_worker_killed_while_loading_fails_its_replica_and_is_replaced(
-    tmp_path: Path, tiny_model: Path
+    node: OneNode, tiny_model: Path
 ) -> None:
-    async with OneNode(tmp_path) as node:
-        await node.listener.until(lambda report: report.warm_workers == 1)
-        info = await node.describe(tiny_model)
-        node.store.send(signal.SIGSTOP)  # the load waits for ever
-        await node.order("rep-loading", info)
-        loading = await node.listener.until(
-            lambda report: any(replica.worker_pid for replica in report.replicas)
-        )
-        assert loading.replicas[0].state == REPLICA_STATE_STARTING
-        os.kill(loading.replicas[0].worker_pid, signal.SIGKILL)
-        failed = await node.listener.replica("rep-loading", REPLICA_STATE_FAILED)
-        node.store.send(signal.SIGCONT)
+    await node.listener.until(lambda report: report.warm_workers == 1)
+    info = await node.describe(tiny_model)
+    node.store.send(signal.SIGSTOP)  # the load waits for ever
+    await node.order("rep-loading", info)
+    loading = await node.listener.until(lambda report: any(replica.worker_pid for replica in report.replicas))
+    assert loading.replicas[0].state == REPLICA_STATE_STARTING
+    os.kill(loading.replicas[0].worker_pid, signal.SIGKILL)
+    failed = await node.listener.replica("rep-loading", REPLICA_STATE_FAILED)
+    node.store.send(signal.SIGCONT)
 
-        assert failed.error_code == "worker_died"
-        assert "killed by SIGKILL" in failed.error_message
-        await node.listener.until(lambda report: report.warm_workers == 1)
-        await node.stop_replica("rep-loading")
-        await node.order("rep-again", info)
-        await node.listener.replica("rep-again", REPLICA_STATE_READY)
+    assert failed.error_code == "worker_died"
+    assert "killed by SIGKILL" in failed.error_message
+    await node.listener.until(lambda report: report.warm_workers == 1)
+    await node.stop_replica("rep-loading")
+    await node.order("rep-again", info)
+    await node.listener.replica("rep-again", REPLICA_STATE_READY)
 
 
 async def test_a_worker_killed_while_generating_ends_its_streams_with_an_error_and_is_replaced(
-    tmp_path: Path, tiny_model: Path
+    node: OneNode, tiny_model: Path
 ) -> None:
-    async with OneNode(tmp_path) as node:
-        await node.start_replica("rep-1", tiny_model)
-        replica = await node.listener.replica("rep-1", REPLICA_STATE_READY)
-        call = node.stub.Generate(request("rep-1", PROMPT, max_tokens=500, ignore_eos=True))
-        with pytest.raises(WorkerDied, match=r"is lost|killed by SIGKILL"), translated("node agent"):
-            [os.kill(replica.worker_pid, signal.SIGKILL) async for event in call if event.position == 3]
-        failed = await node.listener.replica("rep-1", REPLICA_STATE_FAILED)
+    await node.start_replica("rep-1", tiny_model)
+    replica = await node.listener.replica("rep-1", REPLICA_STATE_READY)
+    call = node.stub.Generate(request("rep-1", PROMPT, max_tokens=500, ignore_eos=True))
+    with pytest.raises(WorkerDied, match=r"is lost|killed by SIGKILL"), translated("node agent"):
+        [os.kill(replica.worker_pid, signal.SIGKILL) async for event in call if event.position == 3]
+    failed = await node.listener.replica("rep-1", REPLICA_STATE_FAILED)
 
-        assert failed.error_code == "worker_died"
-        await node.listener.until(lambda report: report.warm_workers == 1)
+    assert failed.error_code == "worker_died"
+    await node.listener.until(lambda report: report.warm_workers == 1)
 
 
 async def test_sigterm_lets_sessions_end_and_leaves_no_process_and_no_socket(
@@ -86,22 +84,6 @@ async def test_sigterm_lets_sessions_end_and_leaves_no_process_and_no_socket(
         assert await node.agent.ended() == 0
         until_ended(processes)
         assert list(node.run_dir.glob("worker-*")) == []
-
-
-async def test_workers_die_with_an_agent_that_is_killed_and_the_next_agent_removes_their_sockets(
-    tmp_path: Path,
-) -> None:
-    async with OneNode(tmp_path) as node:
-        await node.listener.until(lambda report: report.warm_workers == 1)
-        processes = workers_of(node.agent.pid)
-        assert len(processes) == 2  # the fork server and a worker
-        node.agent.send(signal.SIGKILL)
-        await node.agent.ended()
-        await asyncio.to_thread(until_ended, processes)
-        stale = list(node.run_dir.glob("worker-*"))
-        settings = {"address": "127.0.0.1:0", "run_dir": node.run_dir, "log_dir": tmp_path / "logs"}
-        async with ServiceProcess("node_agent", **settings, controllers=[], prestarted_workers=0):
-            assert not any(path.exists() for path in stale)
 
 
 async def test_an_agent_serves_before_there_is_a_store_or_a_controller(tmp_path: Path) -> None:
@@ -137,3 +119,20 @@ async def test_imports_that_fail_are_shown_by_the_fork_server_and_by_the_worker(
         assert "libkettle.so is missing" in lost["output"]
         printed = [path.read_text() for path in (tmp_path / "logs").glob("worker-*.log")]
         assert any("libkettle.so is missing" in text for text in printed)
+
+
+async def test_workers_die_with_an_agent_that_is_killed_and_the_next_agent_removes_their_sockets(
+    shared_node: OneNode, tmp_path: Path
+) -> None:
+    """Last of this file: it kills the agent that the others share."""
+    await shared_node.listener.until(lambda report: report.warm_workers == 1)
+    processes = workers_of(shared_node.agent.pid)
+    assert len(processes) >= 2  # the fork server and a worker
+    shared_node.agent.send(signal.SIGKILL)
+    await shared_node.agent.ended()
+    await asyncio.to_thread(until_ended, processes)
+    stale = list(shared_node.run_dir.glob("worker-*"))
+    assert stale
+    settings = {"address": "127.0.0.1:0", "run_dir": shared_node.run_dir, "log_dir": tmp_path / "logs"}
+    async with ServiceProcess("node_agent", **settings, controllers=[], prestarted_workers=0):
+        assert not any(path.exists() for path in stale)
