@@ -52,12 +52,12 @@ def _weather() -> tuple[Weather, Path | None]:
     options.add_argument("--seed", type=int, default=usual.seed, help="of requests and faults")
     options.add_argument("--requests", type=int, default=usual.requests, help="distinct ones")
     options.add_argument("--tokens", type=int, default=usual.tokens, help="of an answer, at most")
-    options.add_argument("--kinds", nargs="*", choices=sorted(KINDS), default=list(usual.kinds))
-    options.add_argument(
-        "--rolling", action="store_true", help="no faults: every service is replaced in turn"
-    )
+    options.add_argument("--kinds", nargs="*", metavar="KIND", default=list(usual.kinds))
+    options.add_argument("--rolling", action="store_true", help="then every service is replaced in turn")
     options.add_argument("--keep", type=Path, help="new folder for the logs of all processes")
     told = options.parse_args()
+    if unknown := sorted(set(told.kinds) - set(KINDS)):
+        options.error(f"no such faults: {unknown}; there are {sorted(KINDS)} (none: --kinds)")
     counts = (told.streams, told.requests, told.tokens, told.nodes - 1)
     if min(told.seconds, told.every) <= 0 or min(counts) < 1:
         options.error("seconds, every, streams, requests and tokens are above 0, nodes at least 2")

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import psutil
 
 from stoker.errors import StokerError
-from stoker.v1 import controller_pb2, node_agent_pb2
+from stoker.rpc import connect, translated
+from stoker.v1 import controller_pb2, node_agent_pb2, node_agent_pb2_grpc
 from tests.chaos.cluster import NODE_FORGET_SECONDS, ChaosCluster, until
 
 OPEN = controller_pb2.NODE_SCHEDULING_OPEN
@@ -25,6 +26,10 @@ DRAINED = controller_pb2.NODE_SCHEDULING_DRAINED
 BEYOND_LEASE_SECONDS = NODE_FORGET_SECONDS + 2.0
 SHORT_SECONDS = (0.5, 3.0)
 """A pause that everybody sits out."""
+MOVE_SECONDS = 0.6
+"""Within this of the order a move's victim is killed: rounds, the switch, the first tokens after it."""
+ANY_FENCE = 2**62
+"""An order's that no controller gives: chaos stands for all of them."""
 LONG_SECONDS = (7.0, 9.0)
 """A worker's pause that its agent takes for its death."""
 
@@ -143,16 +148,16 @@ class Faults:
         process = self._cluster.process(f"node_agent of {node}")
         if process is None:
             return
-        owned = await self._replicas(node)
+        owned, controller = await self._replicas(node), self._controller_pid()
         async with self._paused("zombie agent", node, process):
             await asyncio.sleep(BEYOND_LEASE_SECONDS + 3.0 * seconds)
-        await self._expect_gone(node, owned)
+        await self._expect_gone(node, owned, controller)
 
     # --- network ---
 
     async def partition(self, node: str, seconds: float) -> None:
         """Cut a node's agent off from gateways and controllers beyond its lease, then mend the links."""
-        owned = await self._replicas(node)
+        owned, controller = await self._replicas(node), self._controller_pid()
         links = (self._cluster.links[node], self._cluster.links[f"{node} up"])
         self._note("partition", node, 0)
         for link in links:
@@ -162,7 +167,7 @@ class Faults:
         finally:
             for link in links:
                 link.mend()
-        await self._expect_gone(node, owned)
+        await self._expect_gone(node, owned, controller)
 
     async def blip(self, node: str, seconds: float) -> None:
         """Cut a node's agent off for a moment."""
@@ -193,7 +198,58 @@ class Faults:
             process.terminate()
             await self._cluster.until_serving(title, not_pid=process.pid)
 
+    async def move(self, node: str, seconds: float) -> None:
+        """Have a node's sessions moved to another one; both stay."""
+        del seconds
+        await self._move("move", node)
+
+    async def move_and_kill_source(self, node: str, seconds: float) -> None:
+        """SIGKILL the worker that sessions move from, at some moment of the move."""
+        found = await self._move("move, kill source", node)
+        await self._kill_later(found and found[0].worker_pid, seconds)
+
+    async def move_and_kill_destination(self, node: str, seconds: float) -> None:
+        """SIGKILL the worker that sessions move to, at some moment of the move."""
+        found = await self._move("move, kill destination", node)
+        await self._kill_later(found and found[1].worker_pid, seconds)
+
+    async def move_and_kill_controller(self, node: str, seconds: float) -> None:
+        """SIGKILL the controller at some moment of a move."""
+        if await self._move("move, kill controller", node):
+            await asyncio.sleep(MOVE_SECONDS * seconds)
+            await self._kill("kill controller", "controller", "")
+
     # --- parts ---
+
+    async def _move(self, kind: str, node: str) -> tuple[node_agent_pb2.Replica, ...]:
+        """Order the sessions of a node's busiest replica to another node; return both replicas, or none."""
+        ready = node_agent_pb2.REPLICA_STATE_READY
+        known = [each for each in await self._all_replicas() if each.state == ready]
+        known.sort(key=lambda each: -each.running_sessions)
+        source = next((each for each in known if each.node_id == node and each.running_sessions), None)
+        others = [each for each in known if each.node_id != node and each.node_id not in self._busy]
+        if source is None or not others:
+            return ()
+        order = node_agent_pb2.MoveSessionsRequest(
+            replica_id=source.replica_id, to_replica_id=others[-1].replica_id, reason="chaos", fence=ANY_FENCE
+        )
+        try:
+            async with connect(self._cluster.links[node].address) as channel:
+                with translated(node):
+                    stub = node_agent_pb2_grpc.NodeAgentStub(channel)
+                    answer = await stub.MoveSessions(order)
+        except StokerError:
+            return ()
+        if answer.sessions:
+            self._note(kind, f"{node} to {others[-1].node_id}, {answer.sessions} sessions", 0)
+        return (source, others[-1]) if answer.sessions else ()
+
+    async def _kill_later(self, pid: int | tuple[()], seconds: float) -> None:
+        """SIGKILL a process within the time that a move may take."""
+        if pid:
+            await asyncio.sleep(MOVE_SECONDS * seconds)
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
 
     def _note(self, kind: str, node: str, pid: int) -> None:
         self.done[kind] += 1
@@ -252,12 +308,20 @@ class Faults:
                 processes.append(psutil.Process(each.worker_pid))
         return processes
 
-    async def _expect_gone(self, node: str, owned: set[str]) -> None:
+    def _controller_pid(self) -> int:
+        process = self._cluster.process("controller")
+        return process.pid if process is not None else 0
+
+    async def _expect_gone(self, node: str, owned: set[str], controller_pid: int) -> None:
         """Wait until a node that outlived its lease has given up the replicas of before.
+
+        A controller that was restarted meanwhile counts the silence from its own start: it may keep them.
 
         Raises:
             TimeoutError: It goes on with one.
         """
+        if not controller_pid or self._controller_pid() != controller_pid:
+            return
         self.zombies |= owned
 
         async def is_over() -> bool:
@@ -284,5 +348,9 @@ KINDS: dict[str, Callable[[Faults, str, float], Awaitable[None]]] = {
     "blip": Faults.blip,
     "drain": Faults.drain,
     "stop agent": Faults.leave,
+    "move": Faults.move,
+    "move, kill source": Faults.move_and_kill_source,
+    "move, kill destination": Faults.move_and_kill_destination,
+    "move, kill controller": Faults.move_and_kill_controller,
 }
 """All faults, by name."""

@@ -10,8 +10,8 @@ from tests.chaos.cluster import ChaosCluster, until
 SETTLE_SECONDS = 1.0
 
 
-async def roll(cluster: ChaosCluster, say: Callable[[str], None]) -> int:
-    """Replace every service once; return how many there were.
+async def roll(cluster: ChaosCluster, say: Callable[[str], None], *, one_of_each: bool = False) -> int:
+    """Replace every service once, or one of each kind; return how many that were.
 
     Each is asked to stop, ends by itself (a gateway when its streams have ended, a node agent when they have
     moved), is started again and serves before the next one's turn.
@@ -20,6 +20,8 @@ async def roll(cluster: ChaosCluster, say: Callable[[str], None]) -> int:
         TimeoutError: One does not end, or does not come back.
     """
     titles = cluster.titles()
+    if one_of_each:
+        titles = list({title.partition(" of ")[0]: title for title in titles}.values())
     for title in titles:
         process = cluster.process(title)
         assert process is not None, title

@@ -19,6 +19,8 @@ from tests.chaos.load import Clients, Tally, keep_asking
 from tests.chaos.rolling import roll
 
 REFERENCE_CLIENTS = 8
+ROLL_SECONDS = 900.0
+"""How long all services may take to be replaced."""
 CALM_SECONDS = 180.0
 """How long streams may need to end, and the cluster to be whole, after the last fault."""
 
@@ -41,8 +43,11 @@ class Weather:
     tokens: int = 120
     """Of an answer, at most."""
     kinds: tuple[str, ...] = tuple(KINDS)
+    """Of faults; none = only load for the time."""
     rolling: bool = False
-    """Instead of faults every service is replaced in turn, once, however long that takes."""
+    """After the faults every service is replaced in turn, once, however long that takes."""
+    one_of_each: bool = False
+    """Of the services that are replaced: one of each kind instead of all."""
 
 
 @dataclass(slots=True)
@@ -151,24 +156,27 @@ async def _storm(
     """Load and faults, until the time is up and every stream has ended."""
     clients = Clients(cluster.gateways, account.tally, gateways_die="kill gateway" in weather.kinds)
     stop = asyncio.Event()
-    limit_seconds = weather.seconds + CALM_SECONDS
+    limit_seconds = weather.seconds + CALM_SECONDS + (ROLL_SECONDS if weather.rolling else 0.0)
     try:
         async with asyncio.timeout(limit_seconds), asyncio.TaskGroup() as group:
             for number in range(weather.streams):
                 group.create_task(
                     keep_asking(clients, wanted, account.tally, seed=weather.seed * 1000 + number, stop=stop)
                 )
-            trouble = _upgrade if weather.rolling else _faults
-            group.create_task(trouble(cluster, weather, account, say, stop))
+            group.create_task(_trouble(cluster, weather, account, say, stop))
     finally:
         await clients.close()
 
 
-async def _upgrade(
+async def _trouble(
     cluster: ChaosCluster, weather: Weather, account: Account, say: Callable[[str], None], stop: asyncio.Event
 ) -> None:
     try:
-        account.faults["replaced"] = await roll(cluster, say)
+        if weather.kinds:
+            await _faults(cluster, weather, account, say)
+        if weather.rolling:
+            await cluster.until_open()
+            account.faults["replace"] = await roll(cluster, say, one_of_each=weather.one_of_each)
     except TimeoutError as error:
         account.broken.append(f"upgrade: {error}")
     finally:
@@ -176,7 +184,7 @@ async def _upgrade(
 
 
 async def _faults(
-    cluster: ChaosCluster, weather: Weather, account: Account, say: Callable[[str], None], stop: asyncio.Event
+    cluster: ChaosCluster, weather: Weather, account: Account, say: Callable[[str], None]
 ) -> None:
     began = time.monotonic()
     faults = Faults(cluster, lambda what: say(f"{time.monotonic() - began:6.1f} s  {what}"))
@@ -196,4 +204,3 @@ async def _faults(
                 await asyncio.sleep(fault.pause_seconds)
     finally:
         account.faults = faults.done
-        stop.set()
