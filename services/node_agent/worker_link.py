@@ -7,6 +7,9 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
+
+import grpc
 
 from services.node_agent.host_state import (
     Event,
@@ -20,13 +23,15 @@ from services.node_agent.host_state import (
 from services.node_agent.relay import SessionRelay
 from services.node_agent.worker_process import WorkerProcess
 from stoker import log
-from stoker.errors import DeadlineExceeded, PeerError, StokerError, WorkerDied
+from stoker.errors import DeadlineExceeded, KvUnavailable, PeerError, StokerError, WorkerDied
 from stoker.ids import WorkerId
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
 from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
 from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadEnd, LoadModelRequest, WorkerDescription
 from stoker.v1.worker_pb2_grpc import WorkerStub
+
+StreamUnaryCall = grpc.aio.StreamUnaryCall[Any, Any]
 
 EXIT_GRACE_SECONDS = 1.0
 """A worker that broke its connection is ended if its process has not ended by itself after this."""
@@ -135,11 +140,27 @@ class WorkerLink:
         """Hand the parts of a coming session's keys and values to the worker; raises what it answers."""
         call = self._stub.WriteKv(timeout=timeout_seconds)
         with translated(f"worker {self.worker_id}"), cancelled_after(call):
-            with contextlib.suppress(asyncio.InvalidStateError):  # it has answered early: its error is below
-                async for part in parts:
-                    await call.write(part)
+            async for part in parts:
+                if not await self._is_written(call, part):
+                    break
+            else:
                 await call.done_writing()
             return await call
+
+    async def _is_written(self, call: StreamUnaryCall, part: KvPart) -> bool:
+        """Hand a part over; False: the worker has answered already, with an error."""
+        try:
+            await call.write(part)
+        except asyncio.InvalidStateError:
+            return False
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.INTERNAL:
+                raise
+            # A write that was under way when the worker answered hides what it answered.
+            raise KvUnavailable(
+                f"worker {self.worker_id} stopped taking keys and values; its log says why"
+            ) from error
+        return True
 
     async def _greet(self) -> None:
         try:

@@ -121,8 +121,9 @@ class KvDesk:
         arriving = await self._begin(header.header)
         try:
             await self._fill(arriving, header.header, parts)
-        except BaseException:
+        except BaseException as error:
             self._drop(header.header.session_id, arriving)
+            log.get().warning("kv.refused", session_id=header.header.session_id, message=str(error))
             raise
         finally:
             arriving.is_busy = False
