@@ -124,6 +124,8 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
         self.auto_ready = True
         self.fail_with: str | None = None
         self.busy: set[str] = set()
+        self.prefetches: list[checkpoint_store_pb2.PrefetchRequest] = []
+        self.warm_workers_wanted: set[int] = set()
         self.architectures = ["LlamaForCausalLM"]
         self.file_bytes = 1_000_000
         self.pool_bytes = 1_000_000_000
@@ -196,6 +198,11 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
             dtype="float32",
             layers=2,
         )
+
+    async def Prefetch(self, request: checkpoint_store_pb2.PrefetchRequest, context: Any) -> Any:  # noqa: N802 - named by the proto
+        """Take note; nothing is moved."""
+        self.prefetches.append(request)
+        return checkpoint_store_pb2.PrefetchResponse()
 
     # --- what the test does to it ---
 
@@ -286,8 +293,11 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
             async with asyncio.timeout(ACK_SECONDS):  # a paused controller is silent
                 with suppress(asyncio.InvalidStateError):  # it ended: reading says why
                     await call.write(self.message())
-                if await call.read() is grpc.aio.EOF:
+                ack = await call.read()
+                if ack is grpc.aio.EOF:
                     return
+                if ack.HasField("warm_workers"):
+                    self.warm_workers_wanted.add(ack.warm_workers)
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), 0.5)
 

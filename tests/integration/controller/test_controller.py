@@ -23,7 +23,7 @@ from stoker.errors import (
     PeerError,
 )
 from stoker.rpc import connect, translated
-from stoker.v1 import controller_pb2, model_pb2
+from stoker.v1 import checkpoint_store_pb2, controller_pb2, model_pb2
 from tests.integration.controller.harness import Client, ControllerProcess, FakeNode, until
 from tests.integration.etcd_server import etcd_server
 
@@ -319,6 +319,25 @@ async def test_a_deadline_that_no_start_meets_is_refused_before_anything_is_orde
     assert not node.starts
     await cluster.client.acquire("m", deadline_seconds=100_000.0)
     assert len(node.starts) == 1
+
+
+async def test_a_model_that_is_often_asked_for_is_prefetched_and_workers_are_wanted(
+    cluster: Deployment,
+) -> None:
+    await cluster.controller_with(forecast_look_seconds=0.1)
+    node = await cluster.node()
+    node.file_bytes = 400_000_000
+    await cluster.client.deploy("m", keep_alive_seconds=0.0)
+
+    for _ in range(2):
+        await cluster.client.acquire("m")
+        await until(lambda: not node.replicas)
+    await until(lambda: node.prefetches)
+
+    assert node.prefetches[0].uri == "/models/a"
+    assert node.prefetches[0].priority == checkpoint_store_pb2.PRIORITY_PREFETCH
+    assert node.prefetches[0].free_room_only
+    await until(lambda: node.warm_workers_wanted == {1})
 
 
 async def test_a_deleted_model_is_drained_and_who_waits_learns_it(cluster: Deployment) -> None:
