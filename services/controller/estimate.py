@@ -28,6 +28,9 @@ SEED_BYTES_PER_SECOND: Mapping[str, float] = {
 }
 """Rates that stand in until a store has measured its own: deliberately modest."""
 
+SEED_OPENING_SECONDS: Mapping[str, float] = {"remote": 0.3, "peer": 0.3}
+"""Before the first byte, until starts from there were measured; `benchmarks/estimates.py` on two cores."""
+
 SEED_WORKER_SECONDS = 6.0
 """Importing torch and transformers and warming a thread pool, where no agent has measured it."""
 SEED_SKELETON_SECONDS = 0.1
@@ -183,6 +186,11 @@ def bytes_per_second(node: Node, stage: str) -> float:
     return rate_of(learnt) if learnt is not None else SEED_BYTES_PER_SECOND[stage]
 
 
+def opening_seconds(node: Node, source: str) -> float:
+    """Return what passes before the first byte of a checkpoint comes: a far one's headers are read first."""
+    return node.opening.get(source, SEED_OPENING_SECONDS.get(source, 0.0))
+
+
 def has_own_memory(node: Node) -> bool:
     """Tell whether weights must be copied to a device; on a CPU the tensors are the pool's memory."""
     return any(device.kind != "cpu" for device in node.devices)
@@ -209,7 +217,9 @@ def _load_stages(
     stages: dict[str, float] = {}
     if source:
         queued_bytes = max(node.stages.get(source, NOTHING).queued_bytes, loading_bytes)
-        stages[source] = (queued_bytes + missing_bytes) / bytes_per_second(node, source)
+        stages[source] = opening_seconds(node, source) + (queued_bytes + missing_bytes) / bytes_per_second(
+            node, source
+        )
     if has_own_memory(node):
         queued_bytes = node.stages.get("device", NOTHING).queued_bytes
         stages["device"] = (queued_bytes + model.file_bytes) / bytes_per_second(node, "device")

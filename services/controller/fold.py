@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import median
 from typing import TypeVar
 
 from immutables import Map
@@ -252,6 +253,7 @@ def _node_reported(view: View, node: Node) -> View:
         node,
         replicas=replicas,
         learnt=rates_after(node, before, lessons, fleet),
+        opening={tier: median(seconds) for tier, seconds in fleet.openings.items()},
         connected=True,
         reachable=True,
     )

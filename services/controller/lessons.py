@@ -6,6 +6,7 @@ Rules:
 3. A node that has not used a stage yet counts on what the others of the cluster have learnt about theirs,
    with weight 0: its own first measurement replaces it. The same for a model that was never started: its
    skeleton and its overhead are those of the others' last starts.
+4. A checkpoint from afar is opened before its first byte comes: what such starts take longer than the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from dataclasses import replace
 from statistics import median
 
 from services.controller.bandwidth import learn
-from services.controller.estimate import seed_skeleton_seconds, unexplained_seconds
+from services.controller.estimate import (
+    SEED_OVERHEAD_SECONDS,
+    seed_skeleton_seconds,
+    unexplained_seconds,
+)
 from services.controller.view import (
     Fleet,
     Learnt,
@@ -31,6 +36,7 @@ from stoker.ids import ReplicaId
 
 DISK = "disk"
 PAGE_CACHE = "page_cache"
+FAR = frozenset({"remote", "peer"})
 FLEET_STARTS = 15
 """Starts of all models that are remembered for the others."""
 SURE_STARTS = 3
@@ -82,15 +88,20 @@ def fleet_after(fleet: Fleet, lessons: list[Transferred], now_seconds: float) ->
 
 
 def fleet_with_start(fleet: Fleet, model: Model, stages: StartStages) -> Fleet:
-    """Return what the whole cluster knows about starts after one more."""
-    starts = (
-        *fleet.starts,
-        (
-            stages.skeleton_seconds / seed_skeleton_seconds(model.layers),
-            stages.first_forward_seconds,
-            unexplained_seconds(stages),
-        ),
-    )[-FLEET_STARTS:]
+    """Return what the whole cluster knows about starts after one more.
+
+    What a start from afar takes beyond the others' overhead is the opening of its checkpoint there.
+    """
+    overhead_seconds = unexplained_seconds(stages)
+    ratio = stages.skeleton_seconds / seed_skeleton_seconds(model.layers)
+    tier = _far_tier(stages)
+    if tier is not None:
+        near_seconds = fleet.typical[2] if fleet.typical is not None else SEED_OVERHEAD_SECONDS
+        beyond_seconds = max(0.0, overhead_seconds - near_seconds)
+        known = (*fleet.openings.get(tier, ()), beyond_seconds)[-FLEET_STARTS:]
+        fleet = replace(fleet, openings={**fleet.openings, tier: known})
+        overhead_seconds = min(overhead_seconds, near_seconds)
+    starts = (*fleet.starts, (ratio, stages.first_forward_seconds, overhead_seconds))[-FLEET_STARTS:]
     ratios, forwards, overheads = zip(*starts, strict=True)
     return replace(fleet, starts=starts, typical=(median(ratios), median(forwards), median(overheads)))
 
@@ -116,6 +127,12 @@ def starts_like(view: View, model: Model) -> tuple[StartStages, ...]:
         )
         for skeleton_seconds, first_forward_seconds in found
     )
+
+
+def _far_tier(stages: StartStages) -> str | None:
+    """Return the far tier that most bytes of a start came from; None = none did."""
+    far = [found for found in stages.transfers if found.tier in FAR and found.bytes]
+    return max(far, key=lambda found: found.bytes).tier if far else None
 
 
 def _by_stage(stages: StartStages) -> list[Transferred]:

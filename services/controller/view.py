@@ -226,12 +226,14 @@ class Fleet:
     Attributes:
         rates: By stage.
         starts: Of the last ones: skeleton over its seed, first forward in seconds, overhead in seconds.
+        openings: Of the last starts from each far tier, seconds that they took beyond the typical overhead.
         typical: Their medians; None = there was none yet.
     """
 
     rates: Mapping[str, Learnt] = field(default_factory=dict)
     starts: tuple[tuple[float, float, float], ...] = ()
     typical: tuple[float, float, float] | None = None
+    openings: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class Scheduling(Enum):
@@ -262,6 +264,7 @@ class Node:
         draining: Takes no new replicas.
         labels: Set by the operator, on the host.
         learnt: Rates learnt from the starts this controller has seen, by stage name.
+        opening: Seconds before the first byte of a checkpoint comes, by far tier; see `lessons`.
         moved: The last moves away from it, oldest first.
         connected: Its report stream stands.
         reachable: It was heard of within the time-out. Replicas of an unreachable node serve nobody.
@@ -283,6 +286,7 @@ class Node:
     draining: bool = False
     labels: frozenset[tuple[str, str]] = frozenset()
     learnt: Mapping[str, Learnt] = field(default_factory=dict)
+    opening: Mapping[str, float] = field(default_factory=dict)
     moved: tuple[Moved, ...] = ()
     connected: bool = True
     reachable: bool = True

@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from services.controller.estimate import bytes_per_second, learnt_parts, worker_wait_seconds
+from services.controller.estimate import (
+    bytes_per_second,
+    learnt_parts,
+    opening_seconds,
+    worker_wait_seconds,
+)
 from services.controller.events import ModelPut, NodeReported
 from services.controller.fold import fold_all
 from services.controller.lessons import starts_like
@@ -86,6 +91,19 @@ def test_a_model_that_was_never_started_is_taken_to_start_like_the_others() -> N
     assert parts.skeleton_seconds == pytest.approx(0.3)
     assert parts.first_forward_seconds == pytest.approx(0.1)
     assert parts.overhead_seconds == pytest.approx(0.5)
+
+
+def test_what_starts_from_afar_take_longer_is_the_opening_of_their_checkpoints() -> None:
+    far = replace(
+        LOADED, total_seconds=3.5, transfers=(Transferred(tier="remote", bytes=100 * MB, seconds=2.0),)
+    )
+
+    view = taught(*start("a"), *start("b", far), NodeReported(node=node("c")))
+
+    assert opening_seconds(view.nodes["c"], "remote") == pytest.approx(1.0)  # type: ignore[index]
+    assert opening_seconds(view.nodes["c"], "disk") == 0.0  # type: ignore[index]
+    assert view.fleet.typical is not None
+    assert view.fleet.typical[2] == pytest.approx(0.5)
 
 
 def test_an_order_waits_for_the_rest_of_a_workers_start_that_is_under_way() -> None:
