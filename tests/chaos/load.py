@@ -134,13 +134,20 @@ class Clients:
         raise Lost(f"{ask.name} ended after {answer.chunks} chunks without [DONE]")
 
 
-async def keep_asking(
-    clients: Clients, wanted: Mapping[Ask, Answer], tally: Tally, *, seed: int, stop: asyncio.Event
+async def keep_asking(  # noqa: PLR0913 - what a client is
+    clients: Clients,
+    wanted: Mapping[Ask, Answer],
+    tally: Tally,
+    *,
+    seed: int,
+    rest_seconds: float,
+    stop: asyncio.Event,
 ) -> None:
     """Ask one request after the other, and compare each answer with its fault-free one, until `stop`."""
     draw = random.Random(seed)
     asks = sorted(wanted, key=lambda ask: ask.name)
     while not stop.is_set():
+        await asyncio.sleep(rest_seconds)
         ask = draw.choice(asks)
         try:
             answer = await clients.answer(ask, key=f"{seed}-{draw.getrandbits(64)}" if seed % 2 else "")

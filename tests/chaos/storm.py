@@ -33,6 +33,8 @@ class Weather:
     """Load and faults together."""
     streams: int = 64
     """Requests open at a time."""
+    rest_seconds: float = 0.0
+    """Of a client between two requests: a machine that does other things, too, wants some."""
     nodes: int = 4
     every_seconds: float = 3.0
     """Between two faults, in the mean."""
@@ -161,7 +163,14 @@ async def _storm(
         async with asyncio.timeout(limit_seconds), asyncio.TaskGroup() as group:
             for number in range(weather.streams):
                 group.create_task(
-                    keep_asking(clients, wanted, account.tally, seed=weather.seed * 1000 + number, stop=stop)
+                    keep_asking(
+                        clients,
+                        wanted,
+                        account.tally,
+                        seed=weather.seed * 1000 + number,
+                        rest_seconds=weather.rest_seconds,
+                        stop=stop,
+                    )
                 )
             group.create_task(_trouble(cluster, weather, account, say, stop))
     finally:
