@@ -12,7 +12,6 @@ Chunks go back only when no read may write to them any more (`reads_left == 0`) 
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -23,15 +22,15 @@ from services.store.catalog import CatalogEntry
 from services.store.chunk_pool import ChunkPool
 from services.store.counters import ReadyCounters
 from services.store.disk_sources import DiskSources
-from services.store.eviction import Uses
 from services.store.lanes import Lane
-from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, is_held, pool_as_seen
+from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
 from services.store.origins.source import REMOTE
 from services.store.pace import Pace
 from services.store.read_plan import chunks_needed, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
+from services.store.residents import Residents
 from services.store.sharing import Sharing
 from services.store.transfers import Transfers
 from stoker.checkpoint.reading import DISK
@@ -72,11 +71,7 @@ class Loads:
             ended=self._transfer_ended,
             pace=pace or Pace({}),
         )
-        self._keys = itertools.count(1)
-        self._residents: dict[int, Resident] = {}
-        self._by_identity: dict[tuple[str, str], Resident] = {}
-        self._waiting: list[Resident] = []
-        self._pinned: set[str] = set()
+        self._residents = Residents(clock)
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
 
@@ -126,17 +121,17 @@ class Loads:
             StokerError: As `lease`; nothing is pinned then.
         """
         self._resident(entry, Urgency.PREFETCH)
-        self._pinned.add(entry.uri)
+        self._residents.pinned.add(entry.uri)
         self._changed()
 
     def unpin(self, uri: str) -> None:
         """Let a checkpoint go when room is needed."""
-        self._pinned.discard(uri)
+        self._residents.pinned.discard(uri)
         self._changed()
 
     def is_pinned(self, uri: str) -> bool:
         """Tell whether a checkpoint is pinned."""
-        return uri in self._pinned
+        return uri in self._residents.pinned
 
     def evict(self, uri: str) -> int:
         """Drop what the pool holds of a checkpoint; returns the bytes that become free.
@@ -144,8 +139,8 @@ class Loads:
         Raises:
             InUse: A lease, a pin or a waiting call holds it.
         """
-        found = [resident for resident in self._by_identity.values() if resident.entry.uri == uri]
-        held = next((resident for resident in found if self._is_held(resident)), None)
+        found = self._residents.of_uri(uri)
+        held = next(filter(self._residents.is_held, found), None)
         if held is not None:
             why = "it is pinned; unpin it" if self.is_pinned(uri) else f"{held.leases} workers have it mapped"
             raise InUse(f"{uri} stays in the pool: {why}")
@@ -159,7 +154,7 @@ class Loads:
 
     def residents(self) -> list[Resident]:
         """Return what is in the pool or on its way, without what is gone."""
-        return list(self._by_identity.values())
+        return self._residents.in_sight()
 
     def loading(self) -> bool:
         """Tell whether any load is under way, or what it brought still on its way to the disk."""
@@ -170,8 +165,7 @@ class Loads:
 
     def leased_bytes(self) -> int:
         """Return the bytes that cannot be dropped now."""
-        chunks = sum(len(each.chunk_numbers) for each in self._residents.values() if self._is_held(each))
-        return chunks * self.arena.chunk_bytes
+        return self._residents.held_chunks() * self.arena.chunk_bytes
 
     @contextmanager
     def watched(self) -> Iterator[asyncio.Event]:
@@ -196,16 +190,14 @@ class Loads:
     def _resident(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
         if self._closed:
             raise PeerError(_STOPPING, retry_after_seconds=1.0)
-        identity = entry.identity
-        resident = self._by_identity.get(identity)
+        resident = self._residents.find(entry.identity)
         if resident is None:
             self._supersede(entry)
-            resident = self._new(entry, urgency)
+            need_chunks = chunks_needed(entry, self.arena.chunk_bytes)
+            resident = self._residents.add(entry, need_chunks=need_chunks, urgency=urgency)
             resident.free_room_only = free_room_only
-            self._by_identity[identity] = resident
-            self._residents[resident.key] = resident
-            if any(each.urgency <= urgency for each in self._waiting) and self._could_fit(resident):
-                self._wait(resident)
+            if self._residents.someone_waits(urgency) and need_chunks <= self.chunks.total:
+                self._residents.queue(resident)
             else:
                 self._place(resident)
             if resident.error is not None:
@@ -218,40 +210,22 @@ class Loads:
         resident.last_used_unix_seconds = self._clock.unix_seconds()
         return resident
 
-    def _new(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
-        now_seconds = self._clock.now_seconds()
-        resident = Resident(
-            key=next(self._keys),
-            entry=entry,
-            need_chunks=chunks_needed(entry, self.arena.chunk_bytes),
-            urgency=urgency,
-            began_seconds=now_seconds,
-            uses=Uses(count=0.0, at_seconds=now_seconds),
-            last_used_unix_seconds=self._clock.unix_seconds(),
-            mapped=self._loop.create_future(),
-            done=self._loop.create_future(),
-        )
-        for future in (resident.mapped, resident.done):
-            future.add_done_callback(_retrieve)
-        return resident
-
     def _supersede(self, entry: CatalogEntry) -> None:
         """Nobody can ask for other revisions of the uri any more: let those go that nobody holds."""
-        for other in self.residents():
-            if other.entry.uri == entry.uri:
-                other.superseded = True
-                if not self._is_held(other):
-                    self._drop(other, "superseded", InUse(f"{entry.uri} was changed while it was loading"))
+        for other in self._residents.of_uri(entry.uri):
+            other.superseded = True
+            if not self._residents.is_held(other):
+                self._drop(other, "superseded", InUse(f"{entry.uri} was changed while it was loading"))
 
     def _place(self, resident: Resident) -> None:
         """Start a load, or let it wait for chunks, or fail it."""
         pool = pool_as_seen(
-            self._residents.values(),
+            self._residents.everyone(),
             asking=resident,
             free_chunks=self.chunks.free_count,
             total_chunks=self.chunks.total,
             chunk_bytes=self.arena.chunk_bytes,
-            pinned=self._pinned,
+            pinned=self._residents.pinned,
             bytes_per_second=self._bytes_per_second,
         )
         decision = admit(
@@ -264,7 +238,7 @@ class Loads:
             case Refused(error=error):
                 self._fail(resident, error)
             case Waits():
-                self._wait(resident)
+                self._residents.queue(resident)
             case Admitted(evict=victims):
                 for key in victims:
                     gives_way = CapacityError("the prefetch gave way to a request", retry_after_seconds=1.0)
@@ -272,20 +246,11 @@ class Loads:
                 if resident.need_chunks <= self.chunks.free_count:
                     self._start(resident)
                 else:
-                    self._wait(resident)
-
-    def _could_fit(self, resident: Resident) -> bool:
-        return resident.need_chunks <= self.chunks.total
-
-    def _wait(self, resident: Resident) -> None:
-        if resident not in self._waiting:
-            self._waiting.append(resident)
-            self._waiting.sort(key=lambda each: (each.urgency, each.key))
+                    self._residents.queue(resident)
 
     def _admit_waiting(self) -> None:
         """Place those that wait, in order, until one has to wait on."""
-        while self._waiting:
-            first = self._waiting.pop(0)
+        while (first := self._residents.next_in_line()) is not None:
             self._place(first)
             if first.phase is Phase.WAITING:
                 return
@@ -367,11 +332,7 @@ class Loads:
         """Take a resident out of sight; its chunks follow when nothing touches them."""
         resident.phase = Phase.GONE
         resident.error = error
-        identity = resident.entry.identity
-        if self._by_identity.get(identity) is resident:
-            del self._by_identity[identity]
-        if resident in self._waiting:
-            self._waiting.remove(resident)
+        self._residents.hide(resident)
         self.transfers.abandon(resident)
         for future in (resident.mapped, resident.done):
             if not future.done():
@@ -383,11 +344,11 @@ class Loads:
     def _settle_if_gone(self, resident: Resident) -> None:
         """Give back what a resident took, if it is gone and nobody reads or writes it."""
         busy = resident.reads_left or resident.landings_left or resident.leases
-        if resident.phase is not Phase.GONE or busy or resident.key not in self._residents:
+        if resident.phase is not Phase.GONE or busy or resident not in self._residents:
             return
         if self._sharing is not None and not self._sharing.withdrawn(resident, lambda: self._sent(resident)):
             return
-        del self._residents[resident.key]
+        self._residents.settle(resident)
         self.transfers.forget(resident)
         self._close_sources(resident)
         self.chunks.give_back(resident.chunk_numbers)
@@ -405,9 +366,6 @@ class Loads:
                 file.source.close()
                 file.source = None
 
-    def _is_held(self, resident: Resident) -> bool:
-        return is_held(resident, self._pinned)
-
     def _bytes_per_second(self, resident: Resident) -> float:
         """Return how fast a resident would come back."""
         far = resident.entry.far
@@ -419,16 +377,10 @@ class Loads:
             total_bytes=self.arena.total_bytes,
             free_bytes=self.chunks.free_count * self.arena.chunk_bytes,
             leased_bytes=self.leased_bytes(),
-            leases=sum(each.leases for each in self._residents.values()),
+            leases=sum(each.leases for each in self._residents.everyone()),
         )
         self._tell()
 
     def _tell(self) -> None:
         for event in self._watchers:
             event.set()
-
-
-def _retrieve(future: asyncio.Future[None]) -> None:
-    """Look at a failure, so that asyncio does not complain when nobody waited for it."""
-    if not future.cancelled():
-        future.exception()

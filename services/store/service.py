@@ -17,8 +17,8 @@ from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.lanes import Lane
 from services.store.loads import Loads
 from services.store.pace import Pace
-from services.store.peers.exchange import DiskCopy
 from services.store.peers.service import Peers
+from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity
 from services.store.pulls import Pulls
 from services.store.run_folder import RunFolder

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from services.store.catalog import CatalogEntry
-from services.store.peers.exchange import DiskCopy, Exchange
+from services.store.peers.exchange import Exchange
+from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity
 from services.store.read_queue import ChunkRead
 from services.store.resident import Resident

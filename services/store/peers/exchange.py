@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from services.store.peers.arriving import Arriving
+from services.store.peers.shared_file import Borrowed, DiskCopy, SharedFile
 from services.store.peers.swarm import FileSwarm
 from services.store.peers.wire import FileId, FileIdentity, State, StoreId
 from stoker.checkpoint.digests import digest
@@ -26,87 +25,8 @@ MAX_FILES = 4096
 """Files shared or asked for at a time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskCopy:
-    """A file of this host that peers may have, without it being in the pool.
-
-    Attributes:
-        path: Where it lies; its size is the identity's.
-        have: Bits of the chunks that are there and right.
-    """
-
-    path: Path
-    have: int
-
-
 FindOnDisk = Callable[[FileIdentity], DiskCopy | None]
 """Looks a file up in memory; called on the event loop, so it must not touch the disk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Borrowed:
-    """A chunk that may be sent until it is given back.
-
-    Attributes:
-        memory: Its bytes in the pool; None = it is on disk.
-        arriving: Set when they aren't all there yet.
-        copy: Where on disk; None = it is in the pool.
-        offset: In the file.
-        length: Bytes.
-    """
-
-    memory: memoryview | None
-    copy: DiskCopy | None
-    offset: int
-    length: int
-    arriving: Arriving | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class SharedFile:
-    """A file that is here, on its way here, or asked for by peers.
-
-    Attributes:
-        identity: Which.
-        holder: Whose chunks of the pool it has: a resident's key.
-        memory: Chunks in the pool.
-        arriving: Chunks that this store is fetching the first copies of.
-        digests: Of those, where one was asked for.
-        copy: On this host's disk.
-        swarm: Set while this store is loading it.
-        loading_peers: Who asked for it because they load it, for a load that begins later.
-        subscribers: Who is told of its state; loading or not.
-        borrowed: Chunks of the pool that are being sent.
-        idle: Called when the last of them is back: of those who want its memory.
-    """
-
-    identity: FileIdentity
-    holder: int | None = None
-    memory: dict[int, memoryview] = field(default_factory=dict)
-    arriving: dict[int, Arriving] = field(default_factory=dict)
-    digests: dict[int, bytes] = field(default_factory=dict)
-    copy: DiskCopy | None = None
-    swarm: FileSwarm | None = None
-    loading_peers: set[StoreId] = field(default_factory=set)
-    subscribers: int = 0
-    borrowed: int = 0
-    idle: list[Callable[[], None]] = field(default_factory=list)
-
-    def have(self) -> int:
-        """Bits of the chunks that peers can have."""
-        bits = 0 if self.copy is None else self.copy.have
-        if self.swarm is not None:
-            bits |= self.swarm.have
-        elif len(self.memory) == self.identity.chunks:
-            bits = (1 << self.identity.chunks) - 1
-        else:
-            for index in self.memory:
-                bits |= 1 << index
-        return bits
-
-    def needed(self) -> bool:
-        """Tell whether anyone has to do with it still."""
-        return bool(self.holder is not None or self.swarm is not None or self.subscribers or self.borrowed)
 
 
 class Exchange:
@@ -167,7 +87,7 @@ class Exchange:
             if file is None or file.swarm is None:
                 return
             file.swarm = None
-            _end_arriving(file)
+            file.end_arriving()
             self._forget_unneeded(file)
             self.changed.notify_all()
         self._tell(file_id)
@@ -290,7 +210,7 @@ class Exchange:
                 file.loading_peers.add(peer)
             if file.swarm is not None:
                 file.swarm.interested(peer, loading=loading)
-            return _state(file)
+            return file.state()
 
     def unsubscribe(self, peer: StoreId, file_id: FileId) -> None:
         """Note that a peer wants to hear no more of a file, or is gone."""
@@ -309,7 +229,7 @@ class Exchange:
         """Return what is told of a file."""
         with self.changed:
             file = self._files.get(file_id)
-            return None if file is None else _state(file)
+            return None if file is None else file.state()
 
     @contextmanager
     def borrow(self, file_id: FileId, index: int) -> Iterator[Borrowed | None]:
@@ -324,7 +244,7 @@ class Exchange:
             if file is not None and memory is not None:
                 file.borrowed += 1
         if file is None or memory is None:
-            yield None if file is None else _on_disk(file, index)
+            yield None if file is None else file.on_disk(index)
             return
         try:
             offset = index * file.identity.chunk_bytes
@@ -388,30 +308,3 @@ class Exchange:
 def raw_digest(memory: memoryview | bytes) -> bytes:
     """Return the 16 bytes of the digest of `memory`."""
     return bytes.fromhex(digest(memory).rpartition(":")[2])
-
-
-def _end_arriving(file: SharedFile) -> None:
-    """Tell those who send chunks on that nothing more of them comes."""
-    for arriving in file.arriving.values():
-        arriving.end(whole=False)
-    file.arriving.clear()
-
-
-def _state(file: SharedFile) -> State:
-    return State(
-        file_id=file.identity.file_id,
-        loading=file.swarm is not None,
-        chunks=file.identity.chunks,
-        have=file.have(),
-        fetching=0 if file.swarm is None else file.swarm.fetching,
-    )
-
-
-def _on_disk(file: SharedFile, index: int) -> Borrowed | None:
-    copy = file.copy
-    if copy is None or not copy.have >> index & 1:
-        return None
-    identity = file.identity
-    return Borrowed(
-        memory=None, copy=copy, offset=index * identity.chunk_bytes, length=identity.length(index)
-    )

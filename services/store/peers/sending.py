@@ -8,8 +8,9 @@ import time
 
 from services.store.peers import metrics
 from services.store.peers.arriving import Arriving
-from services.store.peers.exchange import Borrowed, DiskCopy, Exchange, raw_digest
+from services.store.peers.exchange import Exchange, raw_digest
 from services.store.peers.limits import Limits
+from services.store.peers.shared_file import Borrowed, DiskCopy
 from services.store.peers.sockets import receive_blocking, send_all, send_blocking
 from services.store.peers.wire import Arriving as OnItsWay
 from services.store.peers.wire import Chunk, Part, Refused, Request, Whole

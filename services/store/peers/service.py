@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from services.store.chain import FarFile, run_chunks
 from services.store.chunk_source import ChunkSource
-from services.store.peers.exchange import DiskCopy, Exchange, FindOnDisk
+from services.store.peers.exchange import Exchange, FindOnDisk
 from services.store.peers.fetching import PeerConnections
 from services.store.peers.limits import Limits
 from services.store.peers.links import Links
 from services.store.peers.server import PeerServer
+from services.store.peers.shared_file import DiskCopy
 from services.store.peers.sockets import parse_address
 from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId

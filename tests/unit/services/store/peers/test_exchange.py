@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.store.peers.exchange import DiskCopy, Exchange, raw_digest
+from services.store.peers.exchange import Exchange, raw_digest
+from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity, State, StoreId
 
 FILE = FileIdentity(revision="r1", name="model.safetensors", size_bytes=100, chunk_bytes=32)
