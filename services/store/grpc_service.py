@@ -43,6 +43,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         pulls: Pulls,
         cache: DiskCache | None,
         peers: Peers | None = None,
+        attach_socket: str = "",
     ) -> None:
         """Take what answers.
 
@@ -53,12 +54,14 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
             pulls: What is on its way to the disk cache.
             cache: The disk cache, if there is one.
             peers: What is shared with other stores, if anything is.
+            attach_socket: Path of the attach socket, to be told.
         """
         super().__init__(catalog=catalog, pulls=pulls, cache=cache)
         self._catalog = catalog
         self._loads = loads
         self._clock = clock
         self._peers = peers
+        self._attach_socket = attach_socket
 
     async def Describe(  # noqa: N802 - the method's name in the contract
         self, request: pb.DescribeRequest, context: Context
@@ -144,6 +147,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
 
     def _status(self) -> pb.StoreStatus:
         status = store_status(self._loads, self._catalog.entries())
+        status.attach_socket = self._attach_socket
         if self._peers is not None:
             status.peer_address = self._peers.address
         return status

@@ -99,6 +99,7 @@ class StoreService:
             pulls=pulls,
             cache=tiers.cache,
             peers=peers,
+            attach_socket=str(folder.socket_path),
         )
         checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
         server.bind(settings.address)

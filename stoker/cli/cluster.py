@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker.cli.models import ControllerOption
 from stoker.cli.output import Format, FormatOption, as_json, console, print_json, print_table
+from stoker.cli.service_logs import ServiceLog, find_logs
 from stoker.client import AsyncClient
 from stoker.client.connection import data_home
 from stoker.errors import NotFound, PeerError
@@ -134,12 +135,15 @@ def logs(
     tail: Annotated[int, typer.Option("--tail", "-n", min=1, help="lines")] = 100,
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as lines come")] = False,
+    node: Annotated[
+        str, typer.Option(help="only this node's store or node_agent, where there are several")
+    ] = "",
     data: DataOption = None,
     controller: ControllerOption = None,
 ) -> None:
-    """Print what a replica's worker, or a service of `stoker up`, has logged."""
+    """Print what a replica's worker, or a service of `stoker up`, has logged; of every node, one by one."""
     if source in SERVICES and not follow:
-        _print_service_log((data or data_home()) / "logs" / f"{source}.log", tail)
+        _print_service_logs(find_logs((data or data_home()) / "logs", source, node=node), tail)
         return
 
     async def work() -> None:
@@ -151,12 +155,13 @@ def logs(
     asyncio.run(work())
 
 
-def _print_service_log(path: Path, tail: int) -> None:
-    if not path.exists():
-        raise NotFound(f"no log at {path}: is that the data folder of `stoker up`? give it with --data")
-    with path.open(errors="replace") as lines:
-        for line in deque(lines, maxlen=tail):
-            console.print(line.rstrip("\n"), highlight=False, markup=False)
+def _print_service_logs(found: list[ServiceLog], tail: int) -> None:
+    for log in found:
+        if log.node_id and len(found) > 1:
+            console.print(f"== {log.node_id}: {log.path} ==", highlight=False, markup=False, style="bold")
+        with log.path.open(errors="replace") as lines:
+            for line in deque(lines, maxlen=tail):
+                console.print(line.rstrip("\n"), highlight=False, markup=False)
 
 
 async def _agent_of(client: AsyncClient, source: str) -> tuple[str, str]:

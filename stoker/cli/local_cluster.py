@@ -211,6 +211,7 @@ def _addresses(options: ClusterOptions, nodes: tuple[LocalNode, ...]) -> LocalCl
         controller=f"127.0.0.1:{controller}",
         node_agent=nodes[0].agent,
         store=nodes[0].store,
+        attach_socket=str(nodes[0].attach_socket),
     )
 
 

@@ -64,6 +64,11 @@ class LocalNode:
     store: str
     peer: str = ""
 
+    @property
+    def attach_socket(self) -> Path:
+        """Where its store hands out memory."""
+        return self.run_dir / "attach.sock"
+
 
 def layout(count: int, data_dir: Path, run_dir: Path, ports: Sequence[int]) -> tuple[LocalNode, ...]:
     """Return the nodes.
@@ -136,7 +141,7 @@ def agent_settings(node: LocalNode, shape: NodeShape, controllers: Sequence[str]
     settings = {
         "ADDRESS": node.agent,
         "STORE": node.store,
-        "ATTACH_SOCKET": str(node.run_dir / "attach.sock"),
+        "ATTACH_SOCKET": str(node.attach_socket),
         "CONTROLLERS": json.dumps(list(controllers)),
         "RUN_DIR": str(node.run_dir),
         "LOG_DIR": str(node.log_dir / "workers"),

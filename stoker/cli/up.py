@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def _print_running(cluster: LocalCluster, deployed: tuple[tuple[str, str], ...],
                 "rest_url": cluster.rest_url,
                 "grpc": cluster.gateway,
                 "controller": cluster.controller,
+                "attach_socket": cluster.attach_socket,
             }
         )
         return
@@ -180,11 +182,12 @@ def _print_running(cluster: LocalCluster, deployed: tuple[tuple[str, str], ...],
         f"docs        {cluster.rest_url}/docs",
         f"gRPC        {cluster.gateway}",
         f"controller  {cluster.controller}",
+        f"library     export STOKER_ATTACH_SOCKET={shlex.quote(cluster.attach_socket)}",
         "",
         f"curl -N {cluster.rest_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
     ]
     if not deployed:
-        lines.insert(5, "deploy a model first: stoker deploy MODEL FOLDER")
+        lines.insert(6, "deploy a model first: stoker deploy MODEL FOLDER")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

@@ -28,6 +28,8 @@ class LocalCluster:
     controller: str
     node_agent: str
     store: str
+    attach_socket: str = ""
+    """Path of the (first) store's attach socket, for `STOKER_ATTACH_SOCKET` and the library."""
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader sees all of it or nothing."""
