@@ -91,6 +91,7 @@ class DiskCache:
             self.root = folder.resolve()
             self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._scan()
         except BlockingIOError as error:
             raise ConfigError(
                 f"{folder} is used by another store daemon; give each its own STOKER_STORE_CACHE_DIR"
@@ -99,7 +100,6 @@ class DiskCache:
             raise ConfigError(
                 f"{folder} cannot be the disk cache: {error.strerror or error}; set STOKER_STORE_CACHE_DIR"
             ) from error
-        self._scan()
         self._measure()
         if not quota_bytes:
             theirs = sum(each.size_bytes for each in self._folders.values())

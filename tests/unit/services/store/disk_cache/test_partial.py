@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 
@@ -219,3 +220,57 @@ def test_descriptors_are_given_up(folder):
     assert not partial.has(NAME, 100, 200)
     with pytest.raises(NotHere):
         partial.source(NAME).read(memoryview(bytearray(100)), offset=0, length=100)
+
+
+WRITES = ("open", "pwrite", "fdatasync", "write", "utime", "fsync", "unlink")
+
+
+def fail_once(monkeypatch, at: int, code: int) -> list[str]:
+    """Have the call of this number, of all that change the disk, fail; returns the names of those made."""
+    made: list[str] = []
+
+    def install(where: object, name: str) -> None:
+        real = getattr(where, name)
+
+        def call(*args, **kwargs):
+            made.append(name)
+            if len(made) - 1 == at:
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, call)
+
+    for name in WRITES:
+        install(os, name)
+    install(Path, "rename")
+    return made
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_whichever_call_the_disk_refuses_the_copy_ends_up_whole_and_right(
+    tmp_path, monkeypatch, code, restart
+):
+    for at in itertools.count():
+        folder = tmp_path / str(at) / "partial"
+        folder.mkdir(parents=True)
+        (folder / NAME).write_bytes(bytes(len(CONTENT)))
+        partial = take_up(folder)
+        with monkeypatch.context() as patched:
+            made = fail_once(patched, at, code)
+            for begin in (0, 100, 200):
+                land(partial, begin, begin + 100)
+        if restart and not partial.whole:
+            partial.close()
+            partial = take_up(folder)
+            partial.finish_if_covered()
+        partial.resume()
+        for begin in (0, 100, 200):
+            land(partial, begin, begin + 100)
+
+        assert partial.whole, made[at:]
+        assert (folder.parent / "whole" / NAME).read_bytes() == CONTENT
+        partial.close()
+        if len(made) <= at:
+            break
+    assert at > len(WRITES)
