@@ -119,7 +119,7 @@ async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId
         )
         for node, answer in zip(part, answers, strict=True):
             if isinstance(answer, StokerError):
-                unheard.append(node.node_id)
+                unheard.append(f"{node.node_id}: {answer.message[:140]}")
             elif isinstance(answer, BaseException):
                 raise answer
             elif answer.replica_id:
@@ -127,7 +127,7 @@ async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId
     near = near_names(request_id, cluster.records.keys())
     if near:
         raise model_not_found(request_id, near)
-    silent = f"; {', '.join(unheard[:8])} did not answer" if unheard else ""
+    silent = f"; not all nodes answered ({'; '.join(unheard[:4])})" if unheard else ""
     raise NotFound(f"{request_id[:140]!r} is neither a deployed model nor a request that runs{silent}")
 
 

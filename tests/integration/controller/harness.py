@@ -124,6 +124,8 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
         self.auto_ready = True
         self.fail_with: str | None = None
         self.busy: set[str] = set()
+        self.requests: dict[str, str] = {}
+        self.moved: list[tuple[str, str]] = []
         self.prefetches: list[checkpoint_store_pb2.PrefetchRequest] = []
         self.warm_workers_wanted: set[int] = set()
         self.architectures = ["LlamaForCausalLM"]
@@ -173,9 +175,24 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
         if request.only_if_idle and request.replica_id in self.busy:
             raise ReplicaBusy(f"replica {request.replica_id} runs a session")
         self.stops.append((request.replica_id, request.only_if_idle, request.reason))
+        if request.to_replica_id:
+            self.moved.append((request.replica_id, request.to_replica_id))
         self.replicas.pop(request.replica_id, None)
         self.report()
         return node_agent_pb2.StopReplicaResponse()
+
+    async def MoveSessions(self, request: node_agent_pb2.MoveSessionsRequest, context: Any) -> Any:  # noqa: N802 - named by the proto
+        """Take note of where a request's session should go, if it runs here."""
+        await self.reachable.wait()
+        self._check_fence(request.fence)
+        replica_id = self.requests.get(request.request_id, "")
+        if not replica_id:
+            return node_agent_pb2.MoveSessionsResponse()
+        model = self.replicas[replica_id].model
+        to = request.to_replica_ids.get(model, "")
+        if to:
+            self.moved.append((request.request_id, to))
+        return node_agent_pb2.MoveSessionsResponse(sessions=int(bool(to)), replica_id=replica_id, model=model)
 
     def _check_fence(self, fence: int) -> None:
         if fence < self._fence:
