@@ -118,5 +118,13 @@ class Answer:
         for index in sorted(self.choices.keys() | other.choices.keys()):
             ours, theirs = self.choices.get(index), other.choices.get(index)
             if ours != theirs:
-                return f"choice {index}: {ours} became {theirs}"
+                return f"choice {index}: {_shown(ours)} became {_shown(theirs)}"
         return ""
+
+
+def _shown(choice: Choice | None) -> str:
+    """Return a choice for people, its scores as their counts."""
+    if choice is None:
+        return "none"
+    scores = {name: len(values) for name, values in choice.logprobs.items()}
+    return f"{choice.text!r} ({choice.finish_reason}, {scores})"

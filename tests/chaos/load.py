@@ -112,7 +112,7 @@ class Clients:
         headers = {"idempotency-key": key} if key else {}
         if answer.event_id:
             headers["last-event-id"] = answer.event_id
-        url, body, event_id = gateway.rest_url + ask.path, dict(ask.body), ""
+        url, body, event_id = gateway.rest_url + ask.path, dict(ask.body), answer.event_id
         async with self._http.stream("POST", url, json=body, headers=headers) as response:
             if response.status_code in REFUSED:
                 return False
