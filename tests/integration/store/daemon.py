@@ -19,7 +19,8 @@ import pytest
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2_grpc
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
+END_SECONDS = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,12 +53,12 @@ class Daemon:
     def stop(self) -> int:
         """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(END_SECONDS)
 
     def kill(self) -> None:
         """End it as a crash would."""
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(END_SECONDS)
 
 
 def spawn(run_dir: Path, *, address: str = "", prefix: Sequence[str] = (), **settings: object) -> Daemon:

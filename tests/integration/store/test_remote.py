@@ -254,11 +254,11 @@ def test_two_daemons_never_share_a_cache_folder(tmp_path):
 
 def test_a_daemon_that_is_stopped_while_the_origin_hangs_ends_in_time(origin: OriginServer, tmp_path):
     hung = threading.Event()
-    origin.gate = lambda _name, begin: hung.wait(30) if begin else None
+    origin.gate = lambda _name, begin: hung.wait(2 * SECONDS) if begin else None
     with daemon_with(tmp_path / "run", drain_seconds=0.2) as daemon:
         attachment = attach(daemon.attach_socket, origin.url, holder="test")
         daemon.process.send_signal(signal.SIGTERM)
-        daemon.process.wait(15)
+        daemon.process.wait(SECONDS)
         hung.set()
         attachment.close()
 

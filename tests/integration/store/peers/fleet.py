@@ -26,6 +26,15 @@ from stoker.units import KIB
 
 CHUNK = 256 * KIB
 READ_THREADS = 4
+PATIENT = Limits(
+    dial_seconds=60.0,
+    silence_seconds=60.0,
+    stall_seconds=60.0,
+    first_retry_seconds=0.02,
+    longest_retry_seconds=0.1,
+)
+"""Nobody is given up because the machine is busy."""
+
 QUICK = Limits(
     dial_seconds=2.0,
     silence_seconds=2.0,
@@ -115,7 +124,7 @@ class World:
 
     async def linked(self) -> None:
         """Wait until every store has a link to every other one."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             wanted = len(self.stores) - 1
             while any(len(store.peers.exchange._linked) < wanted for store in self.stores):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)

@@ -13,8 +13,10 @@ from typing import Self
 import pytest
 
 from services.store.integrity import FileDigests
-from services.store.peers.exchange import DiskCopy, raw_digest
+from services.store.peers import exchange, swarm
+from services.store.peers.exchange import raw_digest
 from services.store.peers.service import Peers
+from services.store.peers.shared_file import DiskCopy
 from services.store.peers.sockets import parse_address, receive, send
 from services.store.peers.wire import (
     HEAD,
@@ -35,12 +37,21 @@ from services.store.peers.wire import (
 )
 from stoker.checkpoint.digests import digest
 from stoker.clock import SystemClock
-from tests.integration.store.peers.fleet import CHUNK, QUICK, Store, World, world
+from tests.integration.store.peers.fleet import CHUNK, PATIENT, QUICK, Store, World, world
+
+
+@pytest.fixture
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that share wait for each other, however busy the machine is: the origin's reads are counted."""
+    monkeypatch.setattr(swarm, "SETTLE_SECONDS", 60.0)
+    monkeypatch.setattr(swarm, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(swarm, "UNCLAIMED_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(exchange, "_BEGIN_SECONDS", 60.0)
 
 
 async def until(condition) -> None:
     """Wait until something is so."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - other threads make it so
             await asyncio.sleep(0.005)
 
@@ -50,10 +61,11 @@ def once(made: World) -> dict[int, int]:
     return dict.fromkeys(range(made.identity.chunks), 1)
 
 
+@pytest.mark.usefixtures("_patience")
 @pytest.mark.parametrize("digests", [True, False])
 async def test_three_stores_that_ask_at_once_read_the_origin_once(digests):
     async with world(digests=digests) as made:
-        stores = await made.start(3)
+        stores = await made.start(3, PATIENT)
         await asyncio.gather(*map(made.load, stores))
 
         assert all(map(made.holds_all, stores))
@@ -62,9 +74,10 @@ async def test_three_stores_that_ask_at_once_read_the_origin_once(digests):
         assert sum(store.bytes_from("peer") for store in stores) == 2 * len(made.content)
 
 
+@pytest.mark.usefixtures("_patience")
 async def test_a_store_that_joins_late_gets_what_is_there_from_its_peers():
     async with world() as made:
-        first, second = await made.start(2)
+        first, second = await made.start(2, PATIENT)
         await made.load(first)
         await made.load(second)
 
@@ -73,10 +86,11 @@ async def test_a_store_that_joins_late_gets_what_is_there_from_its_peers():
         assert made.origin.reads == once(made)
 
 
+@pytest.mark.usefixtures("_patience")
 async def test_stores_that_nobody_told_of_each_other_in_both_ways_still_share():
     async with world() as made:
-        (first,) = await made.start(1)
-        peers = Peers(clock=SystemClock(), limits=QUICK)
+        (first,) = await made.start(1, PATIENT)
+        peers = Peers(clock=SystemClock(), limits=PATIENT)
         peers.start("127.0.0.1:0", [first.address])  # the first one has never heard of it
         second = Store(peers=peers, address="")
         made.stores.append(second)
@@ -188,7 +202,7 @@ async def nonsense(made: World, request: Request, writer, encode) -> None:
 @pytest.mark.parametrize("behave", [lie, stall, hang_up, too_long, nonsense], ids=lambda it: it.__name__)
 async def test_a_peer_that_misbehaves_is_dropped_and_replaced(behave, digests):
     async with world(chunks=12, digests=digests) as made, Impostor(made, behave) as impostor:
-        (store,) = await made.start(1)
+        (store,) = await made.start(1, QUICK)
         store.peers.set_peers([impostor.address])
         await until(lambda: "impostor" in store.peers.exchange._linked)
         await made.load(store)
@@ -253,8 +267,8 @@ async def test_a_peer_that_lies_about_a_digest_of_several_chunks_is_banned():
         store.peers.set_peers([impostor.address])
         await until(lambda: "impostor" in store.peers.exchange._linked)
         source = store.peers.source(replace(made.file, digests=digests), made.origin, chunk_bytes=CHUNK)
-        swarm = next(iter(store.peers.exchange._files.values())).swarm
-        await until(lambda: swarm.settled(0.0) and swarm.peers["impostor"].have)
+        told = next(iter(store.peers.exchange._files.values())).swarm
+        await until(lambda: told.settled(0.0) and told.peers["impostor"].have)
         got = []
         for at in range(0, size, part):
             chunks = [memoryview(bytearray(CHUNK)) for _ in range(2)]
@@ -264,7 +278,7 @@ async def test_a_peer_that_lies_about_a_digest_of_several_chunks_is_banned():
 
         assert b"".join(got) == made.content
         assert impostor.asked == 2  # the two chunks of the first digest
-        assert swarm.peers["impostor"].unusable_until_seconds == float("inf")
+        assert told.peers["impostor"].unusable_until_seconds == float("inf")
 
 
 async def refuse(made: World, request: Request, writer, encode) -> None:
@@ -305,7 +319,7 @@ async def test_who_speaks_something_else_is_let_go_and_the_store_goes_on(said):
         with await dialled(store.address) as stranger:
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(stranger, said)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 with suppress(ConnectionResetError):
                     assert await loop.sock_recv(stranger, 100) == b""
         await made.load(store)
