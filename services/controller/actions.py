@@ -13,6 +13,7 @@ from services.controller.events import (
     RefusalLifted,
     Refused,
     ReplicaLost,
+    RoomSettled,
     StartFailed,
 )
 from services.controller.options import Option
@@ -86,6 +87,18 @@ class Migrate:
     move_seconds: float
     for_model: ModelName | None
 
+    @property
+    def start(self) -> Start:
+        """What it begins with: the replica at the destination."""
+        return Start(
+            model=self.model,
+            node_id=self.to_node_id,
+            devices=self.to_devices,
+            runtime=self.runtime,
+            estimate=self.estimate,
+            options=(),
+        )
+
 
 Noted = (
     NodeUnreachable
@@ -94,6 +107,7 @@ Noted = (
     | StartFailed
     | Refused
     | RefusalLifted
+    | RoomSettled
     | MoveGivenUp
     | ForecastMissed
 )

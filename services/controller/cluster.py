@@ -352,15 +352,7 @@ class Cluster:
 
     def _begin_move(self, move: Migrate, tasks: Background) -> None:
         """Start the replica anew at its destination; `reconcile` drains the source once that is ready."""
-        start = Start(
-            model=move.model,
-            node_id=move.to_node_id,
-            devices=move.to_devices,
-            runtime=move.runtime,
-            estimate=move.estimate,
-            options=(),
-        )
-        to = self._begin_start(start, tasks)
+        to = self._begin_start(move.start, tasks)
         self.apply(MoveOrdered(replica_id=move.replica_id, to=to, for_model=move.for_model))
         self.tell("replica.moving", replica_id=move.replica_id, to=to, to_node_id=move.to_node_id)
 

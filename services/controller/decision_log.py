@@ -34,7 +34,8 @@ class DecisionLog:
         explained.request_ids.extend(sorted(request_ids)[:MAX_REQUESTS])
         last = self._last.get(name)
         if last is not None and not isinstance(decision, Placed):
-            same = (last.choice, last.reason) == (explained.choice, explained.reason)
+            reason = decision.reason if isinstance(decision, Wait) else explained.reason
+            same = last.choice == explained.choice and last.reason.startswith(reason)
             if same and set(explained.request_ids) <= set(last.request_ids):
                 return
         self._count += 1
@@ -90,8 +91,9 @@ def _explained(name: ModelName, decision: Decision, unix_seconds: float) -> cont
             explained.choice = "migrate"
             where = ", ".join(f"{move.replica_id} to {move.to_node_id}" for move in moves)
             explained.reason = f"makes room on {node_id} by moving {where}"
-        case Wait(reason=reason):
-            explained.choice, explained.reason = "wait", reason
+        case Wait(reason=reason, details=details):
+            explained.choice = "wait"
+            explained.reason = f"{reason}: {'; '.join(details)}" if details else reason
         case Unplaceable(reasons=reasons):
             explained.choice, explained.reason = "refuse", "; ".join(reasons)
     explained.options.extend(_option(option) for option in options[:MAX_OPTIONS])

@@ -178,6 +178,13 @@ class RefusalLifted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoomSettled:
+    """All models that wait were placed again since the view's `room` was this; those left still wait."""
+
+    room: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Distrusted:
     """A gateway found these replicas broken."""
 
@@ -207,5 +214,6 @@ Event = (
     | StartFailed
     | Refused
     | RefusalLifted
+    | RoomSettled
     | Distrusted
 )

@@ -33,12 +33,14 @@ from services.controller.events import (
     Releasing,
     ReplicaLost,
     Reserved,
+    RoomSettled,
     SchedulingSet,
     StartFailed,
     StopOrdered,
     StopRefused,
 )
 from services.controller.forecast import arrived
+from services.controller.gain import makes_room
 from services.controller.index import indexed, reindexed
 from services.controller.lessons import fleet_after, fleet_with_start, is_complete, lessons_of, rates_after
 from services.controller.moves import learn_move
@@ -76,7 +78,8 @@ def fold(view: View, event: Event) -> View:
     ]
     models = {found.model for found in reserved} | _models_of(before, after, event)
     nodes = {found.node_id for found in reserved} | _nodes_of(before, after, event)
-    return reindexed(before, after, nodes=nodes, models=models, reservations=replicas)
+    after = reindexed(before, after, nodes=nodes, models=models, reservations=replicas)
+    return replace(after, room=after.room + 1) if makes_room(before, after, event, nodes) else after
 
 
 def _replicas_of(event: Event) -> set[ReplicaId]:
@@ -203,6 +206,8 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
             return _missed(view, model_name)
         case RefusalLifted(model=model_name):
             return replace(view, refusals=_without(view.refusals, model_name))
+        case RoomSettled(room=room):
+            return replace(view, room_settled=room)
         case Distrusted(replica_ids=replica_ids):
             return replace(view, distrusted=view.distrusted | replica_ids)
 

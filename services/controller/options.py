@@ -228,11 +228,6 @@ def idle_may_go(situation: Situation, found: Member) -> bool:
     )
 
 
-def residency_ends_seconds(found: Member, policy: Policy) -> float:
-    """Return until when a ready replica is left alone; infinity while its weights are still on their way."""
-    return _ready_since_seconds(found) + policy.minimum_residency_seconds
-
-
 def _has_stayed(situation: Situation, found: Member, seconds: float) -> bool:
     return _ready_since_seconds(found) + seconds <= situation.now_seconds
 

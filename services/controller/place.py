@@ -17,14 +17,12 @@ Nodes are looked at best first until no other can be better (`search`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from services.controller.estimate import Estimate
-from services.controller.fleet import is_idle
-from services.controller.options import Move, Option, residency_ends_seconds, room_is_being_made
+from services.controller.options import Move, Option, room_is_being_made
 from services.controller.room import (
     Never,
     Situation,
@@ -35,13 +33,14 @@ from services.controller.room import (
     situation_of,
 )
 from services.controller.search import search
-from services.controller.summary import ANYBODY, is_busy
+from services.controller.summary import ANYBODY
 from services.controller.view import Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes
 
 MAX_REASONS = 5
 """Nodes named in a message; the rest are counted."""
+NO_ROOM = "no free room"
 MAX_RESIDENCIES = 64
 """Nodes asked when their idle replicas may go."""
 
@@ -83,9 +82,16 @@ class Migrate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """Nothing can be done now; decide again on the next change, at `retry_at_seconds` at the latest."""
+    """Nothing can be done now; decide again on the next change, at `retry_at_seconds` at the latest.
+
+    Attributes:
+        reason: Says nothing that changes while nothing is decided.
+        details: What it is like now, for an explanation.
+        retry_at_seconds: When time alone may have made room; None = never.
+    """
 
     reason: str
+    details: tuple[str, ...] = ()
     retry_at_seconds: float | None = None
 
 
@@ -188,36 +194,41 @@ def _wait(situation: Situation, making_room: NodeId | None) -> Wait:
     named = list(islice(fitting, MAX_REASONS))
     if not named:
         return Wait(reason="every node that could take it is draining or does not answer")
-    busy = "; ".join(_busy(situation, node) for node in named)
-    more_nodes = len(situation.index.open_nodes) - len(named)
-    more = f"; and {more_nodes} more nodes" if more_nodes > 0 else ""
-    return Wait(reason=f"no free room: {busy}{more}", retry_at_seconds=_retry_at_seconds(situation))
+    details: list[str] = []
+    refusal = situation.view.refusals.get(situation.model.name)
+    if refusal is None or refusal.reason != NO_ROOM:  # else it was said when the wait began
+        details = [_busy(situation, node) for node in named]
+        more_nodes = len(situation.index.open_nodes) - len(named)
+        if more_nodes > 0:
+            details.append(f"and {more_nodes} more nodes")
+    return Wait(reason=NO_ROOM, details=tuple(details), retry_at_seconds=_retry_at_seconds(situation))
 
 
 def _retry_at_seconds(situation: Situation) -> float | None:
-    """Return when the first residency ends, or the bound on waiting is reached; None = neither helps."""
-    now_seconds, policy = situation.now_seconds, situation.policy
+    """Return when a residency ends, or a bound on waiting is reached; None = neither helps.
+
+    Where more nodes could be asked than are, no later than the longest residency that may have begun.
+    """
+    now_seconds, policy, index = situation.now_seconds, situation.policy, situation.index
+    stays = [policy.minimum_residency_seconds]
+    if situation.waited_too_long and not policy.may_migrate:
+        stays.append(policy.waiting_bound_seconds)
+    lists = [index.idle_by_worth]
+    if (policy.may_migrate or situation.waited_too_long) and "disk" in index.busy_by_rate:
+        lists.append(index.busy_by_rate["disk"])
     moments = [
-        residency_ends_seconds(found, policy)
-        for node_id in _disturbable(situation)
-        for found in on_node(situation, situation.view.nodes[node_id])
-        if is_idle(found) or (policy.may_migrate and is_busy(found))
+        ready_seconds + stay
+        for nodes in lists
+        for _, node_id in islice(nodes, MAX_RESIDENCIES)
+        for ready_seconds in index.summaries[node_id].settling
+        for stay in stays
     ]
+    if any(len(nodes) > MAX_RESIDENCIES for nodes in lists):
+        moments.append(now_seconds + policy.minimum_residency_seconds)
     demand = situation.view.demands.get(situation.model.name)
     if demand is not None:
         moments.append(demand.since_seconds + policy.waiting_bound_seconds + policy.tie_seconds)
-    return min((moment for moment in moments if now_seconds < moment < math.inf), default=None)
-
-
-def _disturbable(situation: Situation) -> Iterator[NodeId]:
-    """Yield some nodes whose replicas could make room once they have stayed long enough."""
-    index = situation.index
-    lists = [index.idle_by_worth]
-    if situation.policy.may_migrate and "disk" in index.busy_by_rate:
-        lists.append(index.busy_by_rate["disk"])
-    for nodes in lists:
-        for _, node_id in islice(nodes, MAX_RESIDENCIES):
-            yield node_id
+    return min((moment for moment in moments if moment > now_seconds), default=None)
 
 
 def _busy(situation: Situation, node: Node) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 from services.controller.actions import Action, Note, Noted, Stop
-from services.controller.events import Event, RefusalLifted, Refused, StopOrdered
+from services.controller.events import Event, RefusalLifted, Refused, RoomSettled, StopOrdered
 from services.controller.fleet import Member
 from services.controller.fold import fold
 from services.controller.index import Index, index_of, indexed
@@ -76,12 +77,46 @@ class Planner:
             )
         )
 
-    def refuse(self, name: ModelName, reason: str, code: str = "") -> None:
+    def refuse(
+        self,
+        name: ModelName,
+        reason: str,
+        code: str = "",
+        *,
+        disturbs: bool,
+        retry_at_seconds: float | None = None,
+    ) -> None:
         """Note why a model gets no replica now, if that is news."""
+        if retry_at_seconds is not None:
+            self.look_again(retry_at_seconds)
         before = self.view.refusals.get(name)
-        if before is None or (before.reason, before.code) != (reason, code):
-            refusal = Refusal(reason=reason, code=code, at_seconds=self.now_seconds)
+        refusal = Refusal(
+            reason=reason,
+            code=code,
+            at_seconds=self.now_seconds,
+            disturbs=disturbs,
+            retry_at_seconds=retry_at_seconds,
+        )
+        if before is None or replace(before, at_seconds=self.now_seconds) != refusal:
             self.note(Refused(model=name, refusal=refusal))
+
+    def still_waits(self, name: ModelName, *, may_disturb: bool) -> bool:
+        """Tell whether nothing has changed that could give a model the replica it was refused."""
+        view = self.view
+        refusal = view.refusals.get(name)
+        if (
+            refusal is None
+            or view.room != view.room_settled
+            or refusal.disturbs != may_disturb
+            or name in view.failures
+        ):
+            return False
+        return refusal.retry_at_seconds is None or not self.is_over(refusal.retry_at_seconds)
+
+    def settle(self, room: int) -> None:
+        """Note that all models that wait were placed again since the view's `room` was this."""
+        if self.view.refusals and self.view.room_settled != room:
+            self.note(RoomSettled(room=room))
 
     def lift(self, name: ModelName) -> None:
         """Note that a model waits no longer, if it did."""

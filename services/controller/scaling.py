@@ -12,7 +12,8 @@ Rules, in the order in which they run:
    more sessions than the replicas' concurrency, sessions that queue for too long, or a forecast. A model that
    backs off gets none.
 
-Only models that `attention` says may need something are looked at. The plan says what to do now and when to
+Only models that `attention` says may need something are looked at, and of those that wait for room none
+before there may be some (`gain`). The plan says what to do now and when to
 look again though nothing happens.
 """
 
@@ -31,12 +32,14 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
     planner = Planner(view, now_seconds, policy)
     check_nodes(planner)
     stop_orphans(planner)
+    room = planner.view.room
     names = _to_look_at(planner)
     for name in names:
         stop_what_must_go(planner, name)
     for name in names:
         release_what_is_gone(planner, name)
     start_what_is_wanted(planner, names)
+    planner.settle(room)
     return Plan(
         actions=tuple(planner.actions),
         next_due_seconds=planner.next_due_seconds,
@@ -51,5 +54,18 @@ def _to_look_at(planner: Planner) -> list[ModelName]:
         if at_seconds > planner.now_seconds:
             planner.look_again(at_seconds)
             break
-        now.append(name)
+        if not _only_waits(planner, name):
+            now.append(name)
     return sorted(now)
+
+
+def _only_waits(planner: Planner, name: ModelName) -> bool:
+    """Tell whether a model has no replica, and waits for room that there still is not."""
+    view = planner.view
+    is_asked_for = name in view.demands or name in view.always
+    return (
+        is_asked_for
+        and name in view.refusals
+        and name not in planner.index.tallies
+        and planner.still_waits(name, may_disturb=is_asked_for)
+    )

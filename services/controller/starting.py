@@ -29,7 +29,8 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
     for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
         starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
         starved = starved or _loses_its_node(planner, name)
-        _start(planner, name, may_disturb=starved)
+        if not planner.still_waits(name, may_disturb=starved):
+            _start(planner, name, may_disturb=starved)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
 
@@ -122,19 +123,17 @@ def _start(planner: Planner, name: ModelName, *, may_disturb: bool) -> None:
         case StopIdle(node_id=node_id, victims=victims, drained=drained):
             for replica_id in victims:
                 _stop_for(planner, replica_id, node_id, name, drained=replica_id in drained)
-            planner.refuse(name, f"{node_id} is stopping a replica to make room")
+            planner.refuse(name, f"{node_id} is stopping a replica to make room", disturbs=may_disturb)
         case Migrate(node_id=node_id, moves=moves, victims=victims):
             for move in moves:
                 _move_for(planner, move, node_id, name)
             for replica_id in victims:
                 _stop_for(planner, replica_id, node_id, name, drained=False)
-            planner.refuse(name, f"{node_id} is moving a replica away to make room")
+            planner.refuse(name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb)
         case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
-            if retry_at_seconds is not None:
-                planner.look_again(retry_at_seconds)
-            planner.refuse(name, reason)
+            planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=retry_at_seconds)
         case Unplaceable(code=code, reasons=reasons):
-            planner.refuse(name, "; ".join(reasons), code)
+            planner.refuse(name, "; ".join(reasons), code, disturbs=may_disturb)
 
 
 def _stop_for(

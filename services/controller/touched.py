@@ -25,6 +25,7 @@ from services.controller.events import (
     Releasing,
     ReplicaLost,
     Reserved,
+    RoomSettled,
     SchedulingSet,
     StartFailed,
     StopOrdered,
@@ -70,7 +71,7 @@ def touched(before: View, event: Event) -> AbstractSet[ModelName]:  # noqa: C901
             return {name}
         case Distrusted(replica_ids=replica_ids):
             return {before.reservations[found].model for found in replica_ids if found in before.reservations}
-        case Demanded() | DemandEnded() | Declined() | SchedulingSet():
+        case Demanded() | DemandEnded() | Declined() | SchedulingSet() | RoomSettled():
             return set()
 
 

@@ -400,11 +400,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a wanted replica could not be placed; `code` is set when it never can be, and names the error."""
+    """Why a wanted replica could not be placed.
+
+    Attributes:
+        reason: For people; says nothing that changes while the model waits.
+        code: Set when it never can be placed: names the error.
+        at_seconds: Since when.
+        disturbs: It was looked for room that others would have had to make.
+        retry_at_seconds: Time alone may make room then; None = only a change does.
+    """
 
     reason: str
     code: str = ""
     at_seconds: float = 0.0
+    disturbs: bool = False
+    retry_at_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,6 +441,10 @@ class View:
     """When models were asked for."""
     fleet: Fleet = field(default_factory=Fleet)
     """What is known of nodes and models that have not shown it themselves."""
+    room: int = 0
+    """Grows whenever an event may have made room for a model that waits; see `gain`."""
+    room_settled: int = 0
+    """Of `room`, what all models that wait have been placed again for."""
     index: Index | None = field(default=None, compare=False, repr=False)
     """Summaries of the above that `fold` keeps current; None = not made yet. Never a source of truth."""
 

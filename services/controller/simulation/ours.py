@@ -195,15 +195,7 @@ class Ours:
             self._fold(ordered)
             world.preempt(source)
             return
-        start = Start(
-            model=move.model,
-            node_id=move.to_node_id,
-            devices=move.to_devices,
-            runtime=move.runtime,
-            estimate=move.estimate,
-            options=(),
-        )
-        target = self._start(start, world)
+        target = self._start(move.start, world)
         target.awaits_move = True
         self._targets[source] = target
         ordered_move = MoveOrdered(replica_id=move.replica_id, to=target.replica_id, for_model=move.for_model)

@@ -18,7 +18,8 @@ from services.controller.events import (
     NodeDisconnected,
     StopRefused,
 )
-from services.controller.place import place
+from services.controller.place import Wait, place
+from services.controller.planner import Planner
 from services.controller.scaling import reconcile
 from services.controller.view import Device, Phase, Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -147,6 +148,12 @@ def check(world: World) -> None:
             assert reservation.node_id != node.node_id or set(reservation.devices) <= known
     for name, demand in view.demands.items():
         assert demand.waiters >= 1, name
+    planner = Planner(view, world.now_seconds, world.policy)
+    for name in view.refusals:
+        for may_disturb in (True, False):
+            if planner.still_waits(name, may_disturb=may_disturb):
+                decision = place(view, name, world.now_seconds, world.policy, may_disturb=may_disturb)
+                assert isinstance(decision, Wait), "there is room"
 
 
 def shuffled(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
