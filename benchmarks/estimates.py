@@ -69,9 +69,9 @@ def show(start: Start) -> Start:
     print(
         f"{start.kind:<10}{start.model:<12}{start.node_id:<8}"
         f"{start.predicted_seconds:8.3f}{start.measured_seconds:8.3f}{start.error_ratio:7.0%}"
-        f"{predicted.worker_seconds:9.3f}{measured.worker_seconds:7.3f}"  # type: ignore[attr-defined]
-        f"{predicted.load_seconds:9.3f}{measured.weights_seconds:7.3f}"  # type: ignore[attr-defined]
-        f"{predicted.skeleton_seconds:9.3f}{measured.skeleton_seconds:7.3f}"  # type: ignore[attr-defined]
+        f"{predicted.worker_seconds:9.3f}{measured.worker_seconds:7.3f}"
+        f"{predicted.load_seconds:9.3f}{measured.weights_seconds:7.3f}"
+        f"{predicted.skeleton_seconds:9.3f}{measured.skeleton_seconds:7.3f}"
         f"{predicted.overhead_seconds:9.3f}{unexplained_seconds(start):7.3f}",
         flush=True,
     )
@@ -81,9 +81,9 @@ def show(start: Start) -> Start:
 def unexplained_seconds(start: Start) -> float:
     """Return what no stage of a start explains."""
     measured = start.measured
-    explained = measured.worker_seconds + max(  # type: ignore[attr-defined]
-        measured.weights_seconds,  # type: ignore[attr-defined]
-        measured.skeleton_seconds + measured.first_forward_seconds,  # type: ignore[attr-defined]
+    explained = measured.worker_seconds + max(
+        measured.weights_seconds,
+        measured.skeleton_seconds + measured.first_forward_seconds,
     )
     return max(0.0, start.measured_seconds - explained)
 
