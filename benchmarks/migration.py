@@ -105,23 +105,29 @@ def body(context_tokens: int, tokens: int, seed: int) -> dict[str, object]:
     }
 
 
-async def until_tokens(result: StreamResult, count: int) -> None:
-    """Wait until a stream has so many tokens."""
+async def until_tokens(stream: asyncio.Task[StreamResult], result: StreamResult, count: int) -> None:
+    """Wait until a stream has so many tokens.
+
+    Raises:
+        RuntimeError: It ended before.
+    """
     async with asyncio.timeout(240):
-        while len(result.token_times_seconds) < count:  # noqa: ASYNC110 - a benchmark
+        while len(result.token_times_seconds) < count:
+            if stream.done():
+                stream.result()
+                raise RuntimeError(f"a stream ended after {len(result.token_times_seconds)} tokens")
             await asyncio.sleep(0.005)
 
 
-async def moves_of_a_stream(on: Cluster, context_tokens: int, moves: int) -> Moves:
+async def moves_of_a_stream(on: Cluster, context_tokens: int, moves: int, tokens: int) -> Moves:
     """Move one stream back and forth while it is read."""
     found, result = Moves(context_tokens), StreamResult(sent_seconds=time.monotonic())
-    tokens = 4096  # the stream is left when it has moved often enough
     stream = asyncio.create_task(
         stream_chat(on.running.rest_url, body(context_tokens, tokens, context_tokens), result)
     )
     windows: list[tuple[float, float]] = []
     try:
-        await until_tokens(result, TOKENS_BETWEEN_MOVES)
+        await until_tokens(stream, result, TOKENS_BETWEEN_MOVES)
         at = (await on.node_of_running()).node_id
         nodes = {"node-1": "node-2", "node-2": "node-1"}
         for _ in range(moves):
@@ -131,10 +137,10 @@ async def moves_of_a_stream(on: Cluster, context_tokens: int, moves: int) -> Mov
             async with asyncio.timeout(120):
                 while len(on.lines("session.moved")) == done:  # noqa: ASYNC110 - a benchmark
                     await asyncio.sleep(0.02)
-            await until_tokens(result, len(result.token_times_seconds) + 1)
+            await until_tokens(stream, result, len(result.token_times_seconds) + 1)
             windows.append((began_seconds, time.monotonic()))
             at = nodes[at]
-            await until_tokens(result, len(result.token_times_seconds) + TOKENS_BETWEEN_MOVES)
+            await until_tokens(stream, result, len(result.token_times_seconds) + TOKENS_BETWEEN_MOVES)
             found.lines.append(on.lines("session.moved")[-1])
     finally:
         stream.cancel()
@@ -175,7 +181,7 @@ async def kill_of_a_stream(on: Cluster, context_tokens: int, number: int) -> Kil
         stream_chat(on.running.rest_url, body(context_tokens, 64, 1000 + number), result)
     )
     try:
-        await until_tokens(result, 16)
+        await until_tokens(stream, result, 16)
         victim = await on.node_of_running()
         os.kill(victim.worker_pid, signal.SIGKILL)
         killed_seconds, tokens = time.monotonic(), len(result.token_times_seconds)
@@ -209,11 +215,13 @@ async def sent_again(on: Cluster, context_tokens: int, tokens: int) -> tuple[flo
     return again.token_times_seconds[-1] - again.sent_seconds, longer.first_token_seconds
 
 
-async def measure_moves(name: str, folder: Path, lengths: Sequence[int], moves: int) -> list[Moves]:
+async def measure_moves(
+    name: str, folder: Path, lengths: Sequence[int], moves: int, tokens: int
+) -> list[Moves]:
     """Return the moves of a stream per length."""
     async with cluster(name, node_count=2, devices=1) as (running, admin):
         on = await deployed(name, running, admin, folder)
-        return [await moves_of_a_stream(on, length, moves) for length in lengths]
+        return [await moves_of_a_stream(on, length, moves, tokens) for length in lengths]
 
 
 async def measure_kills(
@@ -292,6 +300,9 @@ def main() -> int:
         "--lengths", type=int, nargs="+", default=[128, 1024, 4096], help="prompt tokens, about"
     )
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument(
+        "--tokens", type=int, default=2000, help="longest answer; a stream is left once it has moved enough"
+    )
     parser.add_argument("--no-replay", action="store_true", help="leave the moves without shipping out")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     chosen = parser.parse_args()
@@ -300,12 +311,14 @@ def main() -> int:
         shutil.rmtree(ROOT / ".data" / f"bench-migration-{name}", ignore_errors=True)
     os.environ[SETTING] = "true"
     try:
-        shipped = asyncio.run(measure_moves("migration-ship", chosen.model, chosen.lengths, chosen.moves))
+        shipped = asyncio.run(
+            measure_moves("migration-ship", chosen.model, chosen.lengths, chosen.moves, chosen.tokens)
+        )
         met = report_moves("keys and values shipped", shipped)
         if not chosen.no_replay:
             os.environ[SETTING] = "false"
             replayed = asyncio.run(
-                measure_moves("migration-replay", chosen.model, chosen.lengths, chosen.moves)
+                measure_moves("migration-replay", chosen.model, chosen.lengths, chosen.moves, chosen.tokens)
             )
             report_moves("computed from the tokens", replayed)
             os.environ[SETTING] = "true"
