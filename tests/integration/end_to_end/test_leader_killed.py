@@ -1,0 +1,152 @@
+"""The leading controller is killed under real agents, workers and a gateway: no client notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI, AsyncStream
+from openai.types import Completion
+
+from stoker.client import AsyncClient
+from stoker.errors import PeerError
+from stoker.v1 import model_pb2
+from tests.integration.controller.harness import free_port, until
+from tests.integration.etcd_server import etcd_server
+from tests.integration.gateway.gateway_process import GatewayProcess
+from tests.integration.node_agent.processes import ServiceProcess
+from tests.integration.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.etcd
+
+MANY_TOKENS = 12_000
+"""More than any machine makes while a new leader is found."""
+
+
+class Fleet:
+    """Two controllers on an etcd, two node agents on one store, one gateway."""
+
+    def __init__(
+        self,
+        controllers: dict[str, ServiceProcess],
+        store: ServiceProcess,
+        gateway: GatewayProcess,
+    ) -> None:
+        self.controllers = controllers
+        self.store = store
+        self.url = f"{gateway.url}/v1"
+        self._gateway = gateway
+
+    async def leader(self) -> ServiceProcess:
+        """Return the process that leads, once one does."""
+        found: list[ServiceProcess] = []
+
+        async def one_leads() -> bool:
+            for address, process in self.controllers.items():
+                async with AsyncClient(gateway=self._gateway.grpc_address, controller=address) as asked:
+                    try:
+                        if (await asked.status()).leading:
+                            found.append(process)
+                    except PeerError:
+                        continue
+            return bool(found)
+
+        await until(one_leads)
+        return found[0]
+
+    async def deploy(self, folder: Path, *names: str) -> None:
+        """Deploy the same checkpoint under several names, once both nodes have joined."""
+        leader = await self.leader()
+        address = next(found for found, process in self.controllers.items() if process is leader)
+        async with AsyncClient(gateway=self._gateway.grpc_address, controller=address) as admin:
+
+            async def both_joined() -> bool:
+                return len(await admin.nodes()) == 2
+
+            await until(both_joined)
+            for name in names:
+                await admin.deploy(
+                    model_pb2.ModelSpec(name=name, checkpoint_uri=str(folder), keep_alive_seconds=-1)
+                )
+
+
+@asynccontextmanager
+async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
+    """Run it."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    store_address = f"127.0.0.1:{free_port()}"
+    store = ServiceProcess(
+        "store", address=store_address, run_dir=folder, pool_bytes=64 << 20, chunk_bytes=1 << 20
+    )
+    controllers = [
+        ServiceProcess("controller", address=address, state=state, leader_ttl_seconds=2)
+        for address in addresses
+    ]
+    agents = [
+        ServiceProcess(
+            "node_agent",
+            node_id=name,
+            address=f"127.0.0.1:{free_port()}",
+            store=store_address,
+            attach_socket=folder / "attach.sock",
+            controllers=addresses,
+            run_dir=folder / name,
+            log_dir=folder / name / "logs",
+            cpu_slots=2,
+            use_gpus=False,
+            prestarted_workers=0,
+        )
+        for name in ("a", "b")
+    ]
+    gateway = GatewayProcess(addresses[0], folder / "cache", controllers=json.dumps(addresses))
+    async with AsyncExitStack() as stack:
+        services = (store, *controllers, *agents)
+        await asyncio.gather(*(stack.enter_async_context(service) for service in services))
+        await stack.enter_async_context(gateway)
+        yield Fleet(dict(zip(addresses, controllers, strict=True)), store, gateway)
+
+
+async def text_of(stream: AsyncStream[Completion], *, tokens: int) -> str:
+    """Return the text of the next so many tokens."""
+    text = ""
+    for _ in range(tokens):
+        text += (await anext(aiter(stream))).choices[0].text
+    return text
+
+
+async def test_the_leader_is_killed_while_a_stream_runs_and_a_cold_request_waits(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", context_tokens=MANY_TOKENS + 100)
+    async with AsyncExitStack() as stack:
+        etcd = stack.enter_context(etcd_server())
+        running = await stack.enter_async_context(fleet(tmp_path, f"etcd://{etcd.endpoint}/fleet"))
+        client = AsyncOpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=120)
+        ask = (await stack.enter_async_context(client)).completions.create
+        await running.deploy(folder, "warm", "cold")
+        expected = await ask(model="warm", prompt="the", max_tokens=40, temperature=0)
+        leader = await running.leader()
+        stream = await ask(model="warm", prompt="the", max_tokens=MANY_TOKENS, temperature=0, stream=True)
+        seen = await text_of(stream, tokens=10)
+
+        running.store.send(signal.SIGSTOP)  # the cold start is ordered and goes no further: it gets no bytes
+        cold = asyncio.create_task(ask(model="cold", prompt="the", max_tokens=3, temperature=0))
+        await leader.wait_for_log("replica.placed", model="cold")
+        leader.send(signal.SIGKILL)
+        await leader.ended()
+        running.store.send(signal.SIGCONT)
+
+        answer = await cold
+        survivor = await running.leader()
+        seen += await text_of(stream, tokens=10)
+        await stream.close()
+        stopped = [line for line in survivor.log if line["event"] == "replica.stopped"]
+
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+    assert survivor is not leader
+    assert stopped == []
+    assert expected.choices[0].text.startswith(seen)
