@@ -163,3 +163,23 @@ async def test_wherever_a_shipment_breaks_the_stream_goes_on(
     assert found == wanted
     assert len(seen) > part
     assert found.trace.moves + found.trace.hops == 1
+
+
+@pytest.mark.parametrize(("to", "ends_at"), [("rep-7", "rep-7"), ("rep-unknown", "rep-0")])
+async def test_a_session_that_is_sent_somewhere_goes_there_or_stays(
+    new_engine: NewEngine, text: ModelText, to: str, ends_at: str
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
+    told: list[str] = []
+
+    def happening(cluster: Cluster, node: Node, order: object, event: Event) -> None:
+        if event.tokens and not told:
+            told.append(to)
+            node.relay.ask_to_leave("an operator wants it", 0.0, to_replica_id=to)
+
+    async with Cluster(new_engine, happening) as cluster:
+        found = await answer(cluster, text, PROMPT, **how(SAMPLED))
+
+    assert found == wanted
+    assert found.trace.replica_ids[-1] == ends_at
+    assert (found.trace.moves, found.trace.hops) == (int(to == ends_at), 0)
