@@ -29,7 +29,7 @@ MANY_TOKENS = 12_000
 
 
 class Fleet:
-    """Two controllers on an etcd, two node agents on one store, one gateway."""
+    """Two controllers on an etcd, a node agent, its store, a gateway."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class Fleet:
         return found[0]
 
     async def deploy(self, folder: Path, *names: str) -> None:
-        """Deploy the same checkpoint under several names, once both nodes have joined."""
+        """Deploy the same checkpoint under several names, once the node has joined."""
         leader = await self.leader()
         address = next(found for found, process in self.controllers.items() if process is leader)
         async with AsyncClient(gateway=self._gateway.grpc_address, controller=address) as admin:
 
-            async def both_joined() -> bool:
-                return len(await admin.nodes()) == 2
+            async def has_joined() -> bool:
+                return len(await admin.nodes()) == 1
 
-            await until(both_joined)
+            await until(has_joined)
             for name in names:
                 await admin.deploy(
                     model_pb2.ModelSpec(name=name, checkpoint_uri=str(folder), keep_alive_seconds=-1)
@@ -87,25 +87,23 @@ async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
         ServiceProcess("controller", address=address, state=state, leader_ttl_seconds=2)
         for address in addresses
     ]
-    agents = [
-        ServiceProcess(
-            "node_agent",
-            node_id=name,
-            address=f"127.0.0.1:{free_port()}",
-            store=store_address,
-            attach_socket=folder / "attach.sock",
-            controllers=addresses,
-            run_dir=folder / name,
-            log_dir=folder / name / "logs",
-            cpu_slots=2,
-            use_gpus=False,
-            prestarted_workers=0,
-        )
-        for name in ("a", "b")
-    ]
+    agent = ServiceProcess(
+        "node_agent",
+        node_id="a",
+        address=f"127.0.0.1:{free_port()}",
+        store=store_address,
+        attach_socket=folder / "attach.sock",
+        controllers=addresses,
+        run_dir=folder / "a",
+        log_dir=folder / "a" / "logs",
+        cpu_slots=2,
+        use_gpus=False,
+        prestarted_workers=0,
+        drain_seconds=0.1,
+    )
     gateway = GatewayProcess(addresses[0], folder / "cache", controllers=json.dumps(addresses))
     async with AsyncExitStack() as stack:
-        services = (store, *controllers, *agents)
+        services = (store, *controllers, agent)
         await asyncio.gather(*(stack.enter_async_context(service) for service in services))
         await stack.enter_async_context(gateway)
         yield Fleet(dict(zip(addresses, controllers, strict=True)), store, gateway)
