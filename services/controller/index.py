@@ -65,6 +65,8 @@ class Index:
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
         idle_by_worth: The same, by `worth_key` of the replica cheapest to lose.
         busy_by_rate: Open nodes with a replica that serves sessions, the fastest first, by origin.
+        by_opening: Open nodes by the seconds before the first byte comes, the fewest first, by origin.
+        by_device: Open nodes by the rate to their devices, the slowest first.
         leaving: Nodes with replicas on their way out, by whom these make room for.
         orphaned: Nodes with replicas that nobody reserved.
         homeless: Nodes that have reservations, and are not in the cluster.
@@ -88,6 +90,8 @@ class Index:
     idle_by_rate: Map[str, Nodes] = field(default_factory=Map)
     idle_by_worth: Nodes = field(default_factory=Ladder)
     busy_by_rate: Map[str, Nodes] = field(default_factory=Map)
+    by_opening: Map[str, Nodes] = field(default_factory=Map)
+    by_device: Nodes = field(default_factory=Ladder)
     leaving: Map[ModelName, Members] = field(default_factory=Map)
     orphaned: Members = field(default_factory=Map)
     homeless: Members = field(default_factory=Map)
@@ -272,6 +276,9 @@ def _places(summary: Summary, node_id: NodeId) -> Iterator[_Place]:
     if not summary.is_open:
         return
     yield "open_nodes", None, node_id
+    yield "by_device", None, (summary.device_rate, node_id)
+    for origin, opening_seconds in zip(ORIGINS, summary.openings, strict=True):
+        yield "by_opening", origin, (opening_seconds, node_id)
     waits = not summary.worker_seconds
     for origin, rate in zip(ORIGINS, summary.rates, strict=True):
         rank = (-rate, node_id)

@@ -23,7 +23,14 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 
-from services.controller.estimate import bytes_per_second, learnt_parts, load_seconds, source_of
+from services.controller.estimate import (
+    NOTHING_HELD,
+    bytes_per_second,
+    learnt_parts,
+    load_seconds,
+    opening_seconds,
+    source_of,
+)
 from services.controller.index import Nodes, Rung
 from services.controller.lessons import starts_like
 from services.controller.moves import least_move
@@ -137,10 +144,13 @@ class Destinations:
 def _least_seconds(situation: Situation, wanted: Wanted) -> float | None:
     """Return the lowest bound of all free nodes: the first of each stream, nothing queued."""
     index, model = situation.index, wanted.model
+    if not index.open_nodes:
+        return None
+    least_load = _least_load(situation, wanted)
     least = [
         wanted.parts.start_seconds(
             index.free_by_worker[rung._replace(origin="")].first[0] if not rung.waits else 0.0,
-            model.file_bytes / -nodes.first[0],
+            least_load(-nodes.first[0]),
         )
         for rung, nodes in _rungs(situation, wanted)
     ]
@@ -288,13 +298,32 @@ def _unqueued_seconds(wanted: Wanted, node: Node, summary: Summary) -> float:
     model = wanted.model
     held = node.held.get(model.checkpoint)
     if held is None:
-        return model.file_bytes / summary.rates[ORIGINS.index(wanted.origin)]
+        origin = ORIGINS.index(wanted.origin)
+        rate = summary.rates[origin]
+        if rate < summary.device_rate:
+            return summary.openings[origin] + model.file_bytes / rate
+    held = held or NOTHING_HELD
     missing_bytes = model.file_bytes - held.dram_bytes
     device_seconds = model.file_bytes / summary.device_rate
     if missing_bytes <= 0:
         return device_seconds
     source = source_of(model, held, has_peer=wanted.has_peer(node.node_id))
-    return max(missing_bytes / bytes_per_second(node, source), device_seconds)
+    seconds = opening_seconds(node, source) + missing_bytes / bytes_per_second(node, source)
+    return max(seconds, device_seconds)
+
+
+def _least_load(situation: Situation, wanted: Wanted) -> Callable[[float], float]:
+    """Return how long a load takes at least (seconds) where nothing is held, at no more than a rate."""
+    index = situation.index
+    opening_seconds = index.by_opening[wanted.origin].first[0]
+    slowest_device = index.by_device.first[0]
+
+    def seconds(rate: float) -> float:
+        # a device that is slower than the source may hide the opening behind its copy
+        hidden = slowest_device <= rate
+        return (0.0 if hidden else opening_seconds) + wanted.model.file_bytes / rate
+
+    return seconds
 
 
 def _rank(
@@ -325,11 +354,15 @@ def _rungs(situation: Situation, wanted: Wanted) -> Iterator[tuple[Rung, Nodes]]
 def _free_streams(
     situation: Situation, wanted: Wanted, known: AbstractSet[NodeId]
 ) -> list[Iterator[Bounded]]:
+    if not situation.index.open_nodes:
+        return []
+    least_load = _least_load(situation, wanted)
+
     def bound_of(node_id: NodeId) -> Rank | None:
         return _bound_on(situation, wanted, node_id, None)
 
     def threshold(rate: float, worker_seconds: float) -> Rank:
-        return _rank(situation, wanted.parts.start_seconds(worker_seconds, wanted.model.file_bytes / rate))
+        return _rank(situation, wanted.parts.start_seconds(worker_seconds, least_load(rate)))
 
     by_worker = situation.index.free_by_worker
     return [
@@ -346,7 +379,7 @@ def _idle_stream(situation: Situation, known: AbstractSet[NodeId], making: Desti
     if by_rate is None:
         return iter(())
 
-    origin, weight = ORIGINS.index(wanted.origin), _weight(situation)
+    least_load, weight = _least_load(situation, wanted), _weight(situation)
     disturbs_busy = policy.may_migrate or situation.waited_too_long
 
     def bound_of(node_id: NodeId) -> Rank | None:
@@ -356,14 +389,14 @@ def _idle_stream(situation: Situation, known: AbstractSet[NodeId], making: Desti
         if summary.queued or (disturbs_busy and summary.busy) or not wanted.slots_that_fit(summary.shape):
             return _bound_on(situation, wanted, node_id, making)
         worth = worth_seconds(summary.worth_keys[0][0], situation.now_seconds)
-        load = wanted.model.file_bytes / summary.rates[origin]
+        load = _unqueued_seconds(wanted, situation.view.nodes[node_id], summary)
         seconds = policy.stop_seconds + wanted.parts.start_seconds(summary.worker_seconds, load)
         return _rank(situation, seconds + weight * worth, victims=1, worth=worth)
 
     def threshold(rate: float, key: float) -> Rank:
         worth = worth_seconds(key, situation.now_seconds)
         stop_seconds = 0.0 if disturbs_busy else policy.stop_seconds
-        seconds = stop_seconds + wanted.parts.start_seconds(0.0, wanted.model.file_bytes / rate)
+        seconds = stop_seconds + wanted.parts.start_seconds(0.0, least_load(rate))
         return _rank(situation, seconds + weight * worth, victims=1)
 
     return _threshold_search(by_rate, index.idle_by_worth, known, threshold, bound_of)
@@ -411,12 +444,16 @@ def _busy_stream(situation: Situation, known: AbstractSet[NodeId], making: Desti
     if policy.may_migrate and not index.free:
         return iter(())  # nowhere to move to
 
+    ladder = index.busy_by_rate.get(wanted.origin)
+    if ladder is None:
+        return iter(())
+    least_load = _least_load(situation, wanted)
+
     def bound_of(node_id: NodeId) -> Rank | None:
         return _bound_on(situation, wanted, node_id, making)
 
     def threshold(rate: float, _: float) -> Rank:
-        return _rank(situation, wanted.parts.start_seconds(0.0, wanted.model.file_bytes / rate), victims=1)
+        return _rank(situation, wanted.parts.start_seconds(0.0, least_load(rate)), victims=1)
 
-    ladder = index.busy_by_rate.get(wanted.origin, ())
     candidates = tuple(islice(ladder, policy.migration_candidates))
     return _threshold_search(candidates, None, known, threshold, bound_of)

@@ -13,6 +13,7 @@ from services.controller.estimate import (
     has_own_memory,
     learnt_parts,
     load_seconds,
+    opening_seconds,
     worker_wait_seconds,
 )
 from services.controller.fleet import Member, Standing, is_idle, member
@@ -75,6 +76,7 @@ class Summary:
         starting_workers: Starts that may take a warm worker first.
         worker_seconds: Until a worker would take an order; 0 = one waits.
         rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
+        openings: Before the first byte from each of `ORIGINS` comes, in seconds.
         device_rate: To its devices, in bytes per second; infinity where weights are not copied.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
         worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
@@ -93,6 +95,7 @@ class Summary:
     starting_workers: int
     worker_seconds: float
     rates: tuple[float, ...]
+    openings: tuple[float, ...]
     device_rate: float
     queued: bool
     worth_keys: tuple[tuple[float, ReplicaId], ...]
@@ -143,6 +146,7 @@ def summary_of(
         starting_workers=starting_workers,
         worker_seconds=worker_wait_seconds(node, starting_workers),
         rates=rates,
+        openings=known.openings if known else tuple(opening_seconds(node, origin) for origin in ORIGINS),
         device_rate=device_rate,
         queued=loading_bytes > 0
         or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),

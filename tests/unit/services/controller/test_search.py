@@ -98,6 +98,7 @@ def views(draw: st.DrawFn) -> View:
                 replicas={replica.replica_id: replica for replica in replicas},
                 held=held,
                 stages=stages,
+                opening={tier: draw(st.sampled_from((0.0, 0.3, 2.0))) for tier in ("remote", "peer")},
                 pool=Pool(total_bytes=draw(st.sampled_from((0, 20, 100))) * GB),
                 warm_workers=draw(st.integers(0, 1)),
                 worker_start_seconds=draw(st.sampled_from((3.0, 6.0))),
