@@ -20,7 +20,6 @@ from tests.integration.end_to_end.stoker_up import (
     assert_all_ended,
     assert_nothing_listens,
     stoker,
-    stoker_up,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,42 +118,13 @@ def _stream(up: StokerUp, after_first: Callable[[], None] = lambda: None) -> lis
     return [seen, usage.completion_tokens, usage.prompt_tokens]
 
 
-def test_sigterm_leaves_no_process_port_or_socket(tmp_path: Path, tiny_model: Path) -> None:
-    with stoker_up(tmp_path / "data") as up:
-        _deploy(up, tiny_model)
-        _ask(up)
-        everything = up.everything()
-        assert len(everything) >= 6  # stoker up, four services, a worker at least
+def test_a_second_stoker_up_on_one_data_folder_is_refused(up: StokerUp) -> None:
+    second = stoker("up", "--data", str(up.data_dir), "--port", "0", "--grpc-port", "0")
 
-        up.stop(signal.SIGTERM)
-
-        assert_all_ended(everything)
-        assert_nothing_listens(up.cluster)
-    assert [path for path in (tmp_path / "data").rglob("*") if path.is_socket()] == []
-    assert not (tmp_path / "data" / "up.json").exists()
-
-
-def test_even_sigkill_of_stoker_up_leaves_no_process(tmp_path: Path, tiny_model: Path) -> None:
-    with stoker_up(tmp_path / "data") as up:
-        _deploy(up, tiny_model)
-        _ask(up)
-        everything = up.everything()
-
-        up.process.kill()
-        up.process.wait(10)
-
-        assert_all_ended(everything, within_seconds=40)
-        assert_nothing_listens(up.cluster)
-
-
-def test_a_second_stoker_up_on_one_data_folder_is_refused(tmp_path: Path) -> None:
-    with stoker_up(tmp_path / "data") as up:
-        second = stoker("up", "--data", str(tmp_path / "data"), "--port", "0", "--grpc-port", "0")
-
-        assert second.returncode == 1
-        assert f"pid {up.process.pid}" in second.stderr
-        assert "--data" in second.stderr
-        assert stoker("status", data_dir=tmp_path / "data").returncode == 0  # the first one lives on
+    assert second.returncode == 1
+    assert f"pid {up.process.pid}" in second.stderr
+    assert "--data" in second.stderr
+    assert stoker("status", data_dir=up.data_dir).returncode == 0  # the first one lives on
 
 
 def test_a_taken_port_is_an_error_that_names_the_option(tmp_path: Path) -> None:
@@ -229,3 +199,18 @@ def test_ctrl_c_at_any_time_of_the_demo_leaves_nothing(
     assert "everything is stopped" in rest
     assert_all_ended(children)
     assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+def test_sigterm_leaves_no_process_port_or_socket(up: StokerUp, tiny_model: Path) -> None:
+    """Last of this file: it ends the cluster that the others share."""
+    _deploy(up, tiny_model)
+    _ask(up)
+    everything = up.everything()
+    assert len(everything) >= 7  # stoker up, four services, a fork server, a worker at least
+
+    up.stop(signal.SIGTERM)
+
+    assert_all_ended(everything)
+    assert_nothing_listens(up.cluster)
+    assert [path for path in up.data_dir.rglob("*") if path.is_socket()] == []
+    assert not (up.data_dir / "up.json").exists()

@@ -12,7 +12,12 @@ import openai
 import pytest
 
 from stoker.v1 import controller_pb2, controller_pb2_grpc, model_pb2
-from tests.integration.end_to_end.stoker_up import StokerUp, stoker
+from tests.integration.end_to_end.stoker_up import (
+    StokerUp,
+    assert_all_ended,
+    assert_nothing_listens,
+    stoker,
+)
 from tests.integration.tiny_adapter import make_tiny_adapter
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
@@ -235,3 +240,17 @@ def test_an_adapter_for_another_model_is_refused_when_it_is_deployed(
 
     assert refused.returncode != 0
     assert "is no adapter for" in refused.stderr
+
+
+def test_even_sigkill_of_stoker_up_leaves_no_process(up: StokerUp, tiny_model: Path) -> None:
+    """Last of this file: it ends the cluster that the others share."""
+    _deploy(up, "last", tiny_model)
+    with up.openai() as client:
+        client.completions.create(model="last", prompt="the", max_tokens=2)
+    everything = up.everything()
+
+    up.process.kill()
+    up.process.wait(10)
+
+    assert_all_ended(everything, within_seconds=60)
+    assert_nothing_listens(up.cluster)
