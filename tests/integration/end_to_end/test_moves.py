@@ -44,6 +44,7 @@ async def _until_two_are_ready(up: StokerUp) -> None:
             report = await NodeAgentStub(channel).GetReport(GetReportRequest())
             if sum(replica.state == REPLICA_STATE_READY for replica in report.replicas) == 2:
                 return
+            await asyncio.sleep(0.1)  # the workers need the processors
 
 
 async def _stop_the_busy_one(up: StokerUp) -> None:
