@@ -48,6 +48,11 @@ class Ladder(Generic[Item]):
         """The lowest item; IndexError where there is none."""
         return self.runs[0][0]
 
+    @property
+    def last(self) -> Item:
+        """The highest item; IndexError where there is none."""
+        return self.runs[-1][-1]
+
     def added(self, item: Item) -> Ladder[Item]:
         """Return the ladder with an item that is not in it."""
         runs = self.runs

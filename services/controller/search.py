@@ -48,6 +48,8 @@ LOOKED = 8
 Bounded = tuple[Rank, NodeId]
 NOBODY = NodeId("")
 """In place of a node: whatever the stream gives next is not below this rank."""
+ASKED_EVERY = 4
+"""Rows of a list between two looks at what those that follow cost at least, once the first few are read."""
 TOLD_EVERY = 8
 """Rows of a list between two notes of how far it has been read."""
 ROUNDING = 1 - 1e-9
@@ -113,12 +115,18 @@ class Destinations:
         slope, offset = self._move
         return (slope * tokens + offset) * ROUNDING
 
+    def copy_seconds(self, file_bytes: int) -> float:
+        """Return what it takes at least to copy so many bytes to a device, on any node."""
+        devices = self._situation.index.by_device
+        return file_bytes / devices.last[0] if devices else 0.0
+
     def swiftest_seconds(self, name: ModelName) -> float:
         """Return what starting the model takes at least, were there a free node with all of it in memory."""
         if name not in self._swiftest:
             view = self._situation.view
-            parts = learnt_parts(view.models[name], starts_like(view, view.models[name]))
-            self._swiftest[name] = parts.start_seconds(0.0, 0.0) * ROUNDING
+            model = view.models[name]
+            parts = learnt_parts(model, starts_like(view, model))
+            self._swiftest[name] = parts.start_seconds(0.0, self.copy_seconds(model.file_bytes)) * ROUNDING
         return self._swiftest[name]
 
     def least_seconds(self, name: ModelName) -> float | None:
@@ -274,8 +282,12 @@ def _least_disturbing(
         idle = (policy.stop_seconds + weight * worth, worth)
     if not summary.busy or not (policy.may_migrate or situation.waited_too_long):
         return idle
-    seconds = making.move_seconds(summary.busy_tokens) if policy.may_migrate else policy.drain_grace_seconds
-    busy = ((1 + weight) * seconds, seconds)
+    if policy.may_migrate:
+        seconds = making.move_seconds(summary.busy_tokens)
+        busy = (making.copy_seconds(summary.busy_bytes) * ROUNDING + (1 + weight) * seconds, seconds)
+    else:
+        seconds = policy.drain_grace_seconds
+        busy = ((1 + weight) * seconds, seconds)
     return busy if idle is None else (min(idle[0], busy[0]), min(idle[1], busy[1]))
 
 
@@ -382,15 +394,25 @@ def _idle_stream(situation: Situation, known: AbstractSet[NodeId], making: Desti
     least_load, weight = _least_load(situation, wanted), _weight(situation)
     disturbs_busy = policy.may_migrate or situation.waited_too_long
 
+    origin, file_bytes = ORIGINS.index(wanted.origin), wanted.model.file_bytes
+    start_seconds, now_seconds, summaries = wanted.parts.start_seconds, situation.now_seconds, index.summaries
+
     def bound_of(node_id: NodeId) -> Rank | None:
-        summary = index.summaries[node_id]
+        summary = summaries[node_id]
         if len(summary.free) >= wanted.slots:
             return None  # a stream of free nodes has it
-        if summary.queued or (disturbs_busy and summary.busy) or not wanted.slots_that_fit(summary.shape):
+        rate = summary.rates[origin]
+        if (
+            summary.queued
+            or (disturbs_busy and summary.busy)
+            or rate >= summary.device_rate
+            or not wanted.slots_that_fit(summary.shape)
+        ):
             return _bound_on(situation, wanted, node_id, making)
-        worth = worth_seconds(summary.worth_keys[0][0], situation.now_seconds)
-        load = _unqueued_seconds(wanted, situation.view.nodes[node_id], summary)
-        seconds = policy.stop_seconds + wanted.parts.start_seconds(summary.worker_seconds, load)
+        # it holds nothing: those that do are in `known`
+        load = summary.openings[origin] + file_bytes / rate
+        worth = worth_seconds(summary.worth_keys[0][0], now_seconds)
+        seconds = policy.stop_seconds + start_seconds(summary.worker_seconds, load)
         return _rank(situation, seconds + weight * worth, victims=1, worth=worth)
 
     def threshold(rate: float, key: float) -> Rank:
@@ -422,11 +444,12 @@ def _threshold_search(
     ready: list[Bounded] = []
     others = by_other if by_other is not None else ((0.0, node_id) for _, node_id in by_rate)
     for row, ((negative_rate, fast), (other, cheap)) in enumerate(zip(by_rate, others, strict=True)):
-        reached = threshold(-negative_rate, other)
-        while ready and ready[0][0] <= reached:
-            yield heapq.heappop(ready)
-        if not row % TOLD_EVERY:
-            yield reached, NOBODY
+        if row < ASKED_EVERY or not row % ASKED_EVERY:
+            reached = threshold(-negative_rate, other)
+            while ready and ready[0][0] <= reached:
+                yield heapq.heappop(ready)
+            if not row % TOLD_EVERY:
+                yield reached, NOBODY
         for node_id in (fast, cheap):
             if node_id not in seen:
                 seen.add(node_id)

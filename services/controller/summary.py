@@ -82,6 +82,7 @@ class Summary:
         worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
         busy: Replicas that serve sessions now and may be moved, or drained; by id.
         busy_tokens: The fewest that the sessions of one of them have together; 0 = there is none.
+        busy_bytes: The fewest that the checkpoint of one of them has; 0 = there is none.
         settling: When each of the idle and busy ones became ready, if its weights are all there.
         leaving_for: Whom replicas on their way out make room for, `ANYBODY` among them; sorted.
         coming: Checkpoints that replicas just ordered will lease and the store does not show yet, with bytes.
@@ -101,6 +102,7 @@ class Summary:
     worth_keys: tuple[tuple[float, ReplicaId], ...]
     busy: tuple[ReplicaId, ...]
     busy_tokens: int
+    busy_bytes: int
     settling: tuple[float, ...]
     leaving_for: tuple[ModelName, ...]
     coming: tuple[tuple[Checkpoint, int], ...]
@@ -153,6 +155,7 @@ def summary_of(
         worth_keys=_worth_keys(view, node, members, known),
         busy=tuple(found.reservation.replica_id for found in busy),
         busy_tokens=min((found.replica.context_tokens for found in busy if found.replica), default=0),
+        busy_bytes=min((view.models[found.reservation.model].file_bytes for found in busy), default=0),
         settling=tuple(
             found.replica.ready_since_seconds or 0.0
             for found in members
