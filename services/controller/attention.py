@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from services.controller.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.view import View
+from services.controller.view import Model, View
 from stoker.ids import ModelName
 
 NOW = 0.0
@@ -95,7 +95,7 @@ def due_of(view: View, name: ModelName, tally: Tally) -> float | None:
     model = view.models.get(name)
     if model is None:
         return NOW if tally.replicas else None
-    asked = 1 if name in view.demands else 0
+    asked = asked_for(view, model)
     loaded = tally.sessions // model.concurrency + 1 if tally.sessions else 0
     wanted = min(model.max_replicas, max(model.min_replicas, asked, loaded))
     if tally.cares or tally.live < wanted or tally.live > model.max_replicas or name in view.refusals:
@@ -103,6 +103,12 @@ def due_of(view: View, name: ModelName, tally: Tally) -> float | None:
     if tally.waiting and tally.live < model.max_replicas:
         return NOW
     return _next_seconds(view, name, tally)
+
+
+def asked_for(view: View, model: Model) -> int:
+    """Return how many replicas the requests that wait for a model fill; 0 = none waits."""
+    demand = view.demands.get(model.name)
+    return -(-demand.waiters // model.concurrency) if demand is not None else 0
 
 
 def _next_seconds(view: View, name: ModelName, tally: Tally) -> float | None:

@@ -103,6 +103,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
     starting_workers: int,
     stop_seconds: float = 0.0,
     has_peer: bool = False,
+    is_coming: bool = False,
 ) -> Estimate:
     """Estimate the start of `model` on `node`.
 
@@ -114,11 +115,13 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
         starting_workers: Replicas ordered there that may take a warm worker first.
         stop_seconds: What must be waited for before.
         has_peer: Another node holds all of the checkpoint.
+        is_coming: Another start on the node reads the checkpoint already: it is in `loading_bytes`, and read
+            once for both.
     """
     source, missing_bytes = _missing(model, node, has_peer=has_peer)
     return Estimate(
         worker_seconds=worker_wait_seconds(node, starting_workers),
-        stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
+        stage_seconds=_load_stages(model, node, source, 0 if is_coming else missing_bytes, loading_bytes),
         skeleton_seconds=parts.skeleton_seconds,
         first_forward_seconds=parts.first_forward_seconds,
         stop_seconds=stop_seconds,
@@ -142,9 +145,13 @@ def learnt_parts(model: Model, measured: tuple[StartStages, ...]) -> LearntParts
     )
 
 
-def load_seconds(model: Model, node: Node, *, loading_bytes: int, has_peer: bool) -> float:
+def load_seconds(
+    model: Model, node: Node, *, loading_bytes: int, has_peer: bool, is_coming: bool = False
+) -> float:
     """Return how long a load takes: `load_seconds` of `start_estimate`, without the rest of it."""
     source, missing_bytes = _missing(model, node, has_peer=has_peer)
+    if is_coming:
+        missing_bytes = 0
     return max(_load_stages(model, node, source, missing_bytes, loading_bytes).values(), default=0.0)
 
 

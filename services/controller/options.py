@@ -146,6 +146,7 @@ def estimate_on(situation: Situation, node: Node, wanted: Wanted) -> Estimate:
         loading_bytes=summary.loading_bytes,
         starting_workers=summary.starting_workers,
         has_peer=wanted.has_peer(node.node_id),
+        is_coming=wanted.model.checkpoint in summary.loading,
     )
 
 

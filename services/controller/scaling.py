@@ -9,8 +9,9 @@ Rules, in the order in which they run:
    that moves goes once its destination is ready.
 3. Reservations whose replica is gone are released.
 4. Models that want a replica get one, who waits longest first: requests that wait, then `min_replicas`, then
-   more sessions than the replicas' concurrency, sessions that queue for too long, or a forecast. A model that
-   backs off gets none.
+   more sessions than the replicas' concurrency, sessions that queue for too long, or a forecast. When each
+   was looked at, those with waiting requests get as many more as these fill, in turn. A model that backs off
+   gets none.
 
 Only models that `attention` says may need something are looked at, and of those that wait for room none
 before there may be some (`gain`). The plan says what to do now and when to

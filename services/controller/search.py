@@ -300,6 +300,7 @@ def _start_seconds(situation: Situation, wanted: Wanted, node_id: NodeId, summar
             node,
             loading_bytes=summary.loading_bytes,
             has_peer=wanted.has_peer(node_id),
+            is_coming=wanted.model.checkpoint in summary.loading,
         )
         return wanted.parts.start_seconds(summary.worker_seconds, load)
     return wanted.parts.start_seconds(summary.worker_seconds, _unqueued_seconds(wanted, node, summary))

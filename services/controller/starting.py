@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from services.controller.actions import Migrate as MigrateAction
 from services.controller.actions import Start, Stop
+from services.controller.attention import asked_for
 from services.controller.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
 from services.controller.fleet import Member, Standing, is_leaving, members_of
 from services.controller.forecast import prewarm_window_seconds
@@ -31,8 +32,26 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
         starved = starved or _loses_its_node(planner, name)
         if not planner.still_waits(name, may_disturb=starved):
             _start(planner, name, may_disturb=starved)
+    _start_more(planner, asked)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
+
+
+def _start_more(planner: Planner, names: Iterable[ModelName]) -> None:
+    """Give cold models one more replica each, in turn, while waiting requests fill them and there is room.
+
+    Nobody gets a second one before everybody was looked at for a first one.
+    """
+    names = list(names)
+    while names:
+        started = []
+        for name in names:
+            actions = len(planner.actions)
+            if _wants(planner, name) and not planner.still_waits(name, may_disturb=True):
+                _start(planner, name, may_disturb=True)
+                if any(isinstance(action, Start) for action in planner.actions[actions:]):
+                    started.append(name)
+        names = started
 
 
 def _wants(planner: Planner, name: ModelName) -> bool:
@@ -40,19 +59,22 @@ def _wants(planner: Planner, name: ModelName) -> bool:
     model = planner.view.models.get(name)
     if model is None:
         return False
-    members = members_of(planner.view, name)
-    live = sum(
+    return _live(planner, name) < _desired(planner, model, members_of(planner.view, name))
+
+
+def _live(planner: Planner, name: ModelName) -> int:
+    """Return how many replicas the model has or is getting."""
+    return sum(
         found.standing in LIVE
         and not found.stale
         and found.reservation.moving_to is None
         and not is_leaving(planner.view, found)
-        for found in members
+        for found in members_of(planner.view, name)
     )
-    return live < _desired(planner, model, members)
 
 
 def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
-    asked = 1 if model.name in planner.view.demands or _is_expected(planner, model) else 0
+    asked = max(asked_for(planner.view, model), int(_is_expected(planner, model)))
     ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
     sessions = sum(replica.sessions for replica in ready)
     loaded = sessions // model.concurrency + 1 if sessions else 0

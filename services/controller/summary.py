@@ -72,7 +72,8 @@ class Summary:
         shape: What it can ever take.
         is_open: It takes new replicas.
         free: Slots that nobody occupies or has reserved, sorted.
-        loading_bytes: What starts under way there still read.
+        loading_bytes: What starts under way there still read, each checkpoint once.
+        loading: The checkpoints that those are of; who starts another replica of one reads nothing more.
         starting_workers: Starts that may take a warm worker first.
         worker_seconds: Until a worker would take an order; 0 = one waits.
         rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
@@ -93,6 +94,7 @@ class Summary:
     is_open: bool
     free: tuple[int, ...]
     loading_bytes: int
+    loading: frozenset[Checkpoint]
     starting_workers: int
     worker_seconds: float
     rates: tuple[float, ...]
@@ -137,7 +139,8 @@ def summary_of(
     members = [member(view, reservation) for reservation in reservations]
     taken = taken_slots(node, reservations)
     starting_workers = sum(found.replica is None and found.standing is Standing.STARTING for found in members)
-    loading_bytes = _loading_bytes(view, node, members)
+    loading = _loading(view, node, members)
+    loading_bytes = sum(loading.values())
     busy = [found for found in members if is_busy(found) and is_disposable(view, found)]
     device_rate, rates = (known.device_rate, known.rates) if known else _rates(node)
     return Summary(
@@ -145,6 +148,7 @@ def summary_of(
         is_open=is_open(view, node),
         free=tuple(device.index for device in node.devices if device.index not in taken),
         loading_bytes=loading_bytes,
+        loading=frozenset(loading),
         starting_workers=starting_workers,
         worker_seconds=worker_wait_seconds(node, starting_workers),
         rates=rates,
@@ -243,12 +247,13 @@ def _coming(view: View, node: Node, members: list[Member]) -> dict[Checkpoint, i
     return coming
 
 
-def _loading_bytes(view: View, node: Node, members: list[Member]) -> int:
+def _loading(view: View, node: Node, members: list[Member]) -> dict[Checkpoint, int]:
     waiting: dict[Checkpoint, int] = {}
     for found in members:
         model, replica = view.models.get(found.reservation.model), found.replica
         if model is None or (replica is not None and replica.ready_since_seconds is not None):
             continue
         held = node.held.get(model.checkpoint, Held())
-        waiting[model.checkpoint] = max(0, model.file_bytes - held.dram_bytes)
-    return sum(waiting.values())
+        if held.dram_bytes < model.file_bytes:
+            waiting[model.checkpoint] = model.file_bytes - held.dram_bytes
+    return waiting

@@ -65,10 +65,11 @@ class Flows:
 
     def left_bytes(self, link: Link) -> float:
         """Return what a link's transfers still have to move now."""
-        now = self.now()
-        return sum(
-            max(0.0, each.left_bytes - each.rate * (now - each.since_seconds)) for each in link.transfers
-        )
+        return sum(self.remaining(each) for each in link.transfers)
+
+    def remaining(self, transfer: Transfer) -> float:
+        """Return what a transfer still has to move now, bytes."""
+        return max(0.0, transfer.left_bytes - transfer.rate * (self.now() - transfer.since_seconds))
 
     def _leave(self, transfer: Transfer) -> None:
         for link in transfer.links:

@@ -77,7 +77,9 @@ def gamma_requests(  # noqa: PLR0913 - a workload's parameters, each named by it
     """Return Gamma arrivals: one process per model, rescaled to the rate that was asked for.
 
     One process per model is drawn for the whole trace and then stretched to its length: drawing afresh in
-    every window would add (cv² - 1) / 2 requests per window.
+    every window would add (cv² - 1) / 2 requests per window. It is entered at a random moment of the whole
+    trace, going round: processes that all begin with an arrival begin with a burst of every model at once,
+    because at a high cv almost every gap is tiny, and nothing else would then be measured.
 
     Args:
         models: Who is asked.
@@ -95,9 +97,10 @@ def gamma_requests(  # noqa: PLR0913 - a workload's parameters, each named by it
     for index, count in enumerate(counts):
         if count == 0:
             continue
-        gaps = generator.gamma(1 / cv**2, cv**2, size=int(count) + 1)
-        times = np.cumsum(gaps) - generator.uniform() * gaps[0]  # entered at a random moment of the first gap
-        arrivals += [(float(at), index) for at in times[:-1] * (seconds / max(times[-1], 1e-9))]
+        gaps = generator.gamma(1 / cv**2, cv**2, size=int(count))
+        ends = np.cumsum(gaps) * (seconds / max(gaps.sum(), 1e-9))
+        times = (ends + generator.uniform(0.0, seconds)) % seconds
+        arrivals += [(float(at), index) for at in times]
     arrivals.sort()
     prompts, answers = lengths.sample(len(arrivals), generator)
     return [

@@ -14,13 +14,17 @@ from enum import Enum
 from typing import Protocol
 
 from services.controller.simulation.clock import VirtualClock
-from services.controller.simulation.flows import Flows, Link, Transfer
+from services.controller.simulation.flows import Flows, Link
 from services.controller.simulation.hardware import ModelSpec, NodeSpec
+from services.controller.simulation.loads import Load, Loads
 from services.controller.simulation.workload import Request
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 SWITCH_SECONDS = 0.05
 """A session's pause at the end of a move: the last round and the hand-over."""
+
+SHARED = "shared"
+"""Counted as the tier of bytes that were on their way into the host for another replica anyway."""
 
 
 class Phase(Enum):
@@ -66,7 +70,7 @@ class SimReplica:
     sessions: dict[Session, None] = field(default_factory=dict)
     ready_seconds: float | None = None
     idle_since_seconds: float | None = None
-    transfer: Transfer | None = None
+    load: Load | None = None
     predicted_seconds: float | None = None
     """Of its start, by a policy that estimates."""
     moving_to: SimReplica | None = None
@@ -180,6 +184,7 @@ class World:
     ) -> None:
         self.clock = VirtualClock()
         self.flows = Flows(self.clock.now, self.clock.at)
+        self.loads = Loads(self.flows)
         self.models: Mapping[ModelName, ModelSpec] = {model.name: model for model in models}
         self.nodes: dict[NodeId, SimNode] = {}
         for index, spec in enumerate(specs):
@@ -358,9 +363,16 @@ class World:
         self.counters.starts += 1
         self.counters.held_device_seconds -= self.now * len(devices)
         moved = self.counters.bytes_by_tier
-        moved[tier] = moved.get(tier, 0) + model.weight_bytes
-        replica.transfer = self.flows.begin(
-            self.links(tier, node, devices), model.weight_bytes, lambda: self._loaded(replica)
+        came_from = SHARED if self.loads.is_coming(node.node_id, model.name) else tier
+        moved[came_from] = moved.get(came_from, 0) + model.weight_bytes
+        replica.load = self.loads.begin(
+            node.node_id,
+            model.name,
+            model.weight_bytes,
+            source=self.source(tier, node),
+            bus=Link("bus", sum(node.bus[index].bytes_per_second for index in devices)),
+            fetched=lambda: self._keep(replica),
+            done=lambda: self._loaded(replica),
         )
         self._touch(node)
         return replica
@@ -371,14 +383,12 @@ class World:
             return "dram"
         return "disk" if model.name in node.stored else "remote"
 
-    def links(self, tier: str, node: SimNode, devices: Sequence[int]) -> list[Link]:
-        """Return what a load from a tier runs over: every device gets its part over its own bus."""
-        fastest = Link("bus", sum(node.bus[index].bytes_per_second for index in devices))
-        ways = {"dram": [fastest], "disk": [node.disk, fastest], "remote": [node.network, fastest]}
-        return ways[tier]
+    def source(self, tier: str, node: SimNode) -> list[Link]:
+        """Return what a load from a tier runs over until its bytes are in the host's memory."""
+        return {"dram": [], "disk": [node.disk], "remote": [node.network]}[tier]
 
     def _loaded(self, replica: SimReplica) -> None:
-        replica.transfer = None
+        replica.load = None
         self._keep(replica)
         overhead_seconds = replica.node.spec.worker_start_seconds + replica.node.spec.overhead_seconds
         self.clock.after(overhead_seconds, lambda: self._ready(replica))
@@ -500,9 +510,9 @@ class World:
         self.ask()
 
     def _vacate(self, replica: SimReplica) -> None:
-        if replica.transfer is not None:
-            self.flows.cancel(replica.transfer)
-            replica.transfer = None
+        if replica.load is not None:
+            self.loads.cancel(replica.load)
+            replica.load = None
         replica.phase = Phase.GONE
         self.idle.pop(replica, None)
         for index in replica.devices:
