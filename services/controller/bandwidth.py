@@ -26,8 +26,10 @@ def rate_of(learnt: Learnt) -> float:
     return math.exp(learnt.log_rate)
 
 
-def learn(before: Learnt | None, transferred: Transferred, now_seconds: float, *, seed: float) -> Learnt:
-    """Return the estimate after one more measured transfer.
+def learn(
+    before: Learnt | None, transferred: Transferred, now_seconds: float, *, seed: float
+) -> Learnt | None:
+    """Return the estimate after one more measured transfer; None = still nothing is known.
 
     Args:
         before: The estimate so far; None = only `seed` is known.
@@ -36,7 +38,7 @@ def learn(before: Learnt | None, transferred: Transferred, now_seconds: float, *
         seed: The store's own figure, in bytes per second; counts as one sample. 0 = it has none.
     """
     if transferred.bytes < LEAST_BYTES or transferred.seconds <= 0:
-        return before or _first(seed or transferred.bytes, now_seconds)
+        return before or (_first(seed, now_seconds) if seed > 0 else None)
     sample = math.log(transferred.bytes / transferred.seconds)
     if before is None:
         if seed <= 0:

@@ -70,7 +70,9 @@ def rates_after(
     for lesson in lessons:
         known = rates.get(lesson.tier)
         own = known if known is not None and known.weight > 0 else None
-        rates[lesson.tier] = learn(own, lesson, node.last_seen_seconds, seed=0.0)
+        taught = learn(own, lesson, node.last_seen_seconds, seed=0.0)
+        if taught is not None:
+            rates[lesson.tier] = taught
     for stage, rate in fleet.rates.items():
         if stage not in rates or rates[stage].weight == 0:
             rates[stage] = replace(rate, weight=0.0)
@@ -83,7 +85,9 @@ def fleet_after(fleet: Fleet, lessons: list[Transferred], now_seconds: float) ->
         return fleet
     rates = dict(fleet.rates)
     for lesson in lessons:
-        rates[lesson.tier] = learn(rates.get(lesson.tier), lesson, now_seconds, seed=0.0)
+        taught = learn(rates.get(lesson.tier), lesson, now_seconds, seed=0.0)
+        if taught is not None:
+            rates[lesson.tier] = taught
     return replace(fleet, rates=rates)
 
 

@@ -42,6 +42,13 @@ def test_a_disk_that_has_become_slower_is_believed_after_some_starts() -> None:
     assert rate_of(learnt(*[4.0] * 20, *[1.0] * 60)) < 1.3 * GB
 
 
+def test_a_transfer_too_small_to_tell_a_rate_teaches_none() -> None:
+    small = Transferred(tier="disk", bytes=700_000, seconds=0.2)
+
+    assert learn(None, small, 0.0, seed=0.0) is None
+    assert learn(learnt(2.0), small, 1.0, seed=0.0) == learnt(2.0)
+
+
 def test_moves_are_a_line_through_what_was_measured() -> None:
     cost: MoveCost | None = None
     for tokens in (100, 1000, 3000, 500):
