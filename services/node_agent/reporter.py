@@ -136,8 +136,10 @@ class Reporter:
                         host.apply(PoolWanted(count=wanted))
                     if ack.fence > host.state.highest_fence:
                         host.apply(FenceSeen(fence=ack.fence))
+                    # not wait_for: before Python 3.12 it loses a cancellation that comes with the change
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
+                        async with asyncio.timeout(self._heartbeat_seconds):
+                            await self._changed.wait()
 
     async def _send(
         self,

@@ -214,5 +214,6 @@ class WorkerLink:
 
     async def _ends_by_itself(self) -> bool:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), EXIT_GRACE_SECONDS)
+            async with asyncio.timeout(EXIT_GRACE_SECONDS):
+                await self._exited.wait()
         return self._exited.is_set()

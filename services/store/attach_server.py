@@ -118,7 +118,8 @@ class AttachServer:
             self._open -= 1
 
     async def _attach(self, connection: socket.socket) -> None:
-        request = await asyncio.wait_for(_receive(connection), REQUEST_SECONDS)
+        async with asyncio.timeout(REQUEST_SECONDS):
+            request = await _receive(connection)
         began_seconds = self._clock.now_seconds()
         try:
             if self._open > self._max_attachments:

@@ -149,7 +149,8 @@ class Supervisor:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), self._drain_seconds + KILL_AFTER_SECONDS)
+            async with asyncio.timeout(self._drain_seconds + KILL_AFTER_SECONDS):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
