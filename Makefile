@@ -17,7 +17,7 @@ help:
 	@echo "make check      format, lint, types, import contracts"
 	@echo "make fuzz       100,000 mutated files to every reader of checkpoints"
 	@echo "make chaos      64 streams over 4 nodes for 10 minutes, a fault every few seconds: none may change"
-	@echo "make oracle     the real model, killed after every token, answers the same bits"
+	@echo "make oracle     the real model, killed and moved after every token, answers the same bits"
 	@echo "make gpu-check  the tests that need a CUDA device"
 	@echo "MODEL=...       hub id or local folder to use instead of SmolLM2-135M-Instruct"
 
@@ -92,7 +92,8 @@ fuzz: env
 chaos: env
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
-# Every kill position on the real model; an hour or so on two cores. ORACLE_ARGS='--step 8' takes every eighth.
+# Every position of a kill and of a move on the real model; an hour or more. In parts, each going on where the one before
+# ended: ORACLE_ARGS='--results oracle.jsonl --limit-seconds 600', or ORACLE_ARGS='--only float32-*'.
 oracle: env
 	@model=$$($(GET_MODEL)) && OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.oracle "$$model" $(ORACLE_ARGS)
 
