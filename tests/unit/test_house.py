@@ -1,8 +1,10 @@
-"""The structure: import contracts hold, and generated code is not in git."""
+"""The structure: what calls itself pure is pure, protos are explained, generated code is not in git."""
 
 from __future__ import annotations
 
+import ast
 import itertools
+import re
 import subprocess
 from pathlib import Path
 
@@ -71,3 +73,66 @@ def test_a_declaration_without_a_comment_is_found(declaration: str) -> None:
     assert bare_declarations(declaration) == [declaration]
     assert bare_declarations(f"// Why.\n{declaration}") == []
     assert bare_declarations(f"{declaration}  // in litres") == []
+
+
+OUTSIDE_WORLD = frozenset(
+    {"aiohttp", "asyncio", "fcntl", "grpc", "httpx", "logging", "mmap", "os", "prometheus_client", "random"}
+    | {
+        "select",
+        "shutil",
+        "signal",
+        "socket",
+        "subprocess",
+        "tempfile",
+        "threading",
+        "time",
+        "uuid",
+        "uvicorn",
+    }
+)
+"""Modules that read or change something which is not an argument; what decides imports none of them."""
+
+
+def calls_itself_pure(module: ast.Module) -> bool:
+    """Whether the first paragraph of a module's docstring promises: values in, values out."""
+    paragraph = (ast.get_docstring(module) or "").split("\n\n", maxsplit=1)[0]
+    return re.search(r"\bPure\b|, pure\b", paragraph) is not None
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Return the top-level names of all modules imported below `node`, but for those only types come from."""
+    names: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.Import():
+                names |= {alias.name.partition(".")[0] for alias in child.names}
+            case ast.ImportFrom(module=str(module)):
+                names.add(module.partition(".")[0])
+            case _:
+                names |= imported(child)
+    return names
+
+
+def impurities(module: ast.Module) -> set[str]:
+    """Return what a module imports of the outside world although it calls itself pure."""
+    return imported(module) & OUTSIDE_WORLD if calls_itself_pure(module) else set()
+
+
+def test_modules_that_call_themselves_pure_import_nothing_of_the_outside_world() -> None:
+    paths = [path for top in ("stoker", "services") for path in (ROOT / top).rglob("*.py")]
+    modules = {
+        str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths if path.parent.name != "v1"
+    }
+
+    assert sum(map(calls_itself_pure, modules.values())) > 50
+    assert {path: found for path, module in modules.items() if (found := impurities(module))} == {}
+
+
+def test_a_clock_in_a_pure_module_is_found() -> None:
+    """The test above finds what it claims to find."""
+    clock = "def now():\n    import time\n    return time.time()\n"
+
+    assert impurities(ast.parse(f'"""Decides. Pure."""\n{clock}')) == {"time"}
+    assert impurities(ast.parse(f'"""Acts on what pure modules decide."""\n{clock}')) == set()
