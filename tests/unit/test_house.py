@@ -76,7 +76,7 @@ def test_a_declaration_without_a_comment_is_found(declaration: str) -> None:
 
 
 OUTSIDE_WORLD = frozenset(
-    {"aiohttp", "asyncio", "fcntl", "grpc", "httpx", "logging", "mmap", "os", "prometheus_client", "random"}
+    {"aiohttp", "asyncio", "fcntl", "grpc", "httpx", "logging", "mmap", "os", "prometheus_client"}
     | {
         "select",
         "shutil",
