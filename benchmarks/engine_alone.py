@@ -2,8 +2,10 @@
 
     python benchmarks/engine_alone.py FOLDER
 
-Answers each line `streams tokens` on standard input with a JSON line: seconds to the first token, and tokens
-per second from the first request sent to the last token received.
+Answers each JSON line on standard input, `{"streams": 1, "tokens": 2, "prompt_token_ids": [...]}`, with a
+JSON line: seconds to the first token, how many of them the engine itself accounts for (queue and prefill, as
+it tells every caller with a first token), the first session's tokens, and tokens per second from the first
+request sent to the last token received.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,8 +30,7 @@ from stoker.ids import SessionId
 from stoker.models.weights import assign_weights
 
 MAX_BATCH = 8
-PROMPT_TOKENS = 36
-"""As many as the question has in the chat template."""
+WARM_UP_PROMPT = range(100, 136)
 
 
 class EngineAlone:
@@ -46,38 +48,49 @@ class EngineAlone:
         self._done = threading.Event()
         self._open: set[str] = set()
         self._times_seconds: list[float] = []
+        self._token_ids: dict[str, list[int]] = {}
+        self._in_engine_seconds = 0.0
         self._runs = 0
         self._thread = EngineThread(engine, on_outputs=self._take, on_failure=self._fail)
         self._thread.start()
 
-    def run(self, streams: int, tokens: int) -> dict[str, float]:
-        """Return seconds to the first token, and tokens per second, of `streams` sessions at once."""
+    def run(self, streams: int, tokens: int, prompt_token_ids: Sequence[int]) -> dict[str, object]:
+        """Return what `streams` sessions at once gave: `first`, `in_engine`, `token_ids` and `rate`."""
         self._runs += 1
         names = [f"{self._runs}-{index}" for index in range(streams)]
         self._open, self._times_seconds = set(names), []
+        self._token_ids = {name: [] for name in names}
         self._done.clear()
         began_seconds = time.monotonic()
         for name in names:
             self._thread.submit(
                 Submit(
                     session_id=SessionId(name),
-                    prompt_token_ids=tuple(range(100, 100 + PROMPT_TOKENS)),
-                    sampling=Sampling(max_tokens=tokens, ignore_eos=True),
+                    prompt_token_ids=list(prompt_token_ids),
+                    sampling=Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True),
                 )
             )
         self._done.wait()
         times = self._times_seconds
         if len(times) != streams * tokens:
             raise SystemExit(f"expected {streams * tokens} tokens, got {len(times)}")
-        return {"first": times[0] - began_seconds, "rate": len(times) / (times[-1] - began_seconds)}
+        return {
+            "first": times[0] - began_seconds,
+            "in_engine": self._in_engine_seconds,
+            "token_ids": self._token_ids[names[0]],
+            "rate": len(times) / (times[-1] - began_seconds),
+        }
 
     def _take(self, outputs: list[Output]) -> None:
         now_seconds = time.monotonic()
         for output in outputs:
-            if isinstance(output, TokenOut):
-                self._times_seconds.append(now_seconds)
-            else:
+            if not isinstance(output, TokenOut):
                 self._open.discard(output.session_id)
+                continue
+            self._times_seconds.append(now_seconds)
+            self._token_ids[output.session_id].append(output.token_id)
+            if output.timings is not None and len(self._times_seconds) == 1:
+                self._in_engine_seconds = output.timings.queue_seconds + output.timings.prefill_seconds
         if not self._open:
             self._done.set()
 
@@ -89,12 +102,11 @@ class EngineAlone:
 def main() -> None:
     """Run until standard input ends."""
     engine = EngineAlone(Path(sys.argv[1]))
-    engine.run(1, 4)
+    engine.run(1, 4, WARM_UP_PROMPT)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        streams, tokens = map(int, line.split())
-        sys.stdout.write(json.dumps(engine.run(streams, tokens)) + "\n")
+        sys.stdout.write(json.dumps(engine.run(**json.loads(line))) + "\n")
         sys.stdout.flush()
 
 

@@ -103,40 +103,77 @@ class StreamResult:
         return self.token_times_seconds[0] - self.sent_seconds
 
 
+class KeptConnection:
+    """A connection to a gateway that carries one request after another, as a client's pool keeps them.
+
+    Args:
+        base_url: Of the gateway.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        self.host, _, port = base_url.removeprefix("http://").partition(":")
+        self._port = int(port)
+        self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ends(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return where to read and write; connects at the first call."""
+        if self._ends is None:
+            self._ends = await asyncio.open_connection(self.host, self._port)
+        return self._ends
+
+    def close(self) -> None:
+        """Close it; the next call of `ends` connects again."""
+        if self._ends is not None:
+            self._ends[1].close()
+            self._ends = None
+
+
 async def stream_chat(
     base_url: str, body: dict[str, object], result: StreamResult | None = None
+) -> StreamResult:
+    """Send a chat request over a connection of its own and read the stream; see `stream_kept`."""
+    connection = KeptConnection(base_url)
+    try:
+        return await stream_kept(connection, body, result)
+    finally:
+        connection.close()
+
+
+async def stream_kept(
+    connection: KeptConnection, body: dict[str, object], result: StreamResult | None = None
 ) -> StreamResult:
     """Send a chat request and read the stream with a bare socket: the client must not be what is measured.
 
     Args:
-        base_url: Of the gateway.
+        connection: To the gateway; it can carry the next request afterwards.
         body: Of the request.
         result: Filled while the stream comes, for whoever looks meanwhile; one is made if there is none.
 
     Raises:
-        RuntimeError: The answer is not 200, or the stream carried an error.
+        RuntimeError: The answer is not 200, or the stream carried an error or was cut off.
     """
-    host, _, port = base_url.removeprefix("http://").partition(":")
     payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
-        )
-        result = result or StreamResult(sent_seconds=0.0)
-        result.sent_seconds = time.monotonic()
-        writer.write(head.encode() + payload)
-        status = await reader.readline()
-        while (line := await reader.readline()).strip():
-            if line.lower().startswith(b"x-request-id:"):
-                result.request_id = line.split(b":", 1)[1].strip().decode()
-        if b" 200 " not in status:
-            raise RuntimeError(f"{status!r}: {(await reader.read())[:500]!r}")
-        while line := await reader.readline():
-            _take(line, time.monotonic(), result)
-    finally:
-        writer.close()
+    reader, writer = await connection.ends()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {connection.host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
+    )
+    result = result or StreamResult(sent_seconds=0.0)
+    result.sent_seconds = time.monotonic()
+    writer.write(head.encode() + payload)
+    status = await reader.readline()
+    while (line := await reader.readline()).strip():
+        if line.lower().startswith(b"x-request-id:"):
+            result.request_id = line.split(b":", 1)[1].strip().decode()
+    if b" 200 " not in status:
+        connection.close()
+        raise RuntimeError(f"{status!r}: {(await reader.read(500))!r}")
+    while (line := await reader.readline()) != b"0\r\n":  # the last chunk of a body in chunks
+        if not line:
+            connection.close()
+            raise RuntimeError("the stream was cut off")
+        _take(line, time.monotonic(), result)
+    await reader.readline()
     return result
 
 
