@@ -32,3 +32,8 @@ def format_rate(byte_count: float, seconds: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Return e.g. `43 ms` or `1.27 s`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return e.g. `1 model` or `1,200 models`; for nouns whose plural is an `s` more."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -17,7 +17,7 @@ from stoker.client import AsyncClient
 from stoker.client.connection import data_home
 from stoker.errors import NotFound, PeerError
 from stoker.rpc import connect, translated
-from stoker.units import format_bytes, format_seconds
+from stoker.units import format_bytes, format_count, format_seconds
 from stoker.v1 import controller_pb2, node_agent_pb2
 
 SERVICES = ("gateway", "controller", "node_agent", "store")
@@ -85,7 +85,8 @@ def status(controller: ControllerOption = None, output: FormatOption = Format.te
         return
     console.print(
         f"stoker {cluster.version} · leader {cluster.leader} · state {cluster.state_backend} · "
-        f"{cluster.models} models · {cluster.replicas} replicas · {cluster.nodes} nodes",
+        f"{format_count(cluster.models, 'model')} · {format_count(cluster.replicas, 'replica')} · "
+        f"{format_count(cluster.nodes, 'node')}",
         highlight=False,
     )
     print_table(

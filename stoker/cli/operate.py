@@ -13,7 +13,7 @@ from rich.table import Table
 from stoker.cli.models import ControllerOption
 from stoker.cli.output import Format, FormatOption, as_json, console, print_json, print_table
 from stoker.client import AsyncClient
-from stoker.units import format_bytes, format_rate, format_seconds
+from stoker.units import format_bytes, format_count, format_rate, format_seconds
 from stoker.v1 import controller_pb2, node_agent_pb2
 
 READY = node_agent_pb2.REPLICA_STATE_READY
@@ -200,7 +200,8 @@ def _schedule(
         async with AsyncClient(controller=controller) as client:
             return await client.set_node_scheduling(node, scheduling)
 
-    console.print(f"{node} is {word}; {asyncio.run(work())} replicas run there", highlight=False)
+    replicas = format_count(asyncio.run(work()), "replica")
+    console.print(f"{node} is {word}; running there now: {replicas}", highlight=False)
 
 
 def events(
@@ -246,7 +247,10 @@ def top_table(nodes: list[controller_pb2.Node], replicas: list[node_agent_pb2.Re
     """Return one look at the cluster: a line per node in the title, a row per replica, the busiest first."""
     slots = sum(len(node.report.devices) for node in nodes)
     taken = sum(len(replica.devices) for replica in replicas)
-    title = f"{len(nodes)} nodes, {taken} of {slots} slots taken, {len(replicas)} replicas"
+    title = (
+        f"{format_count(len(nodes), 'node')}, {taken} of {format_count(slots, 'slot')} taken, "
+        f"{format_count(len(replicas), 'replica')}"
+    )
     table = Table(title=title, title_justify="left", box=None)
     for column in ("REPLICA", "MODEL", "NODE", "STATE", "RUNNING", "WAITING", "IDLE"):
         table.add_column(column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stoker.units import align_up, format_bytes, format_rate, format_seconds
+from stoker.units import align_up, format_bytes, format_count, format_rate, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,7 @@ def test_a_rate_without_time_is_not_a_number() -> None:
 
 def test_short_times_are_milliseconds() -> None:
     assert (format_seconds(0.0431), format_seconds(1.274)) == ("43 ms", "1.27 s")
+
+
+def test_one_of_something_is_not_many() -> None:
+    assert [format_count(count, "model") for count in (0, 1, 1200)] == ["0 models", "1 model", "1,200 models"]
