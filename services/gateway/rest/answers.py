@@ -156,12 +156,17 @@ class StreamAnswer(_Answer):
         text = self._shape.chunk(choice, delta)
         if self._seen is not None:
             text = self._with_ids(self._seen, choice, delta, text)
-        if not self._opened[choice]:
-            self._opened[choice] = True
-            self._news = Waiting(state="generating")
-            text = self._shape.opening(choice) + text
-        if text:
+        if self._opened[choice]:
+            if text:
+                await self._write(text)
+            return
+        self._opened[choice] = True
+        self._news = Waiting(state="generating")
+        if text := self._shape.opening(choice) + text:
             await self._write(text)
+            await asyncio.sleep(
+                0
+            )  # the loop writes to its sockets when its turn ends: before all that follows
 
     def _with_ids(self, seen: list[Seen], choice: int, delta: Delta, text: str) -> str:
         """Return a delta's messages, each with the id by which its reader may come back."""

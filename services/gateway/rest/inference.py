@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,11 +65,9 @@ def inference_handlers(runner: Runner, clock: Clock, keepalive_seconds: float) -
         http: Request,
         body: bytes,
     ) -> Response:
-        deadline_seconds = read_deadline(http.headers.get(DEADLINE_HEADER))
-        request = replace(
-            asked.to_text_request(http.scope[REQUEST_ID_KEY]),
-            deadline_seconds=deadline_seconds,
-            whole=not asked.stream,
+        request = asked.to_text_request(
+            http.scope[REQUEST_ID_KEY],
+            deadline_seconds=read_deadline(http.headers.get(DEADLINE_HEADER)),
             key=_key(http, body, whole=not asked.stream),
         )
         trace = runner.start_trace(request)
@@ -114,7 +111,7 @@ def _key(http: Request, body: bytes, *, whole: bool) -> RequestKey | None:
         http.headers.get(KEY_HEADER),
         http.headers.get(LAST_EVENT_HEADER),
         owner=http.headers.get("authorization", ""),
-        path=http.url.path,
+        path=http.scope["path"],
         body=body,
     )
     if whole and key is not None and key.seen:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.gateway.request_key import RequestKey
 from services.gateway.sampling import SamplingRequest
 from services.gateway.text_request import Conversation, Prompts, TextRequest
 from stoker.errors import InvalidRequest
@@ -93,9 +94,9 @@ class _Common(BaseModel):
     @classmethod
     def _refuses_what_it_cannot_do(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            for name, (harmless, instead) in _UNSUPPORTED.items():
-                if name in data and data[name] not in harmless:
-                    raise ValueError(f"{name} is not supported by this server{instead}")
+            for name, value in data.items():
+                if name in _UNSUPPORTED and value not in _UNSUPPORTED[name][0]:
+                    raise ValueError(f"{name} is not supported by this server{_UNSUPPORTED[name][1]}")
         return data
 
     @property
@@ -175,8 +176,10 @@ class ChatCompletionRequest(_Common):
             raise ValueError("top_logprobs needs logprobs to be true")
         return self
 
-    def to_text_request(self, request_id: str) -> TextRequest:
-        """Return the request's meaning."""
+    def to_text_request(
+        self, request_id: str, *, deadline_seconds: float | None = None, key: RequestKey | None = None
+    ) -> TextRequest:
+        """Return the request's meaning; what its headers say of deadline and key is given."""
         return TextRequest(
             request_id=request_id,
             model=self.model,
@@ -190,6 +193,9 @@ class ChatCompletionRequest(_Common):
                 top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             ),
             choices=self.n or 1,
+            whole=not self.stream,
+            deadline_seconds=deadline_seconds,
+            key=key,
         )
 
 
@@ -208,8 +214,10 @@ class CompletionRequest(_Common):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Alternatives shown per token; 0 = only the token itself."""
 
-    def to_text_request(self, request_id: str) -> TextRequest:
-        """Return the request's meaning."""
+    def to_text_request(
+        self, request_id: str, *, deadline_seconds: float | None = None, key: RequestKey | None = None
+    ) -> TextRequest:
+        """Return the request's meaning; what its headers say of deadline and key is given."""
         return TextRequest(
             request_id=request_id,
             model=self.model,
@@ -218,6 +226,9 @@ class CompletionRequest(_Common):
                 max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS, top_logprobs=self.logprobs
             ),
             choices=self.n or 1,
+            whole=not self.stream,
+            deadline_seconds=deadline_seconds,
+            key=key,
         )
 
 
