@@ -40,8 +40,8 @@ def check_adapters(spec: model_pb2.ModelSpec) -> None:
             )
         if not adapter.uri or len(adapter.uri) > MAX_URI_CHARACTERS:
             raise InvalidRequest(
-                f"model {spec.name}: adapter {adapter.name} must name a folder in {MAX_URI_CHARACTERS} "
-                "characters",
+                f"model {spec.name}: adapter {adapter.name} must name a folder or a uri in "
+                f"{MAX_URI_CHARACTERS} characters",
                 param="adapters",
             )
         names.add(adapter.name)

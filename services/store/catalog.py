@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from services.store.adapters import describe_adapter
+from services.store.adapters import describe_adapter, describe_far_adapter
 from services.store.far_weights import FarWeights
+from stoker.checkpoint.adapter import adapter_index, is_adapter
 from stoker.checkpoint.attention_facts import read_attention_facts
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.execution_order import execution_order
 from stoker.checkpoint.folder import read_bounded, resolve_file, resolve_folder
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
-from stoker.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, SHARD_INDEX_NAME
+from stoker.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_LAYOUT,
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    SHARD_INDEX_NAME,
+)
 from stoker.checkpoint.manifest import TensorRecord
 from stoker.checkpoint.model_facts import MAX_CONFIG_BYTES
 from stoker.checkpoint.reading import FileSignature
@@ -31,7 +38,7 @@ MAX_ENTRIES = 1024
 RANK_MARK = "#rank="
 """Between a folder and a rank, in what one rank of a cut checkpoint is known by."""
 _MAX_ATTACHED_FILE_BYTES = 8 * MIB
-_ATTACHED_FILES = (CONFIG_NAME, "generation_config.json")
+_ATTACHED_FILES = (CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,15 +147,17 @@ class Catalog:
         """Return what the adapter at `uri` is, which fits the checkpoint.
 
         Args:
-            uri: An absolute path or `file://`.
+            uri: As for `open`.
             checkpoint_uri: As for `open`.
 
         Raises:
-            InvalidRequest, NotFound: As `open`; remote adapters are not supported.
+            InvalidRequest, NotFound: As `open`.
             CheckpointInvalid: It is damaged, of an unsupported kind, or for another base.
         """
         entry = await self.open(checkpoint_uri)
         tensors = {tensor.name: tensor for tensor in entry.tensors}
+        if self._remote is not None and self._remote.known_as(uri) is not None:
+            return describe_far_adapter(await self.open(uri), tensors, checkpoint=entry.uri)
 
         def describe() -> model_pb2.AdapterSpec:
             return describe_adapter(self._folder(uri), tensors, checkpoint=entry.uri)
@@ -240,7 +249,7 @@ def read_entry(folder: Path, *, rank: int | None = None) -> CatalogEntry:
     Raises:
         StokerError: As `open_checkpoint`.
     """
-    index = open_checkpoint(folder, rank=rank)
+    index = adapter_index(folder) if is_adapter(folder) else open_checkpoint(folder, rank=rank)
     before = _folder_signature(index)
     configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}
     return CatalogEntry(
@@ -283,9 +292,17 @@ def _signature(path: Path) -> FileSignature | None:
 
 
 def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInfo:
+    if index.layout == ADAPTER_LAYOUT:
+        return model_pb2.CheckpointInfo(
+            uri=str(index.path),
+            revision=index.revision,
+            layout=index.layout,
+            weight_bytes=index.tensor_bytes,
+            file_bytes=index.weight_bytes,
+            dtype=_dtype_name(index),
+        )
     attention = read_attention_facts(config_text, where=str(index.path / CONFIG_NAME))
     layers = 1 + max((tensor.layer for tensor in index.tensors if tensor.layer is not None), default=-1)
-    dtype = index.dtype or ""
     return model_pb2.CheckpointInfo(
         uri=_uri(index.path, index.rank if index.ranks > 1 else None),
         revision=index.revision,
@@ -293,12 +310,18 @@ def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInf
         weight_bytes=index.tensor_bytes,
         file_bytes=index.weight_bytes,
         architecture=index.facts.architecture or "",
-        dtype=TORCH_NAMES.get(dtype, dtype.lower()),
+        dtype=_dtype_name(index),
         context_tokens=min(index.facts.context_length or 0, 2**32 - 1),
         vocabulary_tokens=min(index.facts.vocab_size or 0, 2**32 - 1),
         layers=attention.layers or layers,
-        kv_bytes_per_token=attention.kv_bytes_per_token(dtype),
+        kv_bytes_per_token=attention.kv_bytes_per_token(index.dtype or ""),
     )
+
+
+def _dtype_name(index: CheckpointIndex) -> str:
+    """Return torch's name of the dtype that most bytes have."""
+    dtype = index.dtype or ""
+    return TORCH_NAMES.get(dtype, dtype.lower())
 
 
 def _uri(folder: Path, rank: int | None) -> str:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from services.store.adapters import refuse_adapter
 from services.store.catalog import Catalog
 from services.store.copies_service import CopiesService
 from services.store.disk_cache.cache import DiskCache
@@ -68,6 +69,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
     ) -> model_pb2.CheckpointInfo:
         """Read headers and config; touch no weights."""
         entry = await self._catalog.open(request.uri)
+        refuse_adapter(entry)
         return entry.info
 
     async def DescribeAdapter(  # noqa: N802 - the method's name in the contract

@@ -1,7 +1,9 @@
 """Adapters in this worker's memory: read when a session first needs them, the longest unused ones let go.
 
 A session leases its adapter from submit to finish, so what computes is never let go. Any thread may ask;
-files are read in a thread of their own, so that neither the event loop nor the engine waits for a disk.
+files are read in threads of their own, so that neither the event loop nor the engine waits for a disk. What
+is far away comes from the store, which fetches it once for all workers of its host; it is copied, and its
+lease ends.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.worker.adapted_rows import AdapterWeights
 from stoker import log
-from stoker.checkpoint.adapter import Adapter, open_adapter
+from stoker.checkpoint.adapter import open_adapter
 from stoker.errors import (
     CapacityError,
     CheckpointInvalid,
@@ -24,17 +26,24 @@ from stoker.errors import (
     LoadFailed,
     StokerError,
 )
-from stoker.loader.adapters import adapter_tensors
+from stoker.loader.adapters import adapter_tensors, attached_plan, attached_tensors
 from stoker.loader.sources import local_folder
 from stoker.models.lora import fitted
 from stoker.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
+    from stoker.attach import Attachment
+    from stoker.checkpoint.adapter import LoraPlan
     from stoker.v1.model_pb2 import AdapterSpec
 
 RETRY_SECONDS = 1.0
+THREADS = 4
+"""Adapters on their way at a time: one that is far away does not keep those on this host waiting."""
+
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 """A module's place in a list; the second one in a name is an expert's in its layer."""
 
@@ -58,16 +67,25 @@ class AdapterCache:
         model: The base, its parameters in place; their content may still be arriving.
         max_count: Adapters kept at most.
         max_bytes: Bytes of all of them at most, in the model's dtype.
+        attach: Asks the store for an adapter that is far away; blocks until it answers.
     """
 
-    def __init__(self, model: nn.Module, *, max_count: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_count: int,
+        max_bytes: int,
+        attach: Callable[[AdapterSpec], Attachment],
+    ) -> None:
         self._model = model
+        self._attach = attach
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._element_bytes = next(model.parameters()).element_size()
         self._lock = threading.Lock()
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "stoker-adapters")
+        self._threads = ThreadPoolExecutor(THREADS, "stoker-adapters")
 
     def lease(self, wanted: AdapterSpec) -> Future[AdapterWeights]:
         """Return an adapter's weights as they come; `release` it once if they do.
@@ -76,7 +94,8 @@ class AdapterCache:
             NotFound, CheckpointInvalid: There is none of that revision, or it is not for this model.
             DoesNotFit: It is larger than all adapters together may be.
             CapacityError: Sessions hold as many as there may be; later may work.
-            LoadFailed: It could not be read.
+            LoadFailed: It could not be read, or the store could not fetch it.
+            PeerError: It is far away, and there is no store.
         """
         key = key_of(wanted)
         with self._lock:
@@ -86,7 +105,7 @@ class AdapterCache:
                 entry.leases += 1
                 return entry.weights
             entry = self._entries[key] = _Entry(leases=1)
-        self._thread.submit(self._load, wanted, entry)
+        self._threads.submit(self._load, wanted, entry)
         return entry.weights
 
     def release(self, wanted: AdapterSpec) -> None:
@@ -103,8 +122,8 @@ class AdapterCache:
         return [weights.result().name for weights in done if weights.exception() is None]
 
     def close(self) -> None:
-        """Let the thread end."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, wanted: AdapterSpec, entry: _Entry) -> None:
         try:
@@ -125,11 +144,13 @@ class AdapterCache:
             )
 
     def _read(self, wanted: AdapterSpec, entry: _Entry) -> AdapterWeights:
+        if wanted.far:
+            return self._fetched(wanted, entry)
         folder = local_folder(wanted.uri)
         if folder is None:
             raise InvalidRequest(
-                f"adapter {wanted.name}: {wanted.uri} is no folder of this host; adapters are read from "
-                "absolute paths and file://"
+                f"adapter {wanted.name}: {wanted.uri} is no folder of this host; deploy the model again, so "
+                "that a store says where it is"
             )
         adapter = open_adapter(folder)
         if wanted.revision and adapter.revision != wanted.revision:
@@ -137,12 +158,24 @@ class AdapterCache:
                 f"adapter {wanted.name} at {wanted.uri} was changed since it was deployed (revision "
                 f"{adapter.revision}, deployed was {wanted.revision}); deploy the model again"
             )
-        self._refuse_rowless(adapter)
-        self._make_room(wanted, entry, self._bytes_of(adapter))
+        self._take_in(wanted, entry, adapter)
         modules = fitted(self._model, adapter, adapter_tensors(adapter))
         return AdapterWeights(name=wanted.name, uri=wanted.uri, revision=adapter.revision, modules=modules)
 
-    def _refuse_rowless(self, adapter: Adapter) -> None:
+    def _fetched(self, wanted: AdapterSpec, entry: _Entry) -> AdapterWeights:
+        with self._attach(wanted) as attachment:
+            plan = attached_plan(attachment)
+            self._take_in(wanted, entry, plan)
+            modules = fitted(self._model, plan, attached_tensors(attachment))
+            revision = attachment.checkpoint.revision
+        return AdapterWeights(name=wanted.name, uri=wanted.uri, revision=revision, modules=modules)
+
+    def _take_in(self, wanted: AdapterSpec, entry: _Entry, adapter: LoraPlan) -> None:
+        """Check an adapter and make room for it, before its bytes are read."""
+        self._refuse_rowless(adapter)
+        self._make_room(wanted, entry, self._bytes_of(adapter))
+
+    def _refuse_rowless(self, adapter: LoraPlan) -> None:
         """Refuse modules that don't see every row of a pass: whose rows they see could not be told.
 
         Raises:
@@ -153,11 +186,11 @@ class AdapterCache:
         wrong = [name for name in adapter.pairs if name in names or len(_NUMBER.findall(name)) > 1]
         if wrong:
             raise CheckpointInvalid(
-                f"{adapter.path} changes {wrong[0]}; the output head and single experts of a layer are not "
-                "supported here: train the adapter without them"
+                f"{adapter.location} changes {wrong[0]}; the output head and single experts of a layer are "
+                "not supported here: train the adapter without them"
             )
 
-    def _bytes_of(self, adapter: Adapter) -> int:
+    def _bytes_of(self, adapter: LoraPlan) -> int:
         elements = sum(pair.rank * (pair.in_features + pair.out_features) for pair in adapter.pairs.values())
         return elements * self._element_bytes
 

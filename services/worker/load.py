@@ -7,6 +7,7 @@ measured, and every failure names what is wrong with what.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from concurrent.futures import Future
@@ -33,10 +34,14 @@ from services.worker.weights_gate import WeightsGate
 from stoker.attach import Attachment, Loaded, attach
 from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.models.weights import assign_weights
+from stoker.v1.model_pb2 import AdapterSpec
 from stoker.v1.start_pb2 import StartTimings
 from stoker.v1.worker_pb2 import LoadModelRequest
 
 Weights = PlacedWeights | DeviceWeights
+
+ADAPTER_ANSWER_SECONDS = 120.0
+"""Until the store answers: it may ask a slow origin for the adapter's header first."""
 
 ENGINE = "transformers"
 CONFIG_FILE = "config.json"
@@ -118,7 +123,23 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
         needs_stages=needs_stages,
         weights=weights,
         loaded=arrival.loaded,
-        adapters=AdapterCache(model, max_count=settings.max_adapters, max_bytes=settings.max_adapter_bytes),
+        adapters=AdapterCache(
+            model,
+            max_count=settings.max_adapters,
+            max_bytes=settings.max_adapter_bytes,
+            attach=functools.partial(attach_adapter, request.attach_socket, settings.worker_id),
+        ),
+    )
+
+
+def attach_adapter(socket: str, holder: str, wanted: AdapterSpec) -> Attachment:
+    """Ask the store for an adapter, in the revision that was deployed; raises as `attach`."""
+    return attach(
+        socket,
+        wanted.uri,
+        revision=wanted.revision,
+        holder=f"{holder} adapter {wanted.name}",
+        timeout_seconds=ADAPTER_ANSWER_SECONDS,
     )
 
 

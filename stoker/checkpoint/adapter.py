@@ -12,21 +12,33 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stoker.checkpoint import digests, hostile_json
 from stoker.checkpoint.folder import read_bounded, resolve_file, resolve_folder
-from stoker.checkpoint.index import CheckpointFile, read_header
+from stoker.checkpoint.index import CheckpointFile, CheckpointIndex, read_header, with_layers
+from stoker.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_LAYOUT,
+    ADAPTER_WEIGHTS_NAME,
+    CHUNK_BYTES,
+    CONFIG_NAME,
+)
+from stoker.checkpoint.manifest import TensorRecord
+from stoker.checkpoint.model_facts import NO_FACTS
 from stoker.checkpoint.safetensors_header import TensorEntry
 from stoker.errors import CheckpointInvalid, NotFound
+from stoker.ids import Revision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1024 * 1024
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+MAX_ADAPTER_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -70,24 +82,57 @@ class LoraPair:
     out_features: int
 
 
+class Matrix(Protocol):
+    """What is known of a stored tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """Return safetensors' name of it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the element counts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
+class LoraPlan:
+    """What an adapter does, checked; its bytes are elsewhere.
+
+    Attributes:
+        location: Its folder, or the uri it comes from.
+        base_model: What it was trained on, as its config says; not checked.
+        pairs: By the module's name in the base model, e.g. `model.layers.0.self_attn.q_proj`.
+    """
+
+    location: str
+    base_model: str
+    pairs: Mapping[str, LoraPair]
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Return the modules' last names."""
+        return tuple(sorted({name.rpartition(".")[2] for name in self.pairs}))
+
+    @property
+    def rank(self) -> int:
+        """Return the highest of its matrices."""
+        return max(pair.rank for pair in self.pairs.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter(LoraPlan):
     """An adapter on disk, checked.
 
     Attributes:
         path: Its folder, links resolved.
-        base_model: What it was trained on, as its config says; not checked.
-        pairs: By the module's name in the base model, e.g. `model.layers.0.self_attn.q_proj`.
-        target_names: The modules' last names.
         entries: The stored tensors by name.
         file: The weights file.
         revision: Changes when its config or the table of its tensors does, or its file's size or time.
     """
 
     path: Path
-    base_model: str
-    pairs: Mapping[str, LoraPair]
-    target_names: tuple[str, ...]
     entries: Mapping[str, TensorEntry]
     file: CheckpointFile
     revision: str
@@ -104,7 +149,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
         folder = resolve_folder(path)
     except NotFound:
         return False
-    return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -115,18 +160,19 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         CheckpointInvalid: It is damaged, hostile, or of a kind that is not supported; the message says which.
     """
     folder = resolve_folder(path)
-    config_path, weights = resolve_file(folder, CONFIG_NAME), resolve_file(folder, WEIGHTS_NAME)
+    config_path, weights = (
+        resolve_file(folder, ADAPTER_CONFIG_NAME),
+        resolve_file(folder, ADAPTER_WEIGHTS_NAME),
+    )
     if config_path is None or weights is None:
-        missing = CONFIG_NAME if config_path is None else WEIGHTS_NAME
+        missing = ADAPTER_CONFIG_NAME if config_path is None else ADAPTER_WEIGHTS_NAME
         raise CheckpointInvalid(
             f"{folder} has no {missing}; give the folder of a LoRA adapter in PEFT's format."
         )
-    text = read_bounded(config_path, limit_bytes=MAX_CONFIG_BYTES)
-    config = hostile_json.parse_object(text, where=str(config_path))
-    _refuse_unsupported(config, str(config_path))
+    text = read_bounded(config_path, limit_bytes=MAX_ADAPTER_CONFIG_BYTES)
     header, header_text, size = read_header(weights)
     entries = {entry.name: entry for entry in header.tensors}
-    pairs = _pairs(entries, config, str(folder))
+    plan = plan_of(text, entries, location=str(folder))
     signature = [
         digests.digest(text),
         digests.digest(header_text),
@@ -134,15 +180,73 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         str(weights.stat().st_mtime_ns),
     ]
     return Adapter(
+        location=plan.location,
+        base_model=plan.base_model,
+        pairs=plan.pairs,
         path=folder,
-        base_model=str(config.get("base_model_name_or_path") or ""),
-        pairs=pairs,
-        target_names=tuple(sorted({name.rpartition(".")[2] for name in pairs})),
         entries=entries,
         file=CheckpointFile(
-            name=WEIGHTS_NAME, path=weights, size_bytes=size, data_start=header.data_start, chunk_digests=()
+            name=ADAPTER_WEIGHTS_NAME,
+            path=weights,
+            size_bytes=size,
+            data_start=header.data_start,
+            chunk_digests=(),
         ),
         revision=digests.digest_of_texts(signature),
+    )
+
+
+def plan_of(config_text: bytes, tensors: Mapping[str, Matrix], *, location: str) -> LoraPlan:
+    """Return what the adapter with this config and these tensors does; pure.
+
+    Args:
+        config_text: Of `adapter_config.json`.
+        tensors: By their names in the file.
+        location: Where they come from, for messages.
+
+    Raises:
+        CheckpointInvalid: It is damaged, hostile, or of a kind that is not supported; the message says which.
+    """
+    where = f"{location}/{ADAPTER_CONFIG_NAME}"
+    config = hostile_json.parse_object(config_text, where=where)
+    _refuse_unsupported(config, where)
+    return LoraPlan(
+        location=location,
+        base_model=str(config.get("base_model_name_or_path") or ""),
+        pairs=_pairs(tensors, config, location),
+    )
+
+
+def adapter_index(path: str | os.PathLike[str]) -> CheckpointIndex:
+    """Return the adapter in the folder `path` as stores move it: one file of tensors, like any checkpoint.
+
+    Raises:
+        NotFound, CheckpointInvalid: As `open_adapter`.
+    """
+    adapter = open_adapter(path)
+    start = adapter.file.data_start
+    records = {
+        name: TensorRecord(
+            name=name,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            file=adapter.file.name,
+            offset=start + entry.begin,
+            nbytes=entry.nbytes,
+            layer=None,
+        )
+        for name, entry in adapter.entries.items()
+    }
+    return CheckpointIndex(
+        path=adapter.path,
+        layout=ADAPTER_LAYOUT,
+        revision=Revision(adapter.revision),
+        files=(adapter.file,),
+        tensors=with_layers(records),
+        tied_groups=(),
+        small_files=(ADAPTER_CONFIG_NAME,),
+        chunk_bytes=CHUNK_BYTES,
+        facts=NO_FACTS,
     )
 
 
@@ -161,8 +265,8 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
             raise CheckpointInvalid(f"{where}: {field} is not supported: {meaning}.")
 
 
-def _pairs(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str) -> dict[str, LoraPair]:
-    sides: dict[str, dict[str, TensorEntry]] = {}
+def _pairs(entries: Mapping[str, Matrix], config: Mapping[str, Any], where: str) -> dict[str, LoraPair]:
+    sides: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     strange = []
     for name, entry in entries.items():
         match = _NAME.fullmatch(name)
@@ -174,7 +278,7 @@ def _pairs(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], where:
         ):
             strange.append(name)
         else:
-            sides[match["module"]][match["side"]] = entry
+            sides[match["module"]][match["side"]] = name, entry.shape
     if strange:
         raise CheckpointInvalid(
             f"{where}: {len(strange)} tensors are no LoRA matrices of linear modules "
@@ -182,30 +286,34 @@ def _pairs(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], where:
             "are not supported."
         )
     if not sides:
-        raise CheckpointInvalid(f"{where}: {WEIGHTS_NAME} holds no LoRA matrices; fetch the adapter again.")
+        raise CheckpointInvalid(
+            f"{where}: {ADAPTER_WEIGHTS_NAME} holds no LoRA matrices; fetch the adapter again."
+        )
     return {module: _pair(module, both, config, where) for module, both in sides.items()}
 
 
-def _pair(module: str, sides: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str) -> LoraPair:
-    a, b = sides.get("A"), sides.get("B")
-    if a is None or b is None:
+def _pair(
+    module: str, sides: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any], where: str
+) -> LoraPair:
+    if sides.keys() != {"A", "B"}:
         raise CheckpointInvalid(f"{where}: {module} has only one of lora_A and lora_B; fetch it again.")
+    (a, a_shape), (b, b_shape) = sides["A"], sides["B"]
     rank = _of_module(config, module, default="r", pattern="rank_pattern", where=where)
-    if not (isinstance(rank, int) and 0 < rank <= MAX_RANK) or a.shape[0] != rank or b.shape[1] != rank:
+    if not (isinstance(rank, int) and 0 < rank <= MAX_RANK) or a_shape[0] != rank or b_shape[1] != rank:
         raise CheckpointInvalid(
-            f"{where}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, and the config says "
+            f"{where}: {module} has lora_A {list(a_shape)} and lora_B {list(b_shape)}, and the config says "
             f"rank {str(rank)[:20]}; fetch the adapter again."
         )
     alpha = _of_module(config, module, default="lora_alpha", pattern="alpha_pattern", where=where)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise CheckpointInvalid(f"{where}: lora_alpha of {module} is {str(alpha)[:20]!r}, not a number.")
     return LoraPair(
-        a=a.name,
-        b=b.name,
+        a=a,
+        b=b,
         rank=rank,
         scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
-        in_features=a.shape[1],
-        out_features=b.shape[0],
+        in_features=a_shape[1],
+        out_features=b_shape[0],
     )
 
 

@@ -65,7 +65,8 @@ class CheckpointIndex:
 
     Attributes:
         path: The folder, links resolved.
-        layout: `converted` has `stoker.json`, aligned tensors and digests; `in_place` has none of them.
+        layout: `converted` has `stoker.json`, aligned tensors and digests; `in_place` has none of them;
+            `adapter` is no model but what is added to one (`adapter.adapter_index`).
         revision: Changes when the bytes do; 32 hex digits. In place: by headers, sizes, times and config.
         files: Weights files; by rank, or by shard name.
         tensors: By file and offset, filler left out.
@@ -79,7 +80,7 @@ class CheckpointIndex:
     """
 
     path: Path
-    layout: Literal["converted", "in_place"]
+    layout: Literal["converted", "in_place", "adapter"]
     revision: Revision
     files: tuple[CheckpointFile, ...]
     tensors: tuple[TensorRecord, ...]
@@ -312,7 +313,7 @@ def _open_in_place(folder: Path) -> CheckpointIndex:
         layout="in_place",
         revision=Revision(digests.digest_of_texts(signature)),
         files=tuple(files),
-        tensors=_with_layers(entries),
+        tensors=with_layers(entries),
         tied_groups=(),
         small_files=tuple(small),
         chunk_bytes=CHUNK_BYTES,
@@ -320,7 +321,8 @@ def _open_in_place(folder: Path) -> CheckpointIndex:
     )
 
 
-def _with_layers(entries: dict[str, TensorRecord]) -> tuple[TensorRecord, ...]:
+def with_layers(entries: dict[str, TensorRecord]) -> tuple[TensorRecord, ...]:
+    """Return tensors by file and offset, each with the layer that its name says."""
     layers = {placed.name: placed.layer for placed in execution_order(entries)}
     return tuple(
         TensorRecord(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from stoker.units import MIB
 
 LAYOUT_VERSION = 1
@@ -25,6 +27,13 @@ SHARD_INDEX_NAME = "model.safetensors.index.json"
 """Where Hugging Face lists the shards of a checkpoint that has several files."""
 
 CONFIG_NAME = "config.json"
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+"""What PEFT calls the files of a LoRA adapter."""
+
+ADAPTER_LAYOUT: Final = "adapter"
+"""What a store calls an adapter that it moves like a checkpoint."""
 
 DATA_ALIGNMENT_BYTES = 4096
 """Tensor data starts on this boundary: the strictest that direct I/O asks for."""

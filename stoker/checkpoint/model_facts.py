@@ -40,6 +40,12 @@ class ModelFacts:
     ties_embeddings: bool | None
 
 
+NO_FACTS = ModelFacts(
+    architecture=None, model_type=None, context_length=None, vocab_size=None, ties_embeddings=None
+)
+"""Of what has no `config.json`."""
+
+
 def read_facts(config_text: bytes, *, where: str) -> ModelFacts:
     """Return the facts in the text of a `config.json`.
 

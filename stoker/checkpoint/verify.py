@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stoker.checkpoint.adapter import adapter_index, is_adapter
 from stoker.checkpoint.digests import Digest, digest
 from stoker.checkpoint.folder import open_regular, read_bounded, read_exactly, resolve_file, resolve_folder
 from stoker.checkpoint.index import open_checkpoint, read_manifest, weights_path
@@ -97,7 +98,7 @@ def verify(
     """Check the checkpoint in the folder `path`; blocks while it reads everything.
 
     Args:
-        path: A converted checkpoint, or safetensors in place.
+        path: A converted checkpoint, safetensors in place, or a LoRA adapter.
         progress: Called after each slice with the bytes checked and the bytes to check, one call at a time.
         threads: Readers at once, each with a buffer of 4 MiB; default: the CPUs, at most `MAX_THREADS`.
 
@@ -108,7 +109,7 @@ def verify(
     """
     folder = resolve_folder(path)
     if resolve_file(folder, MANIFEST_NAME) is None:
-        index = open_checkpoint(folder)
+        index = adapter_index(folder) if is_adapter(folder) else open_checkpoint(folder)
         return VerifyReport(
             path=folder,
             revision=index.revision,

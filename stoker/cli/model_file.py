@@ -88,7 +88,7 @@ class AdapterEntry(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """What clients add to the model's name after a colon."""
     uri: str = Field(min_length=1, max_length=1024)
-    """Folder of the adapter, in PEFT's format, that every node can see."""
+    """Folder of the adapter, in PEFT's format, that every node can see, or a URI that stores fetch."""
 
 
 class ModelEntry(Defaults):

@@ -57,7 +57,9 @@ def deploy(
     max_context: Annotated[int, typer.Option(min=0, help="tokens; 0 = the model's own limit")] = 0,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="NAME=FOLDER of a LoRA adapter, asked for as MODEL:NAME; repeatable"),
+        typer.Option(
+            "--adapter", help="NAME=FOLDER or NAME=URI of a LoRA adapter, asked for as MODEL:NAME; repeatable"
+        ),
     ] = None,
     devices: Annotated[int, typer.Option(min=0, help="device slots per replica; 0 = default (1)")] = 0,
     require: Annotated[
@@ -210,7 +212,9 @@ def checkpoint_uri(checkpoint: str) -> str:
 def _adapter(text: str) -> model_pb2.AdapterSpec:
     name, mark, folder = text.partition("=")
     if not (mark and name and folder):
-        raise InvalidRequest(f"--adapter {text!r}: give NAME=FOLDER, e.g. poet=/adapters/poet")
+        raise InvalidRequest(
+            f"--adapter {text!r}: give NAME=FOLDER or NAME=URI, e.g. poet=/adapters/poet or poet=hf://owner/poet"
+        )
     return model_pb2.AdapterSpec(name=name, uri=checkpoint_uri(folder))
 
 

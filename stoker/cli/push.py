@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from stoker.checkpoint.adapter import adapter_index, is_adapter
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
-from stoker.checkpoint.layout import MANIFEST_NAME, SHARD_INDEX_NAME
+from stoker.checkpoint.layout import ADAPTER_CONFIG_NAME, CONFIG_NAME, MANIFEST_NAME, SHARD_INDEX_NAME
 from stoker.cli.cache import transfer_bar
 from stoker.cli.output import Format, FormatOption, console, print_json
 from stoker.errors import AlreadyExists, ConfigError, InvalidRequest, PeerError
@@ -27,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def push_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    folder: Annotated[Path, typer.Argument(help="folder of a checkpoint or of a LoRA adapter")],
     uri: Annotated[str, typer.Argument(help=f"where to: {', '.join(SCHEMES)} or a path")],
     *,
     overwrite: Annotated[
@@ -35,8 +36,8 @@ def push_command(
     ] = False,
     output: FormatOption = Format.text,
 ) -> None:
-    """Upload a checkpoint; what says that it is complete goes last. Credentials come from the environment."""
-    index = open_checkpoint(folder)
+    """Upload a checkpoint or an adapter; what makes it complete goes last. Credentials: from the environment."""
+    index = adapter_index(folder) if is_adapter(folder) else open_checkpoint(folder)
     with transfer_bar("pushing") as progress:
         pushed = push(index, uri, overwrite=overwrite, progress=progress)
     if output is Format.json:
@@ -69,12 +70,14 @@ def push(
     obstore, store = _open(uri)
     sizes = {name: (index.path / name).stat().st_size for name in _names(index)}
     total_bytes, done_bytes = sum(sizes.values()), 0
-    marks = (MANIFEST_NAME, "config.json")
+    marks = (MANIFEST_NAME, CONFIG_NAME, ADAPTER_CONFIG_NAME)
     try:
         there = {meta["path"].rpartition("/")[2] for meta in obstore.list_with_delimiter(store)["objects"]}
         if there.intersection(marks):
             if not overwrite:
-                raise AlreadyExists(f"{uri} holds a checkpoint already; replace it with --overwrite")
+                raise AlreadyExists(
+                    f"{uri} holds a checkpoint or an adapter already; replace it with --overwrite"
+                )
             obstore.delete(store, [name for name in marks if name in there])
         for name in sizes:
             for piece_bytes in _sent(obstore, store, index.path / name, name):
@@ -90,13 +93,14 @@ def _names(index: CheckpointIndex) -> list[str]:
     """Return the files to send: weights first, and last what makes the folder a checkpoint."""
     converted = index.layout == "converted"
     listing = not converted and (index.path / SHARD_INDEX_NAME).is_file()
-    small = [name for name in index.small_files if name != "config.json"]
+    last = ADAPTER_CONFIG_NAME if index.layout == "adapter" else CONFIG_NAME
+    small = [name for name in index.small_files if name != last]
     weights = [file.name for file in index.files]
     return [
         *weights,
         *small,
         *([SHARD_INDEX_NAME] if listing else []),
-        "config.json",
+        last,
         *([MANIFEST_NAME] if converted else []),
     ]
 

@@ -20,7 +20,7 @@ from stoker.errors import AlreadyExists, CheckpointInvalid, NotFound
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from stoker.checkpoint.adapter import Adapter
+    from stoker.checkpoint.adapter import LoraPlan
 
 ADAPTERS_ATTRIBUTE = "stoker_adapters"
 """Where a model keeps its adapters."""
@@ -154,7 +154,9 @@ def adapters_of(model: nn.Module) -> Adapters:
     return adapters
 
 
-def fitted(model: nn.Module, adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> dict[str, LoraWeights]:
+def fitted(
+    model: nn.Module, adapter: LoraPlan, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, LoraWeights]:
     """Return an adapter's weights for the modules of a model, in its dtype and on its device.
 
     Args:
@@ -173,7 +175,8 @@ def fitted(model: nn.Module, adapter: Adapter, tensors: Mapping[str, torch.Tenso
     ]
     if wrong:
         raise CheckpointInvalid(
-            f"{adapter.path} is no adapter for this {type(model).__name__}: {', '.join(wrong[:_SHOWN_NAMES])}"
+            f"{adapter.location} is no adapter for this {type(model).__name__}: "
+            f"{', '.join(wrong[:_SHOWN_NAMES])}"
             f"{f' and {len(wrong) - _SHOWN_NAMES} more' if len(wrong) > _SHOWN_NAMES else ''}; it was "
             f"trained on {adapter.base_model or 'a model that it does not name'}"
         )

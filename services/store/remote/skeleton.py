@@ -16,9 +16,17 @@ from services.store.disk_cache.record import modified_ns
 from services.store.origins.origin import RemoteFile
 from services.store.origins.ranges import Ranges
 from stoker.checkpoint import manifest
+from stoker.checkpoint.adapter import MAX_ADAPTER_CONFIG_BYTES
 from stoker.checkpoint.digests import digest
 from stoker.checkpoint.folder import resolve_file
-from stoker.checkpoint.layout import MANIFEST_NAME, SHARD_INDEX_NAME, WEIGHTS_NAME
+from stoker.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    SHARD_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 from stoker.checkpoint.safetensors_header import LENGTH_BYTES, header_length
 from stoker.checkpoint.shards import MAX_SHARD_INDEX_BYTES, weight_map
 from stoker.checkpoint.small_files import MAX_SMALL_FILE_BYTES, MAX_SMALL_FILES_BYTES, SMALL_FILE_NAMES
@@ -29,7 +37,8 @@ _FIRST_READ_BYTES = 256 * KIB
 """Of a weights file: most headers fit."""
 
 _READERS = 8
-_DESCRIBING = (MANIFEST_NAME, SHARD_INDEX_NAME, WEIGHTS_NAME, *SMALL_FILE_NAMES)
+_OF_ADAPTERS = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
+_DESCRIBING = (MANIFEST_NAME, SHARD_INDEX_NAME, WEIGHTS_NAME, *SMALL_FILE_NAMES, *_OF_ADAPTERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +55,17 @@ class Described:
 def describe(ranges: Ranges, *, known: Collection[str] = ()) -> Described:
     """Ask which describing files are there, and those of `known` names.
 
+    What lies beside them and belongs to the other kind, model or adapter, is left out: adapters are stored
+    with copies of their base's tokenizer.
+
     Raises:
         StokerError: The origin can't be asked, or refuses.
     """
-    return Described(files=ranges.find([*dict.fromkeys([*_DESCRIBING, *known])]))
+    found = ranges.find([*dict.fromkeys([*_DESCRIBING, *known])])
+    is_adapter = ADAPTER_CONFIG_NAME in found and CONFIG_NAME not in found
+    return Described(
+        files={name: file for name, file in found.items() if (name in _OF_ADAPTERS) == is_adapter}
+    )
 
 
 def build_skeleton(ranges: Ranges, described: Described, folder: Path) -> dict[str, RemoteFile]:
@@ -66,14 +82,18 @@ def build_skeleton(ranges: Ranges, described: Described, folder: Path) -> dict[s
         OSError: The disk can't.
     """
     found = described.files
-    small = [found[name] for name in SMALL_FILE_NAMES if name in found]
+    small = [found[name] for name in (*SMALL_FILE_NAMES, ADAPTER_CONFIG_NAME) if name in found]
     if sum(file.size_bytes for file in small) > MAX_SMALL_FILES_BYTES:
         raise CheckpointInvalid(
             f"{ranges.origin.uri}: its small files have more than {format_bytes(MAX_SMALL_FILES_BYTES)} "
             "together; remove what does not belong to the model"
         )
-    limits = {MANIFEST_NAME: manifest.MAX_MANIFEST_BYTES, SHARD_INDEX_NAME: MAX_SHARD_INDEX_BYTES}
-    whole = small + [found[name] for name in limits if name in found]
+    limits = {
+        MANIFEST_NAME: manifest.MAX_MANIFEST_BYTES,
+        SHARD_INDEX_NAME: MAX_SHARD_INDEX_BYTES,
+        ADAPTER_CONFIG_NAME: MAX_ADAPTER_CONFIG_BYTES,
+    }
+    whole = small + [found[name] for name in (MANIFEST_NAME, SHARD_INDEX_NAME) if name in found]
     with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="skeleton") as threads:
         contents = threads.map(
             lambda file: ranges.read_whole(file, limit_bytes=limits.get(file.name, MAX_SMALL_FILE_BYTES)),
@@ -103,6 +123,8 @@ def unchanged(now: Described, files: Collection[RemoteFile]) -> bool:
 def _weights(ranges: Ranges, found: dict[str, RemoteFile], folder: Path) -> Sequence[RemoteFile]:
     """Return the weights files; checks the small files that a manifest vouches for."""
     uri = ranges.origin.uri
+    if ADAPTER_CONFIG_NAME in found:
+        return _find(ranges, [ADAPTER_WEIGHTS_NAME])
     if MANIFEST_NAME in found:
         told = manifest.parse((folder / MANIFEST_NAME).read_bytes(), where=f"{uri}/{MANIFEST_NAME}")
         for small in told.small_files:
@@ -128,7 +150,8 @@ def _weights(ranges: Ranges, found: dict[str, RemoteFile], folder: Path) -> Sequ
             resolve_file(folder, name)  # refuses what is no plain name
         return _find(ranges, names)
     raise CheckpointInvalid(
-        f"{uri} has neither {WEIGHTS_NAME} nor {SHARD_INDEX_NAME}; give the folder of a checkpoint"
+        f"{uri} has neither {WEIGHTS_NAME} nor {SHARD_INDEX_NAME}, and no {ADAPTER_CONFIG_NAME}; give the "
+        "folder of a checkpoint, or of a LoRA adapter in PEFT's format"
     )
 
 

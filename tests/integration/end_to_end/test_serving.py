@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.integration.end_to_end.stoker_up import (
     assert_nothing_listens,
     stoker,
 )
+from tests.integration.store.origin_server import origin_server
 from tests.integration.tiny_adapter import make_tiny_adapter
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
@@ -184,15 +186,23 @@ def test_the_command_line_shows_what_runs(up: StokerUp, tiny_model: Path) -> Non
     assert stoker("run", "cli", "x", data_dir=home).returncode == 1
 
 
-def test_adapters_are_chosen_per_request_on_one_replica(
-    up: StokerUp, tiny_model: Path, tmp_path: Path
+@pytest.fixture
+def poet_elsewhere(tmp_path: Path) -> Iterator[str]:
+    """The url of the same adapter as `poet` of the test below."""
+    with origin_server(make_tiny_adapter(tmp_path / "elsewhere", seed=0)) as server:
+        yield server.url
+
+
+def test_adapters_near_and_far_are_chosen_per_request_on_one_replica(
+    up: StokerUp, tiny_model: Path, tmp_path: Path, poet_elsewhere: str
 ) -> None:
     poet, coder = (
         make_tiny_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("poet", "coder"))
     )
-    names = ["lora", "lora:coder", "lora:poet"]
+    names = ["lora", "lora:coder", "lora:poet", "lora:far"]
     deployed = stoker(
         *("deploy", "lora", str(tiny_model), "--adapter", f"poet={poet}", "--adapter", f"coder={coder}"),
+        *("--adapter", f"far={poet_elsewhere}"),
         data_dir=up.data_dir,
     )
     assert deployed.returncode == 0, deployed.stderr
@@ -207,8 +217,8 @@ def test_adapters_are_chosen_per_request_on_one_replica(
             return answer.choices[0].message.content
 
     alone = {name: ask(name) for name in names}
-    with ThreadPoolExecutor(9) as threads:
-        together = list(threads.map(ask, names * 3))
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(ask, names * 2))
     with up.client() as client:  # another set of adapters, the same replica
         adapters = [model_pb2.AdapterSpec(name="poet", uri=str(poet))]
         client.deploy(model_pb2.ModelSpec(name="lora", checkpoint_uri=str(tiny_model), adapters=adapters))
@@ -219,8 +229,9 @@ def test_adapters_are_chosen_per_request_on_one_replica(
             )
         )
 
-    assert len(set(alone.values())) == len(names)
-    assert together == [alone[name] for name in names] * 3
+    assert len(set(alone.values())) == len(names) - 1
+    assert alone["lora:far"] == alone["lora:poet"]
+    assert together == [alone[name] for name in names] * 2
     assert by_grpc == alone["lora:poet"]
     with up.openai() as client:
         assert {model.id for model in client.models.list()} >= {"lora", "lora:poet"}

@@ -9,6 +9,8 @@ import stoker
 from stoker.attach.attachment import Attachment
 from stoker.errors import NotFound, PeerError
 from tests.integration.store.daemon import running
+from tests.integration.store.origin_server import origin_server
+from tests.unit.loader.test_adapters import lora
 from tests.unit.loader.tiny_models import logits, tiny_model
 
 
@@ -47,6 +49,18 @@ def test_auto_finds_the_daemon_by_its_variable_and_does_without_it(daemon, folde
     assert len(attached) == 1
     assert with_daemon.keys() == without.keys()
     assert all(torch.equal(with_daemon[name], tensor) for name, tensor in without.items())
+
+
+def test_an_adapter_from_elsewhere_comes_through_the_daemon(daemon, tmp_path) -> None:
+    near, far = tiny_model("llama"), tiny_model("llama")
+    stoker.load_adapter(near, lora(tmp_path / "poet"))
+    with origin_server(tmp_path / "poet") as origin:
+        with pytest.raises(PeerError, match="only a store daemon can fetch it"):
+            stoker.load_adapter(far, origin.url, daemon=None)
+        adapters = stoker.load_adapter(far, origin.url, daemon=daemon.attach_socket)
+
+    assert adapters.names == ("one",)  # as the origin's folder is called
+    assert torch.equal(logits(far), logits(near))
 
 
 def test_an_open_checkpoint_of_a_daemon_gives_tensors_and_slices(daemon, folder) -> None:

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from stoker.attach import attach
+from stoker.checkpoint.adapter import adapter_index
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import open_checkpoint
 from stoker.cli.push import push
@@ -21,6 +22,7 @@ from stoker.v1 import checkpoint_store_pb2 as pb
 from tests.integration.store.daemon import running
 from tests.integration.store.origin_server import OriginServer, origin_server, serve_file, tag_of
 from tests.integration.store.test_store import SECONDS, contents, files, write_checkpoint
+from tests.unit.services.store.test_adapters import lora
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CHUNK = 64 * KIB
@@ -136,6 +138,16 @@ def test_what_was_pushed_is_the_checkpoint_again(folder, tmp_path, convert_first
     with pytest.raises(AlreadyExists, match="--overwrite"):
         push(source, str(target), overwrite=False)
     push(source, target.as_uri(), overwrite=True)
+
+
+def test_a_pushed_adapter_is_the_adapter_again_and_its_config_goes_last(tmp_path):
+    target = tmp_path / "target"
+    sent = push(adapter_index(lora(tmp_path / "poet")), str(target), overwrite=False)
+
+    assert list(sent) == ["adapter_model.safetensors", "adapter_config.json"]
+    assert files(target) == files(tmp_path / "poet")
+    with pytest.raises(AlreadyExists, match="an adapter already"):
+        push(adapter_index(tmp_path / "poet"), str(target), overwrite=False)
 
 
 def test_pushing_to_where_it_cannot_go_is_refused(folder):

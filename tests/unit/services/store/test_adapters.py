@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.store.catalog import Catalog
+from services.store.adapters import refuse_adapter
+from services.store.catalog import Catalog, CatalogEntry, read_entry
 from stoker.errors import CheckpointInvalid, InvalidRequest, NotFound
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -83,3 +84,90 @@ async def test_an_adapter_that_is_not_there_or_not_allowed_is_refused(catalog, t
         await catalog.describe_adapter(str(tmp_path / "none"), checkpoint_uri=checkpoint)
     with pytest.raises(InvalidRequest, match="s3://"):
         await catalog.describe_adapter("s3://bucket/a", checkpoint_uri=checkpoint)
+
+
+class Far:
+    """Folders as if they were elsewhere; see `OpensRemote`."""
+
+    def __init__(self, **folders: str) -> None:
+        self.folders = {f"http://origin/{name}": Path(folder) for name, folder in folders.items()}
+        self.opened: list[str] = []
+
+    def known_as(self, uri: str) -> str | None:
+        """See `OpensRemote`."""
+        return uri if uri in self.folders else None
+
+    def open(self, uri: str, *, revision: str) -> CatalogEntry:
+        """See `OpensRemote`."""
+        assert not revision
+        self.opened.append(uri)
+        entry = read_entry(self.folders[uri])
+        entry.info.uri = uri
+        return entry
+
+    def on_disk(self) -> list[CatalogEntry]:
+        """See `OpensRemote`."""
+        return []
+
+
+@pytest.fixture
+def catalog_with():
+    made: list[Catalog] = []
+
+    def make(**folders: str) -> Catalog:
+        made.append(Catalog(allowed_roots=(), remote=Far(**folders)))
+        return made[-1]
+
+    yield make
+    for catalog in made:
+        catalog.close()
+
+
+async def test_a_far_adapter_is_described_as_a_near_one_is_and_marked(catalog_with, tmp_path) -> None:
+    folder, checkpoint = lora(tmp_path / "a"), base(tmp_path / "m")
+    catalog = catalog_with(poet=folder)
+
+    near = await catalog.describe_adapter(folder, checkpoint_uri=checkpoint)
+    far = await catalog.describe_adapter("http://origin/poet", checkpoint_uri=checkpoint)
+
+    assert (far.uri, far.far, near.far) == ("http://origin/poet", True, False)
+    near.uri, near.far = far.uri, True
+    assert far == near
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        (
+            {"out": 5},
+            r"http://origin/poet is no adapter for .*weight is \[6, 4\], the adapter's \[5, 4\]",
+        ),
+        ({"module": "model.layers.9.self_attn.q_proj"}, "no such module"),
+    ],
+)
+async def test_a_far_adapter_for_another_base_is_refused(catalog_with, tmp_path, adapter, reason) -> None:
+    catalog = catalog_with(poet=lora(tmp_path / "a", **adapter))
+    with pytest.raises(CheckpointInvalid, match=reason):
+        await catalog.describe_adapter("http://origin/poet", checkpoint_uri=base(tmp_path / "m"))
+
+
+async def test_a_whole_model_is_no_adapter_and_an_adapter_is_no_model(catalog_with, tmp_path) -> None:
+    checkpoint = base(tmp_path / "m")
+    catalog = catalog_with(model=checkpoint, poet=lora(tmp_path / "a"))
+
+    with pytest.raises(CheckpointInvalid, match=r"holds a whole model .LlamaForCausalLM., no adapter"):
+        await catalog.describe_adapter("http://origin/model", checkpoint_uri=checkpoint)
+    with pytest.raises(CheckpointInvalid, match=r"is a LoRA adapter of .*deploy its base, with --adapter"):
+        refuse_adapter(await catalog.open("http://origin/poet"))
+    refuse_adapter(await catalog.open("http://origin/model"))
+
+
+async def test_an_adapter_whose_config_says_another_rank_is_refused_where_it_is_opened(
+    catalog_with, tmp_path
+) -> None:
+    folder = Path(lora(tmp_path / "a"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 2}')
+    catalog = catalog_with(poet=str(folder))
+
+    with pytest.raises(CheckpointInvalid, match="the config says rank 3"):
+        await catalog.describe_adapter("http://origin/poet", checkpoint_uri=base(tmp_path / "m"))
