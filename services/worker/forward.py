@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from services.worker.adapted_rows import AdaptedModules
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
-from services.worker.row_linear import PROOFS, make_rows_uniform
+from services.worker.row_linear import make_rows_uniform
+from services.worker.row_product import PROOFS
 from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
 

@@ -71,10 +71,17 @@ class RowProofs:
         """Say whether one product of `rows` rows is proven to equal small ones; if not known, want it."""
         known = self._proven.get(shape)
         if known is None:
-            if len(self._proven) + len(self._wanted) < MAX_SHAPES:
+            if not self._is_full():
                 self._wanted[shape] = None
             return False
         return known
+
+    def is_settled(self, shape: ProductShape) -> bool:
+        """Say whether `holds` will not change its mind."""
+        return shape in self._proven or (shape not in self._wanted and self._is_full())
+
+    def _is_full(self) -> bool:
+        return len(self._proven) + len(self._wanted) >= MAX_SHAPES
 
     def prove_next(self) -> bool:
         """Try one shape that was wanted; return False if there is none. Milliseconds."""

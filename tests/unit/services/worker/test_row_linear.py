@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from services.worker.attention import planned
-from services.worker.row_linear import PROOFS, RowConv1D, RowLinear
+from services.worker.row_linear import make_rows_uniform
+from services.worker.row_product import PROOFS
 
 ROW_COUNTS = {3: (3, 6, 9), 2: (2, 8), 32: (32, 64, 96)}
 
@@ -23,8 +25,10 @@ class Groups:
 def layer_of(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(3)
     # More columns than a block holds, the last block narrower.
-    layer = RowLinear(576, 900) if kind == "linear" else RowConv1D(900, 576)
-    return layer.to(dtype)
+    layer = torch.nn.Linear(576, 900) if kind == "linear" else Conv1D(900, 576)
+    layer.to(dtype)
+    make_rows_uniform(layer)
+    return layer
 
 
 def by_layer(layer: torch.nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:
