@@ -96,7 +96,7 @@ def due_of(view: View, name: ModelName, tally: Tally) -> float | None:
     if model is None:
         return NOW if tally.replicas else None
     asked = asked_for(view, model)
-    loaded = tally.sessions // model.concurrency + 1 if tally.sessions else 0
+    loaded = -(-tally.sessions // model.concurrency)
     wanted = min(model.max_replicas, max(model.min_replicas, asked, loaded))
     if tally.cares or tally.live < wanted or tally.live > model.max_replicas or name in view.refusals:
         return NOW

@@ -77,7 +77,7 @@ def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
     asked = max(asked_for(planner.view, model), int(_is_expected(planner, model)))
     ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
     sessions = sum(replica.sessions for replica in ready)
-    loaded = sessions // model.concurrency + 1 if sessions else 0
+    loaded = -(-sessions // model.concurrency)
     queued = len(ready) + 1 if _queues(planner, model.name) else 0
     return min(model.max_replicas, max(model.min_replicas, asked, loaded, queued))
 

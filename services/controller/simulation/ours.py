@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 from services.controller.actions import Action, Migrate, Note, Release, Start, Stop
 from services.controller.events import (
@@ -31,6 +32,7 @@ from services.controller.simulation.hardware import ModelSpec
 from services.controller.simulation.world import Phase as Standing
 from services.controller.simulation.world import SimNode, SimReplica, Tiers, World
 from services.controller.view import (
+    Checkpoint,
     Device,
     Held,
     Model,
@@ -44,7 +46,7 @@ from services.controller.view import (
     StartStages,
     View,
 )
-from stoker.ids import CheckpointUri, ModelName, ReplicaId, Revision
+from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 
 _REVISION = Revision("1")
 _NEVER_SECONDS = 1e12
@@ -73,6 +75,8 @@ class Ours:
         self._preempts = preempts
         self._view = View()
         self._waiters: Counter[ModelName] = Counter()
+        self._queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
+        """Of models that wait at ready replicas: how many, and at which."""
         self._replicas: dict[ReplicaId, SimReplica] = {}
         self._reserved: dict[SimReplica, ReplicaId] = {}
         self._targets: dict[SimReplica, SimReplica] = {}
@@ -114,8 +118,7 @@ class Ours:
                 del self._waiters[name]
 
     def _tell_nodes(self, world: World) -> None:
-        queued = {replica.node.node_id: None for name in world.waiting for replica in world.replicas[name]}
-        for node_id in {**world.changed_nodes, **queued}:
+        for node_id in {**world.changed_nodes, **self._queue_elsewhere(world)}:
             node = world.nodes[node_id]
             if node.down:
                 self._fold(NodeUnreachable(node_id=node_id))
@@ -125,6 +128,17 @@ class Ours:
         for replica in [each for each in self._reserved if each.phase is Standing.GONE]:
             del self._replicas[self._reserved.pop(replica)]
             self._targets.pop(replica, None)
+
+    def _queue_elsewhere(self, world: World) -> dict[NodeId, None]:
+        """Return the nodes whose ready replicas have other queues than was told."""
+        queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
+        for name in world.waiting:
+            ready = [each for each in world.replicas[name] if each.phase is Standing.READY]
+            if ready:
+                queues[name] = (len(world.queues[name]), *ready)
+        changed = {name for name in {**self._queues, **queues} if queues.get(name) != self._queues.get(name)}
+        self._queues = queues
+        return {replica.node.node_id: None for name in sorted(changed) for replica in world.replicas[name]}
 
     def _node(self, node: SimNode, world: World) -> Node:
         replicas = [each for each in node.replicas if each in self._reserved]
@@ -244,21 +258,25 @@ def _model(spec: ModelSpec, world: World) -> Model:
     )
 
 
-def _held(node: SimNode) -> dict[tuple[CheckpointUri, Revision], Held]:
+def _held(node: SimNode) -> dict[Checkpoint, Held]:
     names = {**node.dram, **node.stored}
-    return {
-        (CheckpointUri(f"sim://{name}"), _REVISION): Held(
-            dram_bytes=node.dram.get(name, 0), disk_bytes=node.stored.get(name, 0)
-        )
-        for name in names
-    }
+    return {_checkpoint(name): _holding(node.dram.get(name, 0), node.stored.get(name, 0)) for name in names}
+
+
+@cache
+def _checkpoint(name: ModelName) -> Checkpoint:
+    return (CheckpointUri(f"sim://{name}"), _REVISION)
+
+
+@cache
+def _holding(dram_bytes: int, disk_bytes: int) -> Held:
+    return Held(dram_bytes=dram_bytes, disk_bytes=disk_bytes)
 
 
 def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replica:
     ready = replica.phase is Standing.READY
     queue = world.queues[replica.model.name]
-    serving = sum(each.phase is Standing.READY for each in world.replicas[replica.model.name])
-    queued = -(-len(queue) // serving) if ready and queue else 0
+    queued = _queued_at(replica, len(queue), world) if ready and queue else 0
     seconds = (replica.ready_seconds or world.now) - replica.began_seconds
     return Replica(
         replica_id=replica_id,
@@ -266,8 +284,16 @@ def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replic
         phase=Phase.READY if ready else Phase.STARTING,
         devices=replica.devices,
         sessions=len(replica.sessions) + queued,
+        waiting_sessions=queued,
         waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
         idle_since_seconds=replica.idle_since_seconds,
         stages=StartStages(weights_seconds=seconds, total_seconds=seconds) if ready else StartStages(),
         context_tokens=sum(world.tokens_of(session) for session in replica.sessions),
     )
+
+
+def _queued_at(replica: SimReplica, waiting: int, world: World) -> int:
+    """Return how many of a model's waiting sessions wait at this ready replica: an equal part, none twice."""
+    serving = [each for each in world.replicas[replica.model.name] if each.phase is Standing.READY]
+    share, rest = divmod(waiting, len(serving))
+    return share + (serving.index(replica) < rest)
