@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from setting import median
+from loading_results import Sitting, cpu_of, speed_of, wall_of
 
 from stoker.units import GB
 
@@ -17,8 +17,12 @@ TARGET_CACHED_OVER_DIRECT = 3.0
 TARGET_ATTACH_SECONDS = 0.010
 TARGET_VERIFY_SHARE = 0.10
 
-Figures = dict[tuple[str, bool], list[dict[str, float]]]
-"""Answers by row name and whether it was cold."""
+FIO = "fio"
+LOOP = "preadv_loop"
+CACHED_DIRECT = "direct_though_cached"
+STOKER = "stoker"
+ATTACH = "attach"
+LIMITS = ((FIO, "limit"), (LOOP, "limit, pool's size"), (CACHED_DIRECT, "limit"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,83 +50,75 @@ class Row:
     memory: str = "own"
 
 
-def of(figures: Figures, name: str, field: str, *, cold: bool) -> float:
-    """Return the median of a figure."""
-    return median([answer[field] for answer in figures[name, cold]])
+def limit_of(sitting: Sitting) -> str:
+    """Return what rows are compared with: fio, or the loop where there is no fio."""
+    return FIO if FIO in sitting.names(cold=True) else LOOP
 
 
-def rate(figures: Figures, name: str, *, cold: bool) -> float:
-    """Return median bytes per second."""
-    return median([answer["tensor_bytes"] / answer["wall_seconds"] for answer in figures[name, cold]])
-
-
-def print_table(figures: Figures, rows: Sequence[Row], missing: Mapping[str, str]) -> None:
+def print_table(sitting: Sitting, rows: Sequence[Row]) -> None:
     """Print one line per row, cold beside warm."""
+    for number, part in enumerate(sitting.parts, start=1):
+        print(f"# part {number}: {part}")
     head = f"{'wall s':>8}{'CPU s':>8}{'GB/s':>8}{'of limit':>10}"
-    print(f"{'':<22}{'cold':>34}{'warm':>34}\n{'':<22}{head}{head}  memory")
-    limit = "fio" if ("fio", True) in figures else "preadv_loop"
-    lines = [("fio", "limit"), ("preadv_loop", "limit, pool's size"), ("direct_though_cached", "limit")]
-    for name, memory in [*lines, *((row.name, row.memory) for row in rows)]:
-        if name in missing:
-            print(f"{name:<22}  not run: {missing[name]}")
-            continue
-        cells = ""
-        for cold in (True, False):
-            if (name, cold) not in figures:
-                cells += " " * 34
-                continue
-            speed = rate(figures, name, cold=cold)
-            cells += (
-                f"{of(figures, name, 'wall_seconds', cold=cold):8.3f}"
-                f"{of(figures, name, 'cpu_seconds', cold=cold):8.3f}{speed / GB:8.2f}"
-                f"{speed / rate(figures, limit, cold=cold):10.2f}"
-            )
-        print(f"{name:<22}{cells}  {memory}")
+    print(f"\n{'':<22}{'cold':>34}{'warm':>34}\n{'':<22}{head}{head}{'rounds':>8}  memory")
+    for name, memory in [*LIMITS, *((row.name, row.memory) for row in rows)]:
+        if name in sitting.missing:
+            print(f"{name:<22}  not run: {sitting.missing[name]}")
+        elif name in sitting.names(cold=True) | sitting.names(cold=False):
+            cells = _cells(sitting, name, cold=True) + _cells(sitting, name, cold=False)
+            count = max(len(sitting.values(name, "wall_seconds", cold=cold)) for cold in (True, False))
+            print(f"{name:<22}{cells}{count:8}  {memory}")
 
 
-def judge(figures: Figures, rows: Sequence[Row], attaches: Sequence[dict[str, float]]) -> bool:
-    """Print each target beside its figure; return whether all are met."""
-    limit = "fio" if ("fio", True) in figures else "preadv_loop"
-    peers = [row.name for row in rows if not row.ours and (row.name, True) in figures]
-    wall = {name: of(figures, name, "wall_seconds", cold=True) for name in ["stoker", *peers]}
-    cpu = {name: of(figures, name, "cpu_seconds", cold=True) for name in ["stoker", *peers]}
-    checks: list[tuple[str, float, float, bool]] = []
+def _cells(sitting: Sitting, name: str, *, cold: bool) -> str:
+    if name not in sitting.names(cold=cold):
+        return " " * 34
+    return (
+        f"{sitting.median(name, 'wall_seconds', cold=cold):8.3f}"
+        f"{sitting.median(name, 'cpu_seconds', cold=cold):8.3f}{sitting.speed(name, cold=cold) / GB:8.2f}"
+        f"{sitting.ratio(name, limit_of(sitting), speed_of, cold=cold):10.2f}"
+    )
+
+
+def judge(sitting: Sitting, rows: Sequence[Row]) -> bool:
+    """Print each target beside its figure; return whether all are met. Ratios are medians over rounds."""
+    cold = sitting.names(cold=True)
+    limit = limit_of(sitting)
+    peers = [row.name for row in rows if not row.ours and row.name in cold]
+    checks: list[tuple[str, bool]] = []
 
     def at_least(what: str, figure: float, target: float) -> None:
-        checks.append((f"{what} {figure:.2f} (>= {target:g})", figure, target, figure >= target))
+        checks.append((f"{what} {figure:.2f} (>= {target:g})", figure >= target))
 
     def at_most(what: str, figure: float, target: float) -> None:
-        checks.append((f"{what} {figure:.3g} (<= {target:g})", figure, target, figure <= target))
+        checks.append((f"{what} {figure:.3g} (<= {target:g})", figure <= target))
 
-    at_least(
-        f"cold, of {limit}",
-        rate(figures, "stoker", cold=True) / rate(figures, limit, cold=True),
-        TARGET_OF_FIO,
-    )
+    at_least(f"cold, of {limit}", sitting.ratio(STOKER, limit, speed_of, cold=True), TARGET_OF_FIO)
     if peers:
-        fastest = min(peers, key=wall.__getitem__)
-        leanest = min(peers, key=cpu.__getitem__)
-        at_least(f"cold, over the fastest peer ({fastest})", wall[fastest] / wall["stoker"], 1.0)
-        at_most(f"CPU, of the leanest peer ({leanest})", cpu["stoker"] / cpu[leanest], TARGET_CPU_SHARE)
-    if "safetensors_mmap" in peers:
-        at_least("cold, over safetensors mmap", wall["safetensors_mmap"] / wall["stoker"], TARGET_OVER_MMAP)
-    at_least(
-        "cached, over direct I/O on the cached file",
-        rate(figures, "stoker", cold=False) / rate(figures, "direct_though_cached", cold=False),
-        TARGET_CACHED_OVER_DIRECT,
-    )
-    if ("stoker_first", True) in figures:
-        pairs = zip(figures["stoker_first", True], figures["stoker", True], strict=True)
-        share = median([first["wall_seconds"] / later["wall_seconds"] for first, later in pairs]) - 1
+        faster = {peer: sitting.ratio(peer, STOKER, wall_of, cold=True) for peer in peers}
+        leaner = {peer: sitting.ratio(STOKER, peer, cpu_of, cold=True) for peer in peers}
+        fastest, leanest = min(faster, key=faster.__getitem__), max(leaner, key=leaner.__getitem__)
+        at_least(f"cold, over the fastest peer ({fastest})", faster[fastest], 1.0)
+        if "safetensors_mmap" in peers:
+            at_least("cold, over safetensors mmap", faster["safetensors_mmap"], TARGET_OVER_MMAP)
+        at_most(f"CPU, of the leanest peer ({leanest})", leaner[leanest], TARGET_CPU_SHARE)
+    if CACHED_DIRECT in sitting.names(cold=False):
+        at_least(
+            "cached, over direct I/O on the cached file",
+            sitting.ratio(STOKER, CACHED_DIRECT, speed_of, cold=False),
+            TARGET_CACHED_OVER_DIRECT,
+        )
+    if "stoker_first" in cold:
+        share = sitting.ratio("stoker_first", STOKER, wall_of, cold=True) - 1
         at_most("checking all digests, of a cold load", share, TARGET_VERIFY_SHARE)
-    at_most(
-        "attach, seconds", median([answer["attach_seconds"] for answer in attaches]), TARGET_ATTACH_SECONDS
-    )
-    print(f"\nattach of a fresh process and a byte of every page: "
-          f"{median([answer['wall_seconds'] for answer in attaches]) * 1000:.1f} ms")  # fmt: skip
-    met = all(held for *_, held in checks)
+    if ATTACH in sitting.names(cold=False):
+        attach_seconds = sitting.median(ATTACH, "attach_seconds", cold=False)
+        at_most("attach, seconds", attach_seconds, TARGET_ATTACH_SECONDS)
+        touched = sitting.median(ATTACH, "wall_seconds", cold=False)
+        print(f"\nattach of a fresh process and a byte of every page: {touched * 1000:.1f} ms")
+    met = all(held for _, held in checks)
     print(
         f"{'met' if met else 'MISSED'}: "
-        + "; ".join(f"{'' if held else 'NOT '}{text}" for text, _, _, held in checks)
+        + "; ".join(f"{'' if held else 'NOT '}{text}" for text, held in checks)
     )
     return met

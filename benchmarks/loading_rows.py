@@ -1,12 +1,17 @@
-"""One row of `loading.py`: load a checkpoint once, in this fresh process, and say what it took.
+"""The rows of `loading.py`: each loads a checkpoint once, in a fresh process whose imports are done.
 
-Run by `loading.py` with the python that has the row's library:
+Run by `loading.py` with the python that has the rows' libraries:
 
-    python loading_rows.py ROW '{"folder": ..., ...}'
+    python loading_rows.py serve '["ROW", ...]'
+    python loading_rows.py write_other_formats '{"file": ..., ...}'
 
-Everything is imported first, then `ready` is printed; the parent prepares the page cache and sends a line;
-the clock runs from there until every tensor is there and one byte of each of its pages has been read, so that
-lazy loaders pay for what they put off. The answer is one line of JSON.
+`serve` imports the libraries of all its rows once and says which of them cannot run, with the reason. Then
+it forks a process for every line `{"row": ..., "paths": ...}` that it reads: importing torch and
+transformers takes longer than a load, and no row's clock holds it. The process collects what imports left
+behind, prints `ready` and waits for a line; meanwhile the page cache is prepared. The clock runs from that
+line until every tensor is there and one byte of each of its pages has been read, so that lazy loaders pay
+for what they put off. A loader that hands tensors over one by one has them read one by one. The answer is
+one line of JSON.
 """
 
 # ruff: noqa: PLC0415 - a row imports its own library only, before its clock starts
@@ -15,9 +20,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,65 +31,66 @@ PAGE_BYTES = 4096
 _THREADS = 4
 
 Tensors = Mapping[str, Any]
-Load = Callable[[], tuple[Tensors, Mapping[str, float]]]
-"""Loads; returns tensors by name and what else was measured. Made by a row's function after its imports."""
+Paths = dict[str, str]
+Load = Callable[[Paths, dict[str, float]], Iterable[Any]]
+"""Loads what the paths name; returns the tensors, or hands them over as they come, and may note what else it
+measured. Made by a row's function, which imports."""
 
 
 class NotHere(Exception):
     """The library cannot run on this machine; says why."""
 
 
-def touch(tensors: Iterable[Any]) -> int:
-    """Read one byte of every page of every tensor; return their sum, the same for every right loader."""
+def touch(tensor: Any) -> int:
+    """Read one byte of every page of a tensor; return their sum, the same for every right loader."""
     import torch
 
-    return sum(
-        int(tensor.detach().reshape(-1).view(torch.uint8)[::PAGE_BYTES].sum(dtype=torch.int64))
-        for tensor in tensors
-        if tensor.numel()
-    )
+    if not tensor.numel():
+        return 0
+    pages = tensor.detach().reshape(-1).view(torch.uint8)[::PAGE_BYTES]
+    return int(pages.sum(dtype=torch.int64))
 
 
-def stoker(paths: dict[str, str]) -> Load:
+def stoker() -> Load:
     """The store daemon's pool, mapped into this process: tensors are the pool's memory."""
     from stoker.attach import attach
     from stoker.attach.tensors import tensors
 
-    def load() -> tuple[Tensors, Mapping[str, float]]:
+    def load(paths: Paths, noted: dict[str, float]) -> Iterator[Any]:
         began = time.perf_counter()
         attachment = attach(paths["socket"], paths["folder"], holder="benchmark")
         found = tensors(attachment)
-        attached = time.perf_counter() - began
+        noted["attach_seconds"] = time.perf_counter() - began
+        for name, each in found.items():
+            attachment.wait_tensor(name)
+            yield each
         attachment.wait_all()
-        return found, {"attach_seconds": attached}
 
     return load
 
 
-def stoker_library(paths: dict[str, str]) -> Load:
+def stoker_library() -> Load:
     """`stoker.load_tensors` without a daemon: its memory is taken inside the clock."""
     import stoker as library
 
-    if not hasattr(library, "load_tensors"):
-        raise NotHere("this version of stoker has no load_tensors")
-    return lambda: (library.load_tensors(paths["folder"], daemon=None), {})
+    return lambda paths, _: library.load_tensors(paths["folder"], daemon=None).values()
 
 
-def safetensors_mmap(paths: dict[str, str]) -> Load:
+def safetensors_mmap() -> Load:
     """`safetensors.torch.load_file`: maps the file."""
     from safetensors.torch import load_file
 
-    return lambda: (load_file(paths["file"]), {})
+    return lambda paths, _: load_file(paths["file"]).values()
 
 
-def safetensors_read(paths: dict[str, str]) -> Load:
+def safetensors_read() -> Load:
     """`safetensors.torch.load` of the file's bytes."""
     from safetensors.torch import load
 
-    return lambda: (load(Path(paths["file"]).read_bytes()), {})
+    return lambda paths, _: load(Path(paths["file"]).read_bytes()).values()
 
 
-def transformers(paths: dict[str, str]) -> Load:
+def transformers() -> Load:
     """`AutoModelForCausalLM.from_pretrained`: the module is built inside the clock."""
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama  # noqa: F401 - imported before the clock starts
@@ -91,67 +98,68 @@ def transformers(paths: dict[str, str]) -> Load:
 
     logging.disable_progress_bar()
 
-    def load() -> tuple[Tensors, Mapping[str, float]]:
+    def load(paths: Paths, _: dict[str, float]) -> Iterable[Any]:
         model = AutoModelForCausalLM.from_pretrained(paths["folder"], dtype="auto")
-        return dict(model.named_parameters()), {}
+        return list(model.parameters())
 
     return load
 
 
-def runai_streamer(paths: dict[str, str]) -> Load:
-    """Run:ai model streamer with its defaults."""
+def runai_streamer() -> Load:
+    """Run:ai model streamer with its defaults; it hands tensors over as they come."""
     from runai_model_streamer import SafetensorsStreamer
 
-    def load() -> tuple[Tensors, Mapping[str, float]]:
+    def load(paths: Paths, _: dict[str, float]) -> Iterator[Any]:
         with SafetensorsStreamer() as streamer:
             streamer.stream_file(paths["file"])
-            return dict(streamer.get_tensors()), {}
+            for _name, each in streamer.get_tensors():
+                yield each
 
     return load
 
 
-def fastsafetensors(paths: dict[str, str]) -> Load:
+def fastsafetensors() -> Load:
     """The library without GPUDirect Storage, onto the CPU."""
     from fastsafetensors import SafeTensorsFileLoader
 
-    def load() -> tuple[Tensors, Mapping[str, float]]:
+    def load(paths: Paths, _: dict[str, float]) -> Iterable[Any]:
         loader = SafeTensorsFileLoader(None, device="cpu", nogds=True, max_threads=_THREADS)
         loader.add_filenames({0: [paths["file"]]})
         buffer = loader.copy_files_to_device()
-        return {name: buffer.get_tensor(name) for name in loader.get_keys()}, {}
+        return [buffer.get_tensor(name) for name in loader.get_keys()]
 
     return load
 
 
-def instanttensor(paths: dict[str, str]) -> Load:
+def instanttensor() -> Load:
     """InstantTensor, where it agrees to load without a GPU."""
     import instanttensor as library
 
-    def load() -> tuple[Tensors, Mapping[str, float]]:
+    def load(paths: Paths, _: dict[str, float]) -> Iterable[Any]:
         try:
             with library.safe_open(paths["file"], framework="pt", device="cpu") as file:
-                return dict(file.tensors()), {}
+                return dict(file.tensors()).values()
         except (ValueError, RuntimeError, AssertionError) as error:
             raise NotHere(f"{type(error).__name__}: {error}") from error
 
     return load
 
 
-def tensorizer(paths: dict[str, str]) -> Load:
+def tensorizer() -> Load:
     """Read from its own format, with as many readers as it chooses."""
     from tensorizer import TensorDeserializer
 
-    return lambda: (dict(TensorDeserializer(paths["tensorized"], device="cpu")), {})
+    return lambda paths, _: TensorDeserializer(paths["tensorized"], device="cpu").values()
 
 
-def torch_mmap(paths: dict[str, str]) -> Load:
+def torch_mmap() -> Load:
     """`torch.load(mmap=True)` from torch's own format."""
     import torch
 
-    return lambda: (torch.load(paths["pickled"], mmap=True, weights_only=True), {})
+    return lambda paths, _: torch.load(paths["pickled"], mmap=True, weights_only=True).values()
 
 
-ROWS: dict[str, Callable[[dict[str, str]], Load]] = {
+ROWS: dict[str, Callable[[], Load]] = {
     function.__name__: function
     for function in (
         stoker,
@@ -192,39 +200,80 @@ def _tensorize(serializer: Any, found: Tensors, path: str) -> None:
     writer.close()
 
 
+def serve(names: list[str]) -> None:
+    """Import, say which rows cannot run here, and fork a process per line until there is no more."""
+    import torch  # every row pays for this import before the clock
+
+    torch.set_num_threads(1)  # no thread may be there when this process forks
+    loads: dict[str, Load] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            loads[name] = ROWS[name]()
+        except ImportError as error:
+            missing[name] = f"{error}".splitlines()[0]
+    say({"missing": missing})
+    while line := hear():
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            measure(loads[order["row"]], order["paths"])
+            sys.stdout.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def measure(load: Load, paths: Paths) -> None:
+    """Run a row once in this process; see the module."""
+    import torch
+
+    torch.zeros(PAGE_BYTES, dtype=torch.uint8)[::PAGE_BYTES].sum(dtype=torch.int64)
+    gc.collect()  # what the imports left behind would otherwise be collected inside somebody's clock
+    gc.freeze()
+    say("ready")
+    hear()
+    noted: dict[str, float] = {}
+    checksum = 0
+    kept = []
+    try:
+        began_cpu, began = time.process_time(), time.perf_counter()
+        for tensor in load(paths, noted):
+            checksum += touch(tensor)
+            kept.append(tensor)
+        ended = time.perf_counter()
+    except NotHere as error:
+        say({"not_here": str(error).splitlines()[0]})
+        return
+    cpu_seconds = time.process_time() - began_cpu
+    byte_count = sum(tensor.nbytes for tensor in kept)
+    say(
+        {
+            "wall_seconds": ended - began,
+            "cpu_seconds": cpu_seconds,
+            "tensor_bytes": byte_count,
+            "checksum": checksum,
+            **noted,
+        }
+    )
+
+
+def say(what: object) -> None:
+    """Print a line for `loading.py`."""
+    print(json.dumps(what), flush=True)
+
+
+def hear() -> str:
+    """Return a line of `loading.py`, which never sends two at once; unbuffered: forked processes read too."""
+    return os.read(0, 65536).decode()
+
+
 def main() -> int:
     """Run the command."""
-    row, paths = sys.argv[1], json.loads(sys.argv[2])
-    if row == "write_other_formats":
-        write_other_formats(paths)
-        return 0
-    try:
-        load = ROWS[row](paths)
-        import torch  # every row pays for this import before the clock
-
-        torch.set_num_threads(1)
-        torch.zeros(PAGE_BYTES, dtype=torch.uint8)[::PAGE_BYTES].sum(dtype=torch.int64)
-        gc.collect()  # what the imports left behind would otherwise be collected inside somebody's clock
-        print("ready", flush=True)
-        sys.stdin.readline()
-        began_cpu, began = time.process_time(), time.perf_counter()
-        found, more = load()
-        loaded = time.perf_counter()
-        checksum = touch(found.values())
-        ended = time.perf_counter()
-    except (NotHere, ImportError) as error:
-        print(json.dumps({"not_here": str(error)}), flush=True)
-        return 0
-    answer = {
-        "wall_seconds": ended - began,
-        "load_seconds": loaded - began,
-        "touch_seconds": ended - loaded,
-        "cpu_seconds": time.process_time() - began_cpu,
-        "tensor_bytes": sum(tensor.nbytes for tensor in found.values()),
-        "checksum": checksum,
-        **more,
-    }
-    print(json.dumps(answer), flush=True)
+    what, argument = sys.argv[1], json.loads(sys.argv[2])
+    if what == "write_other_formats":
+        write_other_formats(argument)
+    else:
+        serve(argument)
     return 0
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from setting import ROOT
@@ -20,6 +21,7 @@ from setting import ROOT
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2, checkpoint_store_pb2_grpc
 
+_ROWS = Path(__file__).with_name("loading_rows.py")
 _START_SECONDS = 120.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _COLD_AT_MOST = 0.01
@@ -123,23 +125,70 @@ def daemon(pool_bytes: int) -> Iterator[Daemon]:
             running.close()
 
 
+class RowServer:
+    """A process of one python that has imported what its rows need, and forks one that loads at each order.
+
+    Attributes:
+        missing: Rows whose library is not there, with the reason.
+    """
+
+    def __init__(self, python: str, rows: Sequence[str]) -> None:
+        """Start it; returns when its imports are done, seconds later."""
+        self._process = subprocess.Popen(
+            [python, str(_ROWS), "serve", json.dumps(list(rows))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )
+        self.missing: dict[str, str] = self._hear("importing")["missing"]
+
+    def load(self, row: str, paths: dict[str, str], prepare: Callable[[], None]) -> dict[str, float]:
+        """Load once in a fresh process; `prepare` is called when it is ready, right before its clock starts.
+
+        Raises:
+            RuntimeError: It died.
+        """
+        self._say({"row": row, "paths": paths})
+        self._hear(row)
+        prepare()
+        self._say("go")
+        answer: dict[str, float] = self._hear(row)
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(30)
+
+    def _say(self, what: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def _hear(self, about: str) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{about}: the process that loads ended; its errors are above")
+        return json.loads(line)
+
+
 def in_fresh_process(command: Sequence[str], prepare: Callable[[], None]) -> dict[str, float]:
-    """Start a process that imports first, prepare the page cache, then let it load; returns its answer."""
+    """Start a command that prints `ready`, prepare the page cache, then let it run; returns its answer."""
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
-        first = process.stdout.readline()
-        if first.strip() == "ready":
+        if process.stdout.readline().strip() == "ready":
             prepare()
             process.stdin.write("go\n")
             process.stdin.flush()
-            first = process.stdout.readline()
-        errors = process.stderr.read()
-    if process.returncode or not first.strip():
-        raise RuntimeError(f"{' '.join(command[1:3])} failed ({process.returncode}): {errors[-2000:]}")
-    answer: dict[str, float] = json.loads(first)
+        line = process.stdout.readline()
+    if process.returncode or not line.strip():
+        raise RuntimeError(f"{' '.join(command[1:3])} failed ({process.returncode}); its errors are above")
+    answer: dict[str, float] = json.loads(line)
     return answer
