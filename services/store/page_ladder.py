@@ -31,6 +31,7 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _MFD_NOEXEC_SEAL = 0x0008
 _PRESENT_AT_LEAST = 0.9
+_MADE_HUGE = frozenset({"tmpfs_huge", "memfd_huge"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +76,9 @@ def open_shared_memory(
         )
         for backing, make in rungs:
             with suppress(_NotOffered):
-                return _mapped(make(), length, backing, advise=False)
+                return _mapped(make(), length, backing)
     try:
-        return _mapped(_memfd(length, 0), length, "memfd", advise=huge_possible)
+        return _mapped(_memfd(length, 0), length, "memfd_huge" if huge_possible else "memfd")
     except _NotOffered as error:
         raise ConfigError(
             f"no shared memory of {format_bytes(length)} can be had: {error}; set a smaller pool_bytes"
@@ -88,15 +89,21 @@ class _NotOffered(Exception):
     """This rung does not hold here."""
 
 
-def _mapped(descriptor: int, length: int, backing: str, *, advise: bool) -> SharedMemory:
+def _mapped(descriptor: int, length: int, backing: str) -> SharedMemory:
+    """Map it; where huge pages are made of free memory, make the kernel compact memory for them.
+
+    A tmpfs mounted `huge=` takes huge pages that lie about, but only MADV_HUGEPAGE lets a page fault wait for
+    compaction (`transparent_hugepage/defrag` is `madvise` by default). Without it a host whose memory is full
+    of page cache gave a pool of 3 GB mostly small pages.
+    """
     memory = MappedRange(length)
     try:
         memory.map(0, descriptor, 0, length, Access.shared)
     except StokerError as error:  # hugetlb: the reservation is made here
         os.close(descriptor)
         raise _NotOffered(error.message) from error
-    if advise and memory.advise_huge():
-        backing = "memfd_huge"
+    if backing in _MADE_HUGE and not memory.advise_huge() and backing == "memfd_huge":
+        backing = "memfd"
     return SharedMemory(descriptor=descriptor, memory=memory, backing=backing)
 
 
