@@ -2,7 +2,8 @@
 
 A tier is busy while at least one read from it runs; its rate is bytes over busy time, taken in samples of
 some size, because one chunk says little (several threads share the disk). The estimate is the median of the
-last samples: one hiccup of a noisy disk does not move it.
+last samples: one hiccup of a noisy disk does not move it. Reads of one sample run beside those of the sample
+before; time that one has counted the next does not count again.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def moved_by_tier(parts: Iterable[ReadPart]) -> tuple[Moved, ...]:
     )
 
 
-def _busy_seconds(parts: list[ReadPart]) -> float:
-    busy, until = 0.0, float("-inf")
+def _busy_seconds(parts: list[ReadPart], *, since_seconds: float = float("-inf")) -> float:
+    """Return the time in which any of the reads ran, from `since_seconds` on."""
+    busy, until = 0.0, since_seconds
     for part in sorted(parts, key=lambda part: part.began_seconds):
         busy += max(0.0, part.ended_seconds - max(until, part.began_seconds))
         until = max(until, part.ended_seconds)
@@ -53,6 +55,7 @@ class RunningRates:
     def __init__(self) -> None:
         self._pending: dict[str, list[ReadPart]] = {}
         self._rates: dict[str, deque[float]] = {}
+        self._counted_until: dict[str, float] = {}
 
     def add(self, parts: Iterable[ReadPart]) -> None:
         """Learn from reads, of all loads together, as they end."""
@@ -82,6 +85,9 @@ class RunningRates:
         return tuple(sorted(tier for tier, rates in self._rates.items() if rates))
 
     def _sample(self, tier: str) -> None:
-        for moved in moved_by_tier(self._pending.pop(tier, ())):
-            if moved.seconds > 0:
-                self._rates.setdefault(tier, deque(maxlen=WINDOW)).append(moved.byte_count / moved.seconds)
+        parts = self._pending.pop(tier, [])
+        busy = _busy_seconds(parts, since_seconds=self._counted_until.get(tier, float("-inf")))
+        if busy > 0:
+            rates = self._rates.setdefault(tier, deque(maxlen=WINDOW))
+            rates.append(sum(part.byte_count for part in parts) / busy)
+            self._counted_until[tier] = max(part.ended_seconds for part in parts)

@@ -26,7 +26,7 @@ from services.store.lanes import Lane
 from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
 from services.store.origins.source import REMOTE
 from services.store.pace import Pace
-from services.store.read_plan import chunks_needed, lay_out, plan_reads
+from services.store.read_plan import chunks_needed, chunks_per_read, lay_out, plan_reads
 from services.store.read_queue import ChunkRead, Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
@@ -63,6 +63,7 @@ class Loads:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._sharing = sharing
+        self._disk_threads = threads[Lane.DISK]
         self.transfers = Transfers(
             threads,
             counters,
@@ -274,6 +275,11 @@ class Loads:
             load=resident.key,
             ranks=resident.entry.index.layout == "converted",
             memory=self.arena.chunk,
+            per_read=chunks_per_read(
+                self.transfers.rates.bytes_per_second(DISK),
+                threads=self._disk_threads,
+                chunk_bytes=self.arena.chunk_bytes,
+            ),
         )
         resident.mapped.set_result(None)
         self.transfers.begin(resident, reads)

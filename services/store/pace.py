@@ -72,6 +72,8 @@ class Pace:
 
         After `close` it returns at once.
         """
+        if not self._links:
+            return list(parts)
         with self._lock:
             paced = [self._paced(part) for part in parts]
         until_seconds = max((part.ended_seconds for part in paced), default=0.0)

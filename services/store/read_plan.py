@@ -8,10 +8,36 @@ from collections.abc import Callable, Sequence
 from services.store.catalog import CatalogEntry
 from services.store.disk_sources import DiskSources
 from services.store.far_weights import OpenedFile
+from services.store.lanes import Lane
 from services.store.read_queue import ChunkRead
 from services.store.resident import ResidentFile
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.layout import chunk_count
+
+MAX_RUN_CHUNKS = 4
+"""Beyond 64 MiB a read gains nothing: see `fill_chunks`."""
+
+FIRST_CHUNKS = 4
+"""Read one by one, so that the first layers are there early."""
+
+AHEAD_SECONDS = 0.125
+"""What an urgent load may have to wait for reads that run already."""
+
+
+def chunks_per_read(bytes_per_second: float | None, *, threads: int, chunk_bytes: int) -> int:
+    """Return how many chunks of a file on disk are read in one go.
+
+    Larger reads take less of the processor; reads that run already hold an urgent one up. So as many as the
+    disk is known to bring within `AHEAD_SECONDS`, in all threads together.
+
+    Args:
+        bytes_per_second: Of the disk; None when that was not learnt yet.
+        threads: That read from it.
+        chunk_bytes: Of one.
+    """
+    if bytes_per_second is None:
+        return 1
+    return max(1, min(MAX_RUN_CHUNKS, int(bytes_per_second * AHEAD_SECONDS / (threads * chunk_bytes))))
 
 
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
@@ -55,7 +81,12 @@ def _open(entry: CatalogEntry, file: CheckpointFile, sources: DiskSources, chunk
 
 
 def plan_reads(
-    files: Sequence[ResidentFile], *, load: int, ranks: bool, memory: Callable[[int], memoryview]
+    files: Sequence[ResidentFile],
+    *,
+    load: int,
+    ranks: bool,
+    memory: Callable[[int], memoryview],
+    per_read: int = 1,
 ) -> list[ChunkRead]:
     """Return a load's reads in order.
 
@@ -65,6 +96,7 @@ def plan_reads(
         ranks: Files are ranks that are used side by side, so their chunks take turns; otherwise they are
             shards that are used one after the other.
         memory: Gives the memory of a chunk.
+        per_read: Chunks of a file on disk that are read in one go.
     """
     by_file = [
         [
@@ -73,10 +105,10 @@ def plan_reads(
                 file=number,
                 index=index,
                 source=file.source,
-                chunks=tuple(memory(chunk) for chunk in file.chunks[index : index + file.together]),
-                length=min(file.together * file.chunk_bytes, file.size_bytes - index * file.chunk_bytes),
+                chunks=tuple(memory(chunk) for chunk in file.chunks[index:end]),
+                length=min(end * file.chunk_bytes, file.size_bytes) - index * file.chunk_bytes,
             )
-            for index in range(0, len(file.chunks), file.together)
+            for index, end in _steps(file, per_read)
         ]
         for number, file in enumerate(files)
         if file.source is not None
@@ -84,3 +116,14 @@ def plan_reads(
     if ranks:
         return [read for turn in itertools.zip_longest(*by_file) for read in turn if read is not None]
     return [read for reads in by_file for read in reads]
+
+
+def _steps(file: ResidentFile, per_read: int) -> list[tuple[int, int]]:
+    """Return the first chunk of each read of a file, and one past its last."""
+    count = len(file.chunks)
+    if file.lane is not Lane.DISK or file.together > 1:
+        starts = list(range(0, count, file.together))
+    else:
+        first = min(FIRST_CHUNKS, count)
+        starts = [*range(first), *range(first, count, per_read)]
+    return list(itertools.pairwise([*starts, count]))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.store.chunk_source import ChunkSource
+from services.store.chunk_source import ChunkSource, fill_run
 from services.store.integrity import Damage, FileDigests, PartCheck, damaged
 from services.store.settings import VerifyDisk
 from services.store.verified_parts import VerifiedParts, copy_key
@@ -96,13 +96,12 @@ class VerifiedSource:
             offset: Of the first in the file.
             length: Bytes of all of them.
         """
-        read: list[ReadPart] = []
+        read = fill_run(self._inner, chunks, offset=offset, length=length)
         sound: list[int] = []
         damages: list[Damage] = []
         for number, chunk in enumerate(chunks):
             at = number * len(chunk)
             count = min(len(chunk), length - at)
-            read += self._inner.read(chunk, offset=offset + at, length=count)
             passed, failed = self._check.arrived(chunk, offset=offset + at, length=count)
             sound += passed
             damages += failed

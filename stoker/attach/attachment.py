@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -257,7 +258,7 @@ class Attachment:
 def _mapped(file: pb.AttachedFile, chunk_bytes: int, arena: int, lease: Connection) -> MappedRange:
     """Return one contiguous range that shows the file's chunks, one mapping per run of neighbours."""
     memory = MappedRange(len(file.chunk_offsets) * chunk_bytes, keeps=lease)
-    for run in runs(file.chunk_offsets, chunk_bytes):
+    for run in runs(tuple(file.chunk_offsets), chunk_bytes):
         memory.map(run.at, arena, run.offset, run.length, Access.copy_on_write)
     return memory
 
@@ -273,14 +274,15 @@ class Run:
 
 def runs(chunk_offsets: Sequence[int], chunk_bytes: int) -> list[Run]:
     """Return the fewest pieces that lay the chunks out in order."""
-    found: list[Run] = []
-    for index, offset in enumerate(chunk_offsets):
-        last = found[-1] if found else None
-        if last is not None and last.offset + last.length == offset:
-            found[-1] = Run(at=last.at, offset=last.offset, length=last.length + chunk_bytes)
-        else:
-            found.append(Run(at=index * chunk_bytes, offset=offset, length=chunk_bytes))
-    return found
+    starts = [
+        index
+        for index, offset in enumerate(chunk_offsets)
+        if index == 0 or chunk_offsets[index - 1] + chunk_bytes != offset
+    ]
+    return [
+        Run(at=start * chunk_bytes, offset=chunk_offsets[start], length=(end - start) * chunk_bytes)
+        for start, end in pairwise([*starts, len(chunk_offsets)])
+    ]
 
 
 def _tensor(described: pb.AttachedTensor) -> Tensor:

@@ -6,6 +6,9 @@ this process only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from stoker.attach.attachment import Attachment
@@ -22,19 +25,29 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
         CheckpointInvalid: torch has no such dtype.
         LoadFailed: A tensor that must be copied did not arrive.
     """
+    return _tensor(attachment, name, attachment.buffer)
+
+
+def _tensor(attachment: Attachment, name: str, whole: Callable[[int], memoryview]) -> torch.Tensor:
+    """As `tensor`; `whole` gives all bytes of a file."""
     place = attachment.tensors[name]
     dtype = torch_dtype(place.dtype, name=name)
+    shape = torch_shape(place.dtype, place.shape, name=name)
     if place.nbytes == 0:
-        return torch.empty(torch_shape(place.dtype, place.shape, name=name), dtype=dtype)
-    if place.offset % dtype.itemsize:
-        attachment.wait_tensor(name)
-    raw = torch.frombuffer(attachment.buffer(place.file, place.offset, place.nbytes), dtype=torch.uint8)
-    return shaped(raw, dtype=place.dtype, shape=place.shape, name=name)
+        return torch.empty(shape, dtype=dtype)
+    raw = whole(place.file)
+    if place.offset % dtype.itemsize == 0:
+        count = place.nbytes // dtype.itemsize
+        return torch.frombuffer(raw, dtype=dtype, count=count, offset=place.offset).view(shape)
+    attachment.wait_tensor(name)
+    found = torch.frombuffer(raw, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
+    return shaped(found, dtype=place.dtype, shape=place.shape, name=name)
 
 
 def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
     """Return every tensor by name, tied names included (they share one tensor object)."""
-    found = {name: tensor(attachment, name) for name in attachment.tensors}
+    whole = cache(attachment.buffer)
+    found = {name: _tensor(attachment, name, whole) for name in attachment.tensors}
     for stored, *others in attachment.tied:
         found.update(dict.fromkeys(others, found[stored]))
     return found

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.checkpoint.reading import DISK, PAGE_CACHE, FileSignature, SourceFile, Ways, fill
+from stoker.checkpoint.reading import (
+    DISK,
+    PAGE_CACHE,
+    FileSignature,
+    SourceFile,
+    Ways,
+    fill,
+    fill_chunks,
+)
 from stoker.errors import LoadFailed
 
 BLOCK = 4096
@@ -24,7 +32,9 @@ class FakeFile:
         self.cached_blocks = cached_blocks
         self.most = most
         self.direct_reads: list[tuple[int, int]] = []
-        self.ways = Ways(cached=self.cached, direct=self.direct, buffered=self.buffered)
+        self.ways = Ways(
+            cached=self.cached, direct=self.direct, buffered=self.buffered, direct_run=self.direct_run
+        )
 
     def cached(self, into: memoryview, at: int) -> int:
         """Only what is cached, as RWF_NOWAIT does."""
@@ -44,6 +54,17 @@ class FakeFile:
         self.direct_reads.append((at, len(into)))
         count = min(len(into), self.most // BLOCK * BLOCK)
         return self._copy(into, at, count)
+
+    def direct_run(self, into: list[memoryview], at: int) -> int:
+        """Several buffers in one call; stops where a direct read would."""
+        whole = memoryview(bytearray(sum(map(len, into))))
+        count = self.direct(whole, at)
+        done = 0
+        for buffer in into:
+            part = whole[done : min(done + len(buffer), count)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return count
 
     def buffered(self, into: memoryview, at: int) -> int:
         """Anything, at most `most` bytes."""
@@ -200,3 +221,49 @@ def test_a_file_that_is_gone_fails_the_load(tmp_path):
 
     with pytest.raises(LoadFailed, match="No such file"):
         file.read(memoryview(bytearray(CHUNK)), offset=0, length=BLOCK)
+
+
+@given(
+    size=st.integers(1, 4 * CHUNK),
+    cached=st.sets(st.integers(0, 63)),
+    most=st.sampled_from([BLOCK, 5 * BLOCK, CHUNK + BLOCK, 1 << 30]),
+)
+def test_neighbouring_chunks_are_filled_to_the_last_byte_wherever_their_bytes_are(size, cached, most):
+    file = FakeFile(size, cached_blocks=cached, most=most)
+    memory = memoryview(bytearray(4 * CHUNK))
+    chunks = [memory[at : at + CHUNK] for at in range(0, -(-size // CHUNK) * CHUNK, CHUNK)]
+
+    parts = fill_chunks(chunks, offset=0, length=size, ways=file.ways)
+
+    assert memory[:size] == file.content
+    assert sum(part.byte_count for part in parts) == size
+
+
+def test_what_is_not_cached_of_neighbouring_chunks_is_read_in_one_call():
+    cached_third = set(range(32, 48))
+    file = FakeFile(4 * CHUNK, cached_blocks=cached_third)
+    memory = memoryview(bytearray(4 * CHUNK))
+    chunks = [memory[at : at + CHUNK] for at in range(0, 4 * CHUNK, CHUNK)]
+
+    parts = fill_chunks(chunks, offset=0, length=4 * CHUNK, ways=file.ways)
+
+    assert file.direct_reads == [(0, 2 * CHUNK), (3 * CHUNK, CHUNK)]
+    assert [(part.tier, part.byte_count) for part in parts] == [
+        (DISK, 2 * CHUNK),
+        (PAGE_CACHE, CHUNK),
+        (DISK, CHUNK),
+    ]
+
+
+def test_a_disk_that_refuses_several_buffers_is_asked_for_each():
+    file = FakeFile(2 * CHUNK)
+
+    def refuse(_into, _at):
+        raise OSError(errno.EINVAL, "no")
+
+    ways = Ways(cached=file.cached, direct=file.direct, buffered=file.buffered, direct_run=refuse)
+    memory = memoryview(bytearray(2 * CHUNK))
+
+    fill_chunks([memory[:CHUNK], memory[CHUNK:]], offset=0, length=2 * CHUNK, ways=ways)
+
+    assert memory == file.content

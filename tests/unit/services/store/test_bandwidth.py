@@ -47,3 +47,12 @@ def test_a_first_small_load_gives_a_first_estimate():
 
     assert rates.bytes_per_second("disk") == pytest.approx(10)
     assert rates.tiers() == ("disk",)
+
+
+def test_reads_that_run_beside_those_of_the_sample_before_do_not_slow_the_estimate():
+    rates = RunningRates()
+    quarter = SAMPLE_BYTES // 4
+    for at in range(40):  # four threads: a read ends every second and takes four
+        rates.add([part(at, at + 4, count=quarter)])
+
+    assert rates.bytes_per_second("disk") == pytest.approx(quarter)
