@@ -44,6 +44,10 @@ _KEEPALIVE = [
 ]
 _BROKEN_STREAM = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
 """How gRPC's core names a connection that ended under a call, where the status is not UNAVAILABLE."""
+_CONNECTING = "Failed to connect to remote host: "
+
+UNREACHABLE = "unreachable"
+"""Detail of an error that says: nobody answers where this peer should be."""
 
 _SERVER_ONLY = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
@@ -221,8 +225,16 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> StokerError:
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(f"{peer} refused the request: {error.details()}")
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or _is_of_transport(error):
-        return PeerError(f"{peer} cannot be reached: {error.details()}")
+        return PeerError(
+            f"{peer} cannot be reached: {_reason(error.details() or 'no reason given')}",
+            details={UNREACHABLE: peer},
+        )
     return StokerError(f"{peer} failed: {error.code().name}: {error.details()}")
+
+
+def _reason(details: str) -> str:
+    """Return the end of what gRPC says of a failed connection: the list of its attempts helps nobody."""
+    return details.rpartition(_CONNECTING)[2]
 
 
 def _is_of_transport(error: grpc.aio.AioRpcError) -> bool:

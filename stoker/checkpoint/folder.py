@@ -25,8 +25,9 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = folder.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise NotFound(
-            f"No checkpoint at {folder}: {error}. Give the folder that holds config.json."
+            f"No checkpoint at {folder}: {reason}. Give the folder that holds config.json."
         ) from error
     if not resolved.is_dir():
         raise NotFound(f"{folder} is not a folder. Give the folder that holds config.json.")

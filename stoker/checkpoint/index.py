@@ -196,8 +196,9 @@ def weights_path(folder: Path, file: manifest.WeightsFile) -> Path:
 def _check_rank(folder: Path, rank: int | None, ranks: int) -> None:
     if rank is None and ranks > 1:
         raise CheckpointInvalid(
-            f"{folder} is cut for {ranks} tensor-parallel ranks: no single process can run it. Load it in "
-            f"{ranks} processes with tp_size={ranks}, or convert the original without --tensor-parallel."
+            f"{folder} is cut for {ranks} tensor-parallel ranks, one file each: load it in {ranks} processes "
+            f"with stoker.load_model(..., tp_size={ranks}). To deploy it, push it or run it in one process, "
+            "take the original, or a conversion of it without --tensor-parallel."
         )
     if rank is not None and not 0 <= rank < ranks:
         raise InvalidRequest(
@@ -341,6 +342,9 @@ def with_layers(entries: dict[str, TensorRecord]) -> tuple[TensorRecord, ...]:
 def _facts(folder: Path, small: dict[str, Path]) -> tuple[ModelFacts, bytes]:
     path = small.get(CONFIG_NAME)
     if path is None:
-        raise CheckpointInvalid(f"{folder} has no {CONFIG_NAME}; fetch the checkpoint again, completely.")
+        raise CheckpointInvalid(
+            f"{folder} has no {CONFIG_NAME}: it is no checkpoint's folder, or the checkpoint is incomplete; "
+            "give another folder, or fetch it again."
+        )
     text = read_bounded(path, limit_bytes=MAX_CONFIG_BYTES)
     return read_facts(text, where=str(path)), text

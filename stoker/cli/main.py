@@ -10,7 +10,8 @@ import typer
 import stoker
 from stoker.cli import cache, chat, checkpoint, cluster, doctor, models, operate, push, simulate, up
 from stoker.cli.output import Format, FormatOption, console, errors, print_json
-from stoker.errors import PeerError, StokerError
+from stoker.errors import StokerError
+from stoker.rpc import UNREACHABLE
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -42,7 +43,7 @@ def run() -> NoReturn:
         app(standalone_mode=True)
     except StokerError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error.message)}", highlight=False)
-        if type(error) is PeerError:
+        if UNREACHABLE in error.details:
             errors.print("is it running? `stoker up` starts everything on this host", style="dim")
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:

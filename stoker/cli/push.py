@@ -36,7 +36,7 @@ def push_command(
     ] = False,
     output: FormatOption = Format.text,
 ) -> None:
-    """Upload a checkpoint or an adapter; what makes it complete goes last. Credentials: from the environment."""
+    """Upload a checkpoint or an adapter; what makes it whole goes last. The environment holds credentials."""
     index = adapter_index(folder) if is_adapter(folder) else open_checkpoint(folder)
     with transfer_bar("pushing") as progress:
         pushed = push(index, uri, overwrite=overwrite, progress=progress)
