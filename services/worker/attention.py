@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from services.worker.kv_store import BLOCK_TOKENS, SLOT_TOKENS
+from services.worker.kv_store import SEEN_TOKENS, SLOT_TOKENS
 from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
 
@@ -36,6 +36,8 @@ ATTENTION_NAME = "stoker"
 
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "block_indices")
 """Arguments that change the result and that `attend` doesn't know."""
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001 - its name
 
 
 class ForwardPlan(Protocol):
@@ -88,9 +90,7 @@ class Attention:
         self, q_BKGD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, mask_B11S: torch.Tensor
     ) -> torch.Tensor:
         """Return [B, K, G, D] of B sessions, on the CPU, without a look at which kernel to take."""
-        out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - its name
-            q_BKGD, k_BKSD, v_BKSD, attn_mask=mask_B11S, scale=self.scale
-        )[0]
+        out: torch.Tensor = _FLASH(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask_B11S, scale=self.scale)[0]
         return out
 
     def _softcapped(  # noqa: PLR0913 - as `over`
@@ -222,22 +222,22 @@ class DecodePlan:
             for row, (kv, index) in enumerate(self.rows):
                 kv.write(layer, index, kv_2KTD[:, :, row : row + 1])
             return
-        layer_2NKSD = self.rows[0][0].pool.made(layer)
-        _, _, heads, tokens, width = layer_2NKSD.shape
+        pool, heads, width = self.rows[0][0].pool, k_BKTD.shape[1], k_BKTD.shape[3]
         if self._places is None:
-            starts = torch.tensor([kv.slot * heads * tokens + index for kv, index in self.rows])  # type: ignore[operator]
-            self._places = (torch.arange(heads)[:, None] * tokens + starts).view(-1)
-        for store_NKSD, new_BKTD in zip(layer_2NKSD, (k_BKTD, v_BKTD), strict=True):
-            new_PD = new_BKTD[0, :, :count].reshape(-1, width)
-            store_NKSD.view(-1, width).index_copy_(0, self._places, new_PD)
+            starts_T1 = torch.tensor([[kv.slot * heads * SLOT_TOKENS + index] for kv, index in self.rows])  # type: ignore[operator]
+            self._places = (starts_T1 + torch.arange(heads) * SLOT_TOKENS).view(-1)
+        for store_PD, new_BKTD in zip(pool.places(layer), (k_BKTD, v_BKTD), strict=True):
+            # [T, K, D] is how models make them, so this takes no copy.
+            new_PD = new_BKTD[0].transpose(0, 1)[:count].reshape(-1, width)
+            store_PD.index_copy_(0, self._places, new_PD)
 
     def _over_blocks(self, layer: int, first: int, q_BKGD: torch.Tensor, how: Attention) -> torch.Tensor:
         kv, index = self.rows[first]
-        tokens, count = align_up(index + 1, BLOCK_TOKENS), q_BKGD.shape[0]
-        if count > 1 and kv.slot is not None:
-            both = kv.pool.made(layer)[:, kv.slot : kv.slot + count, :, :tokens]
+        tokens, count = align_up(index + 1, SEEN_TOKENS), q_BKGD.shape[0]
+        if kv.slot is not None:
+            k_BKSD, v_BKSD = kv.pool.seen(layer, kv.slot, count, tokens)
         else:
-            both = kv.layer(layer)[:, None, :, :tokens]
+            k_BKSD, v_BKSD = kv.layer(layer)[:, None, :, :tokens]
         mask_B11S = self._masks.get((first, count))
         if mask_B11S is None:
             last_B = torch.tensor([index for _, index in self.rows[first : first + count]])
@@ -246,7 +246,7 @@ class DecodePlan:
                 :, None, None
             ]
             self._masks[first, count] = mask_B11S
-        return how.masked(q_BKGD, both[0], both[1], mask_B11S)
+        return how.masked(q_BKGD, k_BKSD, v_BKSD, mask_B11S)
 
     def _over_exactly(
         self, layer: int, row: int, q_KGD: torch.Tensor, width: int, how: Attention
@@ -267,7 +267,7 @@ def _shared_calls(rows: Sequence[tuple[SessionKv, int]]) -> list[tuple[int, int]
                 kv.slot is not None
                 and before.slot is not None
                 and kv.slot == before.slot + 1
-                and index // BLOCK_TOKENS == its_index // BLOCK_TOKENS
+                and index // SEEN_TOKENS == its_index // SEEN_TOKENS
             ):
                 calls[-1] = (calls[-1][0], row + 1)
                 continue

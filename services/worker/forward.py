@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from services.worker.adapted_rows import AdaptedModules
 from services.worker.attention import ATTENTION_NAME, DecodePlan, PrefillPlan, planned
+from services.worker.one_call_norm import norm_in_one_call
 from services.worker.row_linear import make_rows_uniform
 from services.worker.row_product import PROOFS
 from stoker.errors import CheckpointInvalid
@@ -98,6 +99,7 @@ class ModelRunner:
             is_aligned and self.device.type == "cpu" and torch.get_num_threads() in EVEN_THREADS
         )
         self._shares_attention = _shares_attention(parameter.dtype)
+        norm_in_one_call(model)
         if not make_rows_uniform(model):
             self.packs_prefill = False
             self._prefill_rows = self._tail_rows = 0

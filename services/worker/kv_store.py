@@ -8,7 +8,8 @@ the decode steps in between.
 What no token was written to is zero, always: attention reads whole blocks and masks what lies behind a
 session's last token, which removes numbers but not NaN.
 
-Shapes: K kv heads, T new tokens, S tokens a store has room for, N slots, D head dim.
+Shapes: K kv heads, T new tokens, S tokens a store has room for, N slots, B some of them, D head dim,
+P places.
 """
 
 # ruff: noqa: N803, N806 - tensors carry shape suffixes
@@ -25,9 +26,14 @@ from services.worker.engine import KvExport
 from stoker.units import align_up
 
 BLOCK_TOKENS = 128
-"""Granularity of growth, of the budget, and of attention over sessions that fit a slot."""
+"""Granularity of growth and of the budget."""
+SEEN_TOKENS = 64
+"""Granularity of attention over sessions that fit a slot. A block is a whole number of these."""
 SLOT_TOKENS = 512
 """Room of a slot. Longer sessions' attention is long enough for a call of its own."""
+
+MAX_SEEN = 8192
+"""Views remembered at most: those of some steps, in which every layer has one for each attention call."""
 
 
 class KvPool:
@@ -41,6 +47,8 @@ class KvPool:
         self._slots = slots
         self._free = list(range(slots))
         self._layers: dict[int, torch.Tensor] = {}
+        self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen: dict[tuple[int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self) -> int | None:
         """Return the lowest free slot, or None."""
@@ -64,9 +72,28 @@ class KvPool:
             made = self._layers[layer] = torch.frombuffer(memory, dtype=like_2KTD.dtype).view(shape)
         return made
 
-    def made(self, layer: int) -> torch.Tensor:
-        """Return a layer's [2, N, K, S, D], which some session has written to."""
-        return self._layers[layer]
+    def places(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a written layer's keys and values as [P, D] each: a place per slot, head and token."""
+        places = self._places.get(layer)
+        if places is None:
+            keys_NKSD, values_NKSD = self._layers[layer]
+            width = keys_NKSD.shape[-1]
+            places = self._places[layer] = keys_NKSD.view(-1, width), values_NKSD.view(-1, width)
+        return places
+
+    def seen(self, layer: int, slot: int, count: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first `tokens` keys and values of `count` slots of a written layer, [B, K, S, D] each.
+
+        Views, remembered: a decode step asks for the one before's, until a session has another block.
+        """
+        key = (layer, slot, count, tokens)
+        seen = self._seen.get(key)
+        if seen is None:
+            if len(self._seen) >= MAX_SEEN:
+                self._seen.clear()
+            keys_BKSD, values_BKSD = self._layers[layer][:, slot : slot + count, :, :tokens]
+            seen = self._seen[key] = keys_BKSD, values_BKSD
+        return seen
 
 
 class KvBudget:
