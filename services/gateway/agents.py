@@ -17,7 +17,7 @@ import grpc
 from services.gateway.routes import Replica
 from stoker import rpc
 from stoker.errors import DeadlineExceeded, StokerError, WorkerDied
-from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_pb2
+from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_kv_pb2, session_pb2
 
 RELEASE_SECONDS = 5.0
 """Longest call that ends a session which would go on without its reader."""
@@ -81,6 +81,21 @@ class Agents:
         """
         with rpc.translated(f"node agent {destination.node_id or destination.agent_address}"):
             return await self._agent(destination.agent_address).stub.FetchKv(order, timeout=timeout_seconds)
+
+    async def hold(
+        self, replica: Replica, session_id: str, epoch: int, *, seconds: float, timeout_seconds: float
+    ) -> int:
+        """Have a session stand still where it runs, for so long at most (0 = go on); return its tokens.
+
+        Raises:
+            StokerError: It goes on as before.
+        """
+        request = session_kv_pb2.HoldSessionRequest(
+            session_id=session_id, replica_id=replica.replica_id, epoch=epoch, seconds=seconds
+        )
+        with rpc.translated(f"node agent {replica.node_id or replica.agent_address}"):
+            stub = self._agent(replica.agent_address).stub
+            return (await stub.HoldSession(request, timeout=timeout_seconds)).tokens
 
     async def find_sessions(
         self, address: str, session_ids: Sequence[str], *, timeout_seconds: float

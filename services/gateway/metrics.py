@@ -69,6 +69,12 @@ MOVE_PAUSE_SECONDS = Histogram(
     _MODEL,
     buckets=TOKEN_BUCKETS_SECONDS,
 )
+MOVE_GAP_SECONDS = Histogram(
+    "stoker_gateway_move_gap_seconds",
+    "Longest time between two tokens during a move that was made, by the phase it ended in.",
+    ["model_name", "phase"],
+    buckets=TOKEN_BUCKETS_SECONDS,
+)
 MOVE_SECONDS = Histogram(
     "stoker_gateway_move_seconds",
     "From the destination found to the switch.",

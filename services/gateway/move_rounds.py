@@ -3,13 +3,14 @@
 First the keys and values of the tokens there are go to the destination, then those of the tokens that were
 made meanwhile, while the source goes on (a staged copy, as in Llumnix), until so few are missing that one
 pass computes them. What can't be shipped the destination computes from the tokens (ServerlessLLM, section
-5.2).
-
-Each round of computing brings it the tokens that were made during the one before; its first token says that
+5.2), in rounds: each brings it the tokens that were made during the one before, and its first token says that
 the round is done. Since it takes tokens it is given in far fewer steps than the source needed to make them,
-the lag shrinks to a token or two in a few rounds, whatever the length of the context. Then the stream is
-switched: the destination makes the `lag` tokens that the client has already (they are compared and dropped),
-so the client waits for about `lag + 1` of its steps.
+the lag shrinks to a token or two in a few rounds, whatever the length of the context.
+
+In the last round the source stands still for a moment, so that nothing is made meanwhile and the two don't
+compete where they share processors: the first token of the destination is new, and the stream is switched.
+The client waits for one step of the destination and a few messages. A source that can't be held, or goes on
+before that, only leaves a `lag`: the destination makes those tokens again (they are compared and dropped).
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from dataclasses import dataclass
 from stoker.errors import PeerError
 from stoker.v1 import session_pb2
 
-SHIP_LEVEL_TOKENS = 8
-"""So few missing tokens the destination computes in one pass: it takes 12, and the source makes some more
-until then."""
+SHIP_LEVEL_TOKENS = 2
+"""So few missing tokens cost the destination no more than one: a matrix product takes 2 or 3 rows at least.
+The last token's keys and values are never there to be shipped: computing them gives the next one."""
 MAX_SHIP_ROUNDS = 6
 LEVEL_TOKENS = 1
 """A lag at which the stream is switched at once."""
 MAX_LAG_TOKENS = 4
 """The largest lag it is switched at, when more rounds don't make it smaller."""
 MAX_ROUNDS = 8
+HOLD_STEPS = 4
+"""Of the source: it stands still for so long at most, and `HOLD_EXTRA_SECONDS` for messages."""
+HOLD_EXTRA_SECONDS = 0.25
+MAX_HOLD_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,9 @@ class Switch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Again:
     """One more round, with the tokens there are now."""
+
+    is_held: bool = False
+    """For which the source stands still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +72,25 @@ def ships_on(*, number: int, missing: int, earlier_missing: int) -> bool:
     return is_worth_it and (number == 0 or missing < earlier_missing)
 
 
-def after_round(*, number: int, lag: int, earlier_lag: int | None) -> Switch | Again | Abandon:
+def hold_seconds(step_seconds: float) -> float:
+    """Return how long a source may stand still at most whose tokens come at this pace."""
+    return min(MAX_HOLD_SECONDS, HOLD_STEPS * step_seconds + HOLD_EXTRA_SECONDS)
+
+
+def after_round(
+    *, number: int, lag: int, earlier_lag: int | None, can_hold: bool = False
+) -> Switch | Again | Abandon:
     """Decide what follows a round.
 
     Args:
         number: Of the round, from 1.
         lag: Tokens the source made during it.
         earlier_lag: Of the round before; None after the first.
+        can_hold: The source has not stood still yet, and may be able to.
     """
-    if lag <= LEVEL_TOKENS:
-        return Switch()
     is_smallest = number >= MAX_ROUNDS or (earlier_lag is not None and lag >= earlier_lag)
-    if is_smallest and lag <= MAX_LAG_TOKENS:
-        return Switch()
+    if lag <= LEVEL_TOKENS or (is_smallest and lag <= MAX_LAG_TOKENS):
+        return Again(is_held=True) if can_hold and lag else Switch()
     if number >= MAX_ROUNDS:
         return Abandon(why=f"after {number} rounds the destination was still {lag} tokens behind")
     return Again()

@@ -1,8 +1,8 @@
 """A planned move of one session: beside its stream, until another replica is ready to own it. A shell.
 
-The source knows nothing of it and goes on, so a move that fails, at any point, changes nothing. Ownership
-changes when the session's epoch does, in one step of the gateway's loop: from then on the source's tokens are
-refused, and its call is cancelled.
+The source goes on, but for a moment before the switch in which it stands still, after which it goes on by
+itself. So a move that fails, at any point, changes nothing. Ownership changes when the session's epoch does,
+in one step of the gateway's loop: from then on the source's tokens are refused, and its call is cancelled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from services.gateway import metrics
 from services.gateway.agents import Agents
 from services.gateway.job import Job
-from services.gateway.move_rounds import Abandon, Again, Switch, after_round, ships_on, unseen
+from services.gateway.move_gaps import MoveGaps, Phase
+from services.gateway.move_rounds import Abandon, Again, Switch, after_round, hold_seconds, ships_on, unseen
 from services.gateway.placement import Placement
 from services.gateway.routes import Replica
 from services.gateway.session import Session
@@ -28,6 +29,8 @@ Events = AsyncGenerator[session_pb2.GenerateEvent]
 
 SHIP_SECONDS = 60.0
 """Longest round of shipping."""
+HOLD_TIMEOUT_SECONDS = 5.0
+"""Longest wait for a source to stand still: its step ends first."""
 NAMED_SECONDS = 10.0
 """How long a destination that was named may be missing in the routes."""
 RETRY_SECONDS = 0.25
@@ -66,6 +69,8 @@ class Moved:
     reason: str
     """Of the move, for people."""
     began_seconds: float
+    gaps: MoveGaps
+    """So far."""
 
 
 class Mover:
@@ -103,12 +108,23 @@ class Mover:
         self._agents = agents
         self._resume_mode = resume_mode
         self._open: list[Events] = []
+        self._phase = Phase.FIND
+        self._gaps = MoveGaps()
+        self._step_seconds = 0.0
+        self._news = asyncio.Event()
+        self._is_held = False
         self._task = asyncio.create_task(self._move(), name=f"move {session.session_id}")  # ended by `close`
 
     @property
     def task(self) -> asyncio.Task[Moved | None]:
         """Return the move: its result is where to switch to, or None when it was given up."""
         return self._task
+
+    def note_token(self, gap_seconds: float) -> None:
+        """Take note of a token of the source, so long after the one before."""
+        self._gaps.note(self._phase, gap_seconds)
+        self._step_seconds = gap_seconds
+        self._news.set()
 
     async def close(self) -> None:
         """End the move, and its calls unless they were taken over."""
@@ -131,6 +147,7 @@ class Mover:
     async def _try(self) -> Moved | None:
         failed: list[ReplicaId] = []
         for _ in range(MAX_TRIES):
+            self._phase = Phase.FIND
             destination = await self._named(failed)
             if destination is None:
                 if not self._leave.grace_seconds:
@@ -141,6 +158,7 @@ class Mover:
                 return await self._follow(destination, began_seconds)
             except StokerError as error:
                 await self._drop(keep=None)
+                await self._let_go_on()
                 failed.append(destination.replica_id)
                 metrics.MOVES.labels(self._job.trace.model, "abandoned").inc()
                 log.get().warning(
@@ -193,7 +211,12 @@ class Mover:
         Raises:
             StokerError: It failed, or can't keep up.
         """
+        self._phase = Phase.SHIP
         shipped = await self._ship(destination)
+        self._phase = Phase.COMPUTE
+        can_hold = not shipped.tokens
+        if shipped.tokens:
+            await self._hold()
         lag: int | None = None
         recomputed = -shipped.tokens
         for number in range(1, 1_000):
@@ -210,9 +233,11 @@ class Mover:
             await self._drop(keep=events)  # of the round before: the destination has taken it over
             unseen(first, self._session.token_ids, epoch)
             earlier, lag = lag, len(self._session.token_ids) - tokens
-            match after_round(number=number, lag=lag, earlier_lag=earlier):
-                case Again():
-                    continue
+            match after_round(number=number, lag=lag, earlier_lag=earlier, can_hold=can_hold):
+                case Again(is_held=is_held):
+                    if is_held:
+                        can_hold = False
+                        await self._hold()
                 case Abandon(why=why):
                     raise PeerError(why)
                 case Switch():
@@ -227,8 +252,46 @@ class Mover:
                         shipped=shipped,
                         reason=self._leave.reason,
                         began_seconds=began_seconds,
+                        gaps=self._gaps,
                     )
         raise AssertionError("after_round bounds the rounds")
+
+    async def _hold(self) -> bool:
+        """Have the source stand still for the last round, and wait for its last tokens; False: it goes on."""
+        limit_seconds, session = hold_seconds(self._step_seconds), self._session
+        try:
+            tokens = await self._agents.hold(
+                self._origin,
+                session.session_id,
+                session.epoch,
+                seconds=limit_seconds,
+                timeout_seconds=HOLD_TIMEOUT_SECONDS,
+            )
+        except StokerError as error:
+            log.get().info("session.not_held", session_id=session.session_id, message=error.message)
+            return False
+        self._is_held = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_seconds):
+                while self._tokens() < tokens:
+                    self._news.clear()
+                    await self._news.wait()
+        return True
+
+    async def _let_go_on(self) -> None:
+        """Tell a source that stands still to go on; it would so by itself, a moment later."""
+        if not self._is_held:
+            return
+        self._is_held = False
+        session = self._session
+        with suppress(StokerError):
+            await self._agents.hold(
+                self._origin,
+                session.session_id,
+                session.epoch,
+                seconds=0.0,
+                timeout_seconds=HOLD_TIMEOUT_SECONDS,
+            )
 
     async def _ship(self, destination: Replica) -> Shipped:
         """Have the keys and values of the tokens so far brought to the destination, as far as that goes."""

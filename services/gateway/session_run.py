@@ -13,6 +13,7 @@ from services.gateway import metrics
 from services.gateway.agents import Agents
 from services.gateway.hops import GiveUp, GoOn, HopPolicy, Hops, after, redeployed
 from services.gateway.job import Job
+from services.gateway.move_gaps import Phase
 from services.gateway.mover import Events, Moved, Mover, in_order, next_or_moved
 from services.gateway.placement import Placement
 from services.gateway.request_key import feed_unseen
@@ -78,6 +79,7 @@ class SessionRun:
         self._has_first_token = False
         self._token_seconds = 0.0
         self._switched: _Switched | None = None
+        self._mover: Mover | None = None
         self._at: Replica | None = None
 
     async def run(self, replica: Replica) -> None:
@@ -126,21 +128,22 @@ class SessionRun:
         self._at = replica
         self._job.trace.replica_ids.append(replica.replica_id)
         self._placement.in_flight[replica.replica_id] += 1
-        mover: Mover | None = None
+        self._mover = None
         try:
             async with aclosing(events):
                 while self._session.finish_reason is None:
+                    mover: Mover | None = self._mover
                     event = await (anext(events) if mover is None else next_or_moved(events, mover))
                     if isinstance(event, Moved):
                         self._switch(event, replica)
                         return event
                     if event.HasField("leave") and (mover is None or has_given_up(mover)):
-                        mover = self._move(replica, event.leave)
+                        self._mover = self._move(replica, event.leave)
                     await self._take(event, replica)
                 return None
         finally:
-            if mover is not None:
-                await mover.close()
+            if self._mover is not None:
+                await self._mover.close()
             self._placement.leave(replica.replica_id)
 
     async def _take(self, event: session_pb2.GenerateEvent, replica: Replica) -> None:
@@ -174,9 +177,11 @@ class SessionRun:
         log.get().warning("tokens.refused", replica_id=replica.replica_id, message=error.message)
 
     def _note_tokens(self) -> None:
-        self._token_seconds = self._job.clock.now_seconds()
+        earlier_seconds, self._token_seconds = self._token_seconds, self._job.clock.now_seconds()
         if self._switched is not None:
             self._note_moved(self._switched)
+        elif self._mover is not None and self._has_first_token:
+            self._mover.note_token(self._token_seconds - earlier_seconds)
         if self._has_first_token:
             return
         self._has_first_token = True
@@ -224,9 +229,12 @@ class SessionRun:
         self._switched = None
         moved, trace = switched.moved, self._job.trace
         pause_seconds = self._token_seconds - switched.last_token_seconds
+        moved.gaps.note(Phase.SWITCH, pause_seconds)
+        gaps, (worst_phase, worst_seconds) = moved.gaps.longest_seconds, moved.gaps.worst
         trace.moves += 1
         metrics.MOVES.labels(trace.model, "moved").inc()
         metrics.MOVE_PAUSE_SECONDS.labels(trace.model).observe(pause_seconds)
+        metrics.MOVE_GAP_SECONDS.labels(trace.model, worst_phase.value).observe(worst_seconds)
         metrics.MOVE_SECONDS.labels(trace.model).observe(switched.seconds)
         metrics.MOVE_TOKENS.labels(trace.model).inc(moved.recomputed_tokens)
         metrics.MOVE_BYTES.labels(trace.model).inc(moved.shipped.data_bytes)
@@ -255,6 +263,9 @@ class SessionRun:
             shipped_bytes=moved.shipped.data_bytes,
             seconds=round(switched.seconds, 6),
             pause_seconds=round(pause_seconds, 6),
+            longest_gap_seconds=round(worst_seconds, 6),
+            longest_gap_phase=worst_phase.value,
+            longest_gaps_seconds={phase.value: round(seconds, 6) for phase, seconds in gaps.items()},
         )
 
     # --- going on elsewhere ---

@@ -18,7 +18,7 @@ from stoker.errors import CapacityError, StokerError
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import FetchKvRequest, FetchKvResponse
 from stoker.v1.node_agent_pb2_grpc import NodeAgentStub
-from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest
+from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, KvPart, ReadKvRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,9 @@ MAX_SHIPMENTS = 8
 """At once, in each direction; a session that finds no room is computed from its tokens."""
 SHIP_TIMEOUT_SECONDS = 120.0
 """Of one call; a silent peer is found sooner, by keep-alive."""
+
+HOLD_TIMEOUT_SECONDS = 5.0
+"""Until a worker's step ends, after which its sessions can be held."""
 
 
 class KvShipping:
@@ -81,6 +84,15 @@ class KvShipping:
                 async for part in parts:
                     metrics.KV_BYTES.labels("out").inc(len(part.piece.data))
                     yield part
+
+    async def hold(self, request: HoldSessionRequest) -> HoldSessionResponse:
+        """Have a session that runs here stand still for the last round of its move, or go on.
+
+        Raises:
+            ReplicaGone, NotFound, Fenced: It does not run here under this epoch.
+            PeerError: The worker can't be reached, or not in time.
+        """
+        return await self._worker_of(request.replica_id).hold(request, timeout_seconds=HOLD_TIMEOUT_SECONDS)
 
     @contextmanager
     def _counted(self, direction: str) -> Iterator[None]:

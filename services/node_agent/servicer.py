@@ -33,7 +33,7 @@ from stoker.v1.node_agent_pb2 import (
     StopReplicaResponse,
 )
 from stoker.v1.node_agent_pb2_grpc import NodeAgentServicer
-from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest
+from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, KvPart, ReadKvRequest
 from stoker.v1.session_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
@@ -152,6 +152,14 @@ class Servicer(NodeAgentServicer):
             async with aclosing(self._shipping.read(request)) as parts:
                 async for part in parts:
                     yield part
+
+    async def HoldSession(  # noqa: N802 - the name of the rpc
+        self, request: HoldSessionRequest, context: Context
+    ) -> HoldSessionResponse:
+        """See node_agent.proto."""
+        del context
+        with log.bind(session_id=request.session_id):
+            return await self._shipping.hold(request)
 
     async def MoveSessions(  # noqa: N802 - the name of the rpc
         self, request: MoveSessionsRequest, context: Context

@@ -27,7 +27,13 @@ from stoker.errors import DeadlineExceeded, KvUnavailable, PeerError, StokerErro
 from stoker.ids import WorkerId
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
-from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
+from stoker.v1.session_kv_pb2 import (
+    HoldSessionRequest,
+    HoldSessionResponse,
+    KvPart,
+    ReadKvRequest,
+    WriteKvResponse,
+)
 from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadEnd, LoadModelRequest, WorkerDescription
 from stoker.v1.worker_pb2_grpc import WorkerStub
 
@@ -146,6 +152,11 @@ class WorkerLink:
             else:
                 await call.done_writing()
             return await call
+
+    async def hold(self, request: HoldSessionRequest, *, timeout_seconds: float) -> HoldSessionResponse:
+        """Have a session stand still, or go on; raises what the worker answers."""
+        with translated(f"worker {self.worker_id}"):
+            return await self._stub.HoldSession(request, timeout=timeout_seconds)
 
     async def _is_written(self, call: StreamUnaryCall, part: KvPart) -> bool:
         """Hand a part over; False: the worker has answered already, with an error."""

@@ -10,7 +10,7 @@ out, and a session is nothing but numbers. Four rules hold for every engine:
 4. Everything is bounded: batch, waiting queue, context and KV tokens (`EngineLimits`).
 
 Threads: `submit`, `cancel` and `stats` may be called from any thread and never wait for a step; `step`,
-`snapshot`, `export_kv` and `close` belong to the one thread that drives the engine
+`snapshot`, `export_kv`, `take_kv`, `hold` and `close` belong to the one thread that drives the engine
 (`engine_thread.EngineThread`).
 """
 
@@ -303,6 +303,10 @@ class Engine(Protocol):
         """Say whether `step` would do anything. Any thread."""
         ...
 
+    def held_seconds(self) -> float | None:
+        """Return when there may be work again though nobody asks for it; None = never. Any thread."""
+        ...
+
     def step(self) -> list[Output]:
         """Advance every session by at most one token; return what came of it, in order per session."""
         ...
@@ -326,6 +330,25 @@ class Engine(Protocol):
         Raises:
             NotFound: No such session runs or waits here.
             KvUnavailable: They can't leave this engine, for a reason.
+        """
+        ...
+
+    def take_kv(self, session_id: SessionId) -> StagedKv | None:
+        """Take a session's keys and values from it, for another one; None = it has none. Cancel it next.
+
+        Raises:
+            NotFound: No such session runs or waits here.
+        """
+        ...
+
+    def hold(self, session_id: SessionId, seconds: float) -> int:
+        """Make no token of a session for so long; 0 lets it go on. Others are not affected.
+
+        Returns:
+            How many tokens it has, prompt and output.
+
+        Raises:
+            NotFound: No such session runs or waits here.
         """
         ...
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from services.worker.takeover import continued
-from stoker.errors import NotFound
+from services.worker.takeover import common_tokens
+from stoker.errors import NotFound, StokerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,12 +84,21 @@ class EngineThread:
 
         def work() -> None:
             try:
-                snapshot = self._engine.snapshot(earlier, with_kv=True)
+                common = common_tokens(request, self._engine.snapshot(earlier))
             except NotFound:  # it ended meanwhile
                 self._engine.submit(request)
                 return
+            staged = self._engine.take_kv(earlier)
             self._engine.cancel(earlier)
-            self._engine.resume(continued(request, snapshot), request.resume_mode)
+            if staged is None:
+                self._engine.submit(request)
+                return
+            staged.tokens = min(staged.tokens, common)
+            try:
+                self._engine.submit(replace(request, staged=staged))
+            except StokerError:
+                staged.release()
+                raise
 
         return self.call(work)
 
@@ -101,6 +111,10 @@ class EngineThread:
     def snapshot(self, session_id: SessionId, *, with_kv: bool = False) -> Future[Snapshot]:
         """Return a future of the session's snapshot, taken between two steps."""
         return self.call(lambda: self._engine.snapshot(session_id, with_kv=with_kv))
+
+    def hold(self, session_id: SessionId, seconds: float) -> Future[int]:
+        """Have a session stand still from between two steps on; see `Engine.hold`."""
+        return self.call(lambda: self._engine.hold(session_id, seconds))
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` in the engine's thread between two steps; at the latest `close` cancels it."""
@@ -154,7 +168,7 @@ class EngineThread:
         while True:
             with self._changed:
                 while not (self._closing or self._calls or self._engine.has_work()):
-                    self._changed.wait()
+                    self._changed.wait(self._engine.held_seconds())
                 if self._closing:
                     return False
                 calls, self._calls = self._calls, deque()

@@ -8,6 +8,7 @@ cache has and one piece per stream. Belongs to the event loop; bytes are copied 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 from services.worker.kv_format import KvLayout, opened, sealed
+from services.worker.kv_pace import SHARE, KvPace
 from stoker import log
 from stoker.errors import CapacityError, KvDamaged, KvUnavailable
 from stoker.v1.session_kv_pb2 import KvHeader, KvPart, KvPiece, ReadKvRequest, WriteKvResponse
@@ -56,9 +58,13 @@ class KvDesk:
     Args:
         engine: The engine.
         kept_seconds: See `KEPT_SECONDS`.
+        share: Of the time, in which sessions that go on may be read (`KvPace`).
     """
 
-    def __init__(self, engine: EngineThread, kept_seconds: float = KEPT_SECONDS) -> None:
+    def __init__(
+        self, engine: EngineThread, kept_seconds: float = KEPT_SECONDS, *, share: float = SHARE
+    ) -> None:
+        self._pace = KvPace(share)
         self._engine = engine
         self._kept_seconds = kept_seconds
         self._arriving: dict[str, _Arriving] = {}
@@ -92,6 +98,7 @@ class KvDesk:
         yield KvPart(header=header)
         moved = 0
         for start, stop in layout.pieces(first, end):
+            began_seconds = time.monotonic()
             while True:
                 try:
                     piece = await self._in_thread(partial(_sealed, reader, start, stop))
@@ -103,7 +110,10 @@ class KvDesk:
                     reader = await self._export(engine_id)
                     if len(reader.tokens) < end:  # set back: it computes them again
                         raise
-            yield KvPart(piece=piece)
+            yield KvPart(piece=piece)  # comes back when the wire has taken it
+            if stop < end:
+                now_seconds = time.monotonic()
+                await asyncio.sleep(self._pace.rest_seconds(now_seconds - began_seconds, now_seconds))
 
     async def _export(self, engine_id: SessionId) -> KvReader:
         return await asyncio.wrap_future(self._engine.call(lambda: self._engine.engine.export_kv(engine_id)))

@@ -2,8 +2,9 @@
 
 A session begins in a slot of the pool if one is free: slots lie side by side, so that one attention call can
 read the keys of several sessions in place. Beyond a slot's size, or where no slot is free, a session has a
-contiguous store of its own that grows by whole blocks; the copy at each growth costs less than a hundredth of
-the decode steps in between.
+contiguous store of its own. What it may use of it grows by whole blocks. On the CPU it has the addresses of
+the longest context from the start, and memory only where tokens were written, so that nothing is copied as it
+grows (51 MB at 1,100 tokens of SmolLM2: half a decode step); elsewhere each growth is a copy.
 
 What no token was written to is zero, always: attention reads whole blocks and masks what lies behind a
 session's last token, which removes numbers but not NaN.
@@ -66,10 +67,7 @@ class KvPool:
         made = self._layers.get(layer)
         if made is None:
             shape = (2, self._slots, like_2KTD.shape[1], SLOT_TOKENS, like_2KTD.shape[3])
-            memory = mmap.mmap(
-                -1, math.prod(shape) * like_2KTD.element_size()
-            )  # zero, and free until written
-            made = self._layers[layer] = torch.frombuffer(memory, dtype=like_2KTD.dtype).view(shape)
+            made = self._layers[layer] = _untouched(shape, like_2KTD.dtype)
         return made
 
     def places(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,10 +100,12 @@ class KvBudget:
     Args:
         max_tokens: Bound.
         slots: Slots of the pool; they are part of the bound, whether used or not.
+        longest_tokens: A store of its own never has to hold more; 0 = nobody knows.
     """
 
-    def __init__(self, max_tokens: int, slots: int = 0) -> None:
+    def __init__(self, max_tokens: int, slots: int = 0, longest_tokens: int = 0) -> None:
         self.pool = KvPool(slots)
+        self.longest_tokens = longest_tokens
         self.max_own_tokens = max_tokens - slots * SLOT_TOKENS
         self.used_tokens = 0
         """Slots in use count whole."""
@@ -158,16 +158,16 @@ class SessionKv:
         own = 0 if self.slot is not None else self._capacity
         if budget.own_tokens + capacity - own > budget.max_own_tokens:
             return False
-        old_layers, written, old_slot = self._layers, self._written, self.slot
-        room = align_up(capacity, BLOCK_TOKENS)  # attention reads whole blocks
+        old_slot = self.slot
         with torch.inference_mode():
-            self._layers = {layer: _grown(old, written, room) for layer, old in old_layers.items()}
+            for layer, old_2KSD in self._layers.items():
+                self._layers[layer] = self._with_room(old_2KSD, capacity)
         budget.used_tokens += capacity - self._capacity
         budget.own_tokens += capacity - own
         self._capacity, self.slot = capacity, None
         if old_slot is not None:
             self.place += 1
-            budget.pool.give_back(old_slot, written)
+            budget.pool.give_back(old_slot, self._written)
         return True
 
     def layer(self, layer: int) -> torch.Tensor:
@@ -197,8 +197,7 @@ class SessionKv:
             if self.slot is not None:
                 store_2KSD = self._budget.pool.layer(layer, kv_2KTD)[:, self.slot]
             else:
-                room = align_up(self._capacity, BLOCK_TOKENS)
-                store_2KSD = kv_2KTD.new_zeros((2, kv_2KTD.shape[1], room, kv_2KTD.shape[3]))
+                store_2KSD = self._own_store(kv_2KTD, self._capacity)
             self._layers[layer] = store_2KSD
         end = start + kv_2KTD.shape[2]
         self.note_written(end)
@@ -231,8 +230,24 @@ class SessionKv:
         for layer, kv_2KTD in enumerate(export.layers):
             self.write(layer, 0, kv_2KTD[:, :, :tokens].to(device))
 
+    def _with_room(self, old_2KSD: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Return a layer's store with room for so many tokens, outside of the pool."""
+        if self.slot is None and old_2KSD.shape[2] >= align_up(capacity, BLOCK_TOKENS):
+            return old_2KSD
+        new_2KSD = self._own_store(old_2KSD, capacity)
+        new_2KSD[:, :, : self._written] = old_2KSD[:, :, : self._written]
+        return new_2KSD
 
-def _grown(old_2KSD: torch.Tensor, written: int, room: int) -> torch.Tensor:
-    new_2KSD = old_2KSD.new_zeros((*old_2KSD.shape[:2], room, old_2KSD.shape[3]))
-    new_2KSD[:, :, :written] = old_2KSD[:, :, :written]
-    return new_2KSD
+    def _own_store(self, like_2KTD: torch.Tensor, capacity: int) -> torch.Tensor:
+        room = align_up(capacity, BLOCK_TOKENS)  # attention reads whole blocks
+        heads, width = like_2KTD.shape[1], like_2KTD.shape[3]
+        if like_2KTD.device.type != "cpu":
+            return like_2KTD.new_zeros((2, heads, room, width))
+        room = max(room, align_up(self._budget.longest_tokens, BLOCK_TOKENS))
+        return _untouched((2, heads, room, width), like_2KTD.dtype)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros that take no memory until they are written to."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -45,6 +45,8 @@ class Session:
     """How many of `tokens` the KV cache has."""
     shipped_kv: KvExport | None = None
     """KV that came with a snapshot, until the session is admitted."""
+    held_until_seconds: float = float("-inf")
+    """On the engine's clock: it makes no token before."""
     emitted: int = field(default=0)
     """Tokens chosen here, that is without the resumed ones."""
 

@@ -23,7 +23,13 @@ from services.worker.settings import WorkerSettings
 from stoker import log
 from stoker.errors import InvalidRequest, ReplicaGone, StokerError
 from stoker.rpc import Server
-from stoker.v1.session_kv_pb2 import KvPart, ReadKvRequest, WriteKvResponse
+from stoker.v1.session_kv_pb2 import (
+    HoldSessionRequest,
+    HoldSessionResponse,
+    KvPart,
+    ReadKvRequest,
+    WriteKvResponse,
+)
 from stoker.v1.worker_pb2 import (
     DescribeWorkerRequest,
     LoadEnd,
@@ -43,6 +49,9 @@ if TYPE_CHECKING:
 
 SWITCH_SECONDS = 0.0005
 """How long the engine's thread keeps the interpreter while the loop has tokens to send (Python: 5 ms)."""
+
+MAX_HOLD_SECONDS = 5.0
+"""Longest time that a session stands still for its move, whatever is asked."""
 
 FLUSH_SECONDS = 1.0
 """How long the last errors of a failed engine may take to reach the agent."""
@@ -176,6 +185,17 @@ class WorkerShell(WorkerServicer):
         """Take keys and values of a session that is about to come."""
         del context
         return await self._desk().write(aiter(request_iterator))
+
+    async def HoldSession(  # noqa: N802 - the name of the rpc
+        self, request: HoldSessionRequest, context: Context
+    ) -> HoldSessionResponse:
+        """Have a session stand still for the last round of its move, or go on."""
+        del context
+        if self._engine is None:
+            raise ReplicaGone(f"worker {self._settings.worker_id} has no model yet")
+        engine_id = self._stream.engine_id(request.session_id, request.epoch)
+        held = self._engine.hold(engine_id, min(request.seconds, MAX_HOLD_SECONDS))
+        return HoldSessionResponse(tokens=await asyncio.wrap_future(held))
 
     def _desk(self) -> KvDesk:
         if self._kv is None:

@@ -89,7 +89,9 @@ class TransformersEngine:
         self._limits = replace(limits, max_context_tokens=context)
         # The longest session fits beside the pool.
         slots = min(limits.max_batch, (limits.max_kv_tokens - context) // SLOT_TOKENS)
-        self._budget = KvBudget(limits.max_kv_tokens, slots if self._runner.device.type == "cpu" else 0)
+        slots = slots if self._runner.device.type == "cpu" else 0
+        longest = min(context, limits.max_kv_tokens - slots * SLOT_TOKENS)
+        self._budget = KvBudget(limits.max_kv_tokens, slots, longest)
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: deque[Session] = deque()
@@ -153,7 +155,17 @@ class TransformersEngine:
 
     def has_work(self) -> bool:
         """See `Engine`."""
-        return bool(self._live)
+        with self._lock:
+            if self._cancelled:
+                return True
+            now_seconds = self._clock()
+            return any(session.held_until_seconds <= now_seconds for session in self._live.values())
+
+    def held_seconds(self) -> float | None:
+        """See `Engine`."""
+        with self._lock:
+            ends = [session.held_until_seconds for session in self._live.values()]
+        return max(0.0, min(ends) - self._clock()) if ends else None
 
     def step(self) -> list[Output]:
         """See `Engine`."""
@@ -161,7 +173,14 @@ class TransformersEngine:
         self._cancel(outputs)
         with torch.inference_mode():  # shipped keys and values are written into stores that passes made
             self._admit(outputs)
-        decoding = self._with_room([session for session in self._running if not session.is_prefilling])
+        now_seconds = self._clock()
+        decoding = self._with_room(
+            [
+                session
+                for session in self._running
+                if not session.is_prefilling and session.held_until_seconds <= now_seconds
+            ]
+        )
         with suppress(PassInterrupted), torch.inference_mode():  # what was given up, a later step does again
             self._decode(decoding, outputs)
             self._prefill(outputs)
@@ -189,6 +208,27 @@ class TransformersEngine:
             raise KvUnavailable(f"session {session_id} has no keys and values yet")
         adapter = ("", "") if session.adapter is None else session.adapter.identity
         return KvReader(session.kv, self._kv_layout, session.tokens[: session.cached], adapter)
+
+    def take_kv(self, session_id: SessionId) -> StagedKv | None:
+        """See `Engine`."""
+        session = self._live.get(session_id)
+        if session is None:
+            raise NotFound(f"session {session_id} does not run or wait in this engine")
+        if not session.cached:
+            return None
+        staged = StagedKv(session.kv, self._kv_layout, self._runner.device)
+        staged.tokens = session.cached
+        session.kv, session.cached = SessionKv(self._budget), 0
+        return staged
+
+    def hold(self, session_id: SessionId, seconds: float) -> int:
+        """See `Engine`. A session that is still in its prefill is not held."""
+        session = self._live.get(session_id)
+        if session is None:
+            raise NotFound(f"session {session_id} does not run or wait in this engine")
+        is_held = seconds > 0 and not session.is_prefilling
+        session.held_until_seconds = self._clock() + seconds if is_held else float("-inf")
+        return len(session.tokens)
 
     def stage_kv(self) -> StagedKv:
         """See `Engine`."""

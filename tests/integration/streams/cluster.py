@@ -106,6 +106,13 @@ class Node:
                     raise ReplicaGone("it was killed")
                 yield KvPart.FromString(part.SerializeToString())
 
+    async def hold(self, session_id: str, epoch: int, seconds: float) -> int:
+        """Have a session stand still, as the worker's shell does."""
+        if self.is_dead:
+            raise ReplicaGone("it was killed")
+        held = self._engine.hold(self._stream.engine_id(session_id, epoch), seconds)
+        return await asyncio.wrap_future(held)
+
     async def write_kv(self, parts: AsyncIterator[KvPart]) -> WriteKvResponse:
         """Take a coming session's keys and values."""
         if self.is_dead:
@@ -139,6 +146,7 @@ class Cluster:
     ) -> None:
         self._on_part = on_part
         self.shipped: list[FetchKvResponse] = []
+        self.holds: list[float] = []
         self._new_engine = new_engine
         self._happening = happening
         self._stack = AsyncExitStack()
@@ -180,6 +188,13 @@ class Cluster:
         response = FetchKvResponse(tokens=written.tokens, data_bytes=written.data_bytes)
         self.shipped.append(response)
         return response
+
+    async def hold(
+        self, replica: Replica, session_id: str, epoch: int, *, seconds: float, timeout_seconds: float
+    ) -> int:
+        """Have a session stand still, as `Agents.hold`."""
+        self.holds.append(seconds)
+        return await self._node(replica.replica_id).hold(session_id, epoch, seconds)
 
     async def _watched(self, parts: AsyncIterator[KvPart]) -> AsyncIterator[KvPart]:
         async for part in parts:

@@ -103,6 +103,20 @@ class ToyCluster:
         tokens = order.from_token + 1 + self._random.randrange(20)
         return node_agent_pb2.FetchKvResponse(tokens=tokens, data_bytes=tokens)
 
+    async def hold(
+        self, replica: Replica, session_id: str, epoch: int, *, seconds: float, timeout_seconds: float
+    ) -> int:
+        """Fail, or do nothing: a source that goes on too early must never matter to the client."""
+        for _ in range(self._random.randrange(3)):
+            await asyncio.sleep(0)
+        node = self.nodes[replica.replica_id]
+        self._strike_move("is held", session_id, replica)
+        if node.is_dead:
+            raise ReplicaGone(f"{replica.replica_id} is dead")
+        if self._random.random() < 3 * self._faults:
+            raise KvUnavailable("not now")
+        return 0
+
     def _admit(self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest) -> None:
         if node.is_dead:
             if self._random.random() < 0.5:

@@ -91,6 +91,10 @@ class Played:
         """Ship nothing."""
         raise KvUnavailable("these replicas are played")
 
+    async def hold(self, *_: object, **_options: object) -> int:
+        """Hold nobody."""
+        raise KvUnavailable("these replicas are played")
+
 
 class World:
     """One session over played replicas."""

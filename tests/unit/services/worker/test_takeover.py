@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from services.worker.engine import KvExport, Snapshot
-from services.worker.takeover import continued
+from services.worker.engine import Snapshot
+from services.worker.takeover import common_tokens
 from stoker.ids import SessionId
 from tests.unit.services.worker.tiny_models import ids, numbers, request, run
 
 
-def earlier(prompt: tuple[int, ...], generated: tuple[int, ...], cached: int) -> Snapshot:
-    layer = torch.arange(2 * 1 * cached * 1, dtype=torch.float32).reshape(2, 1, cached, 1)
-    wanted = request("s", prompt)
+def earlier(prompt: tuple[int, ...], generated: tuple[int, ...] = ()) -> Snapshot:
     return Snapshot(
         session_id=SessionId("s"),
         prompt_token_ids=prompt,
         generated_token_ids=generated,
-        sampling=wanted.sampling,
-        kv=KvExport(token_count=cached, layers=(layer,)),
-    )
-
-
-def test_keys_of_the_common_prefix_are_kept() -> None:
-    found = continued(request("s", (1, 2), generated=(3, 4, 5)), earlier((1, 2), (3, 9), 4))
-
-    assert found.kv is not None
-    assert found.kv.token_count == 3
-    assert found.kv.layers[0].shape == (2, 1, 3, 1)
-    assert found.generated_token_ids == (3, 4, 5)
-
-
-def test_all_keys_are_kept_where_all_tokens_agree() -> None:
-    before = earlier((1, 2), (3,), 2)
-
-    assert continued(request("s", (1, 2), generated=(3, 4)), before).kv is before.kv
-
-
-def test_nothing_is_kept_of_another_prompt_or_of_a_session_that_had_not_begun() -> None:
-    assert continued(request("s", (7, 2)), earlier((1, 2), (), 2)).kv is None
-    bare = Snapshot(
-        session_id=SessionId("s"),
-        prompt_token_ids=(1, 2),
-        generated_token_ids=(),
         sampling=request().sampling,
     )
-    assert continued(request("s", (1, 2)), bare).kv is None
+
+
+def test_what_both_begin_with_is_in_common() -> None:
+    assert common_tokens(request("s", (1, 2), generated=(3, 4, 5)), earlier((1, 2), (3, 9))) == 3
+    assert common_tokens(request("s", (1, 2), generated=(3, 4)), earlier((1, 2), (3,))) == 3
+    assert common_tokens(request("s", (1, 2)), earlier((1, 2), (3,))) == 2
+
+
+def test_another_prompt_has_nothing_in_common() -> None:
+    assert common_tokens(request("s", (7, 2)), earlier((1, 2))) == 0
 
 
 def test_a_session_that_goes_on_from_an_earlier_run_gives_the_same_bits(engine_of) -> None:
@@ -55,12 +38,16 @@ def test_a_session_that_goes_on_from_an_earlier_run_gives_the_same_bits(engine_o
     engine.submit(request("old", prompt, generated=ids(whole[:9]), **how))
     for _ in range(4):
         engine.step()
-    before = engine.snapshot(SessionId("old"), with_kv=True)
+    later = request("s", prompt, generated=ids(whole[:15]), **how)
+    common = common_tokens(later, engine.snapshot(SessionId("old")))
+    staged = engine.take_kv(SessionId("old"))
     engine.cancel(SessionId("old"))
+    assert staged is not None
+    staged.tokens = min(staged.tokens, common)
 
-    engine.resume(continued(request("s", prompt, generated=ids(whole[:15]), **how), before))
+    engine.submit(replace(later, staged=staged))
     tokens, _ = run(engine)
 
-    assert before.kv is not None
     assert numbers(tokens["s"]) == numbers(whole[15:])
     assert engine.stats().replay_token_count < 9 + 15
+    assert engine.stats().kv_tokens == 0
