@@ -1,6 +1,8 @@
-"""Sessions of one worker: many `Generate` calls over the worker's one `Run` stream.
+"""Sessions of one worker: many `Generate` calls over the worker's one connection for sessions.
 
-The worker's events are handed on as they are; this module only finds whom they belong to.
+The worker's events are handed on as they are; this module only finds whom they belong to. Commands and steps
+travel over a link (`stoker.frames`) where there is one. The `Run` call carries them otherwise; beside a link
+it tells that the worker is there: gRPC pings it, and so finds one that hangs.
 """
 
 from __future__ import annotations
@@ -8,18 +10,28 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from stoker.errors import BY_CODE, CapacityError, Fenced, QueueFull, StokerError
+from google.protobuf.message import DecodeError
+
+from stoker.errors import BY_CODE, CapacityError, Fenced, PeerError, QueueFull, StokerError
 from stoker.rpc import cancelled_after, translated
 from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest, Leave
-from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent
+from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent, StepEvent
 
 if TYPE_CHECKING:
     from stoker.v1.worker_pb2_grpc import WorkerAsyncStub
 
 MAX_BUFFERED_EVENTS = 4096
 """Of one session, when its client reads more slowly than the worker generates."""
+
+
+class Link(Protocol):
+    """A connection to the worker; see `stoker.frames`."""
+
+    def send(self, body: bytes) -> None:
+        """Send a message."""
+        ...
 
 
 class RelayedSession:
@@ -81,7 +93,7 @@ class RelayedSession:
 
 
 class SessionRelay:
-    """Multiplexes sessions over a worker's `Run` stream.
+    """Multiplexes sessions over a worker's connection.
 
     Args:
         stub: The worker.
@@ -110,6 +122,9 @@ class SessionRelay:
         self._on_load_end = on_load_end
         self._sessions: dict[str, RelayedSession] = {}
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()  # bounded: two per session at most
+        self._link: Link | None = None
+        self._link_ended = asyncio.Event()
+        self._link_end = ""
         self._error: StokerError | None = None
         self._running = 0
         self._idle_since_seconds = now_seconds()
@@ -168,14 +183,14 @@ class SessionRelay:
             request_id=request.request_id,
         )
         self._sessions[request.session_id] = session
-        self._commands.put_nowait(RunCommand(submit=request))
+        self._tell(RunCommand(submit=request))
         self._on_change()
         return session
 
     def close(self, session: RelayedSession) -> None:
         """Forget a session; one that the worker still runs is cancelled there."""
         if self._forget(session) and self._error is None:
-            self._commands.put_nowait(RunCommand(cancel=CancelSession(session_id=session.session_id)))
+            self._tell(RunCommand(cancel=CancelSession(session_id=session.session_id)))
 
     def cut(self, session_id: str, *, below_epoch: int) -> None:
         """End a session here if an earlier owner runs it: a later one has begun elsewhere."""
@@ -215,14 +230,57 @@ class SessionRelay:
             PeerError: The worker cannot be reached any more.
         """
         self._idle_since_seconds = self._now_seconds()
+        calling = asyncio.ensure_future(self._call())
+        losing = asyncio.ensure_future(self._link_ended.wait())
+        try:
+            await asyncio.wait([calling, losing], return_when=asyncio.FIRST_COMPLETED)
+            if not calling.done():
+                raise PeerError(f"{self._peer} cannot be reached: {self._link_end}")
+            calling.result()
+        finally:
+            calling.cancel()
+            losing.cancel()
+            await asyncio.gather(calling, losing, return_exceptions=True)
+
+    def use(self, link: Link) -> None:
+        """Speak to the worker over a link, which brings its frames to `take_frame` and its end to `lose`."""
+        self._link = link
+
+    def take_frame(self, frame: bytes) -> None:
+        """Take a step that came over the link.
+
+        Raises:
+            PeerError: There is none in the frame.
+        """
+        try:
+            step = StepEvent.FromString(frame)
+        except DecodeError as error:
+            raise PeerError(f"a frame of {self._peer} is no step: {error}") from error
+        self._take(step)
+
+    def lose(self, reason: str) -> None:
+        """Take note that the link has ended: no token can come any more."""
+        self._link_end = reason
+        self._link_ended.set()
+
+    async def _call(self) -> None:
         with translated(self._peer), cancelled_after(self._stub.Run(self._submitted())) as steps:
             async for step in steps:
-                if step.HasField("load_end"):
-                    self._on_load_end(step.load_end)
-                for item in step.sessions:
-                    session = self._sessions.get(item.session_id)
-                    if session is not None:
-                        self._deliver(session, item)
+                self._take(step)
+
+    def _take(self, step: StepEvent) -> None:
+        if step.HasField("load_end"):
+            self._on_load_end(step.load_end)
+        for item in step.sessions:
+            session = self._sessions.get(item.session_id)
+            if session is not None:
+                self._deliver(session, item)
+
+    def _tell(self, command: RunCommand) -> None:
+        if self._link is None:
+            self._commands.put_nowait(command)
+        else:
+            self._link.send(command.SerializeToString())
 
     async def _submitted(self) -> AsyncIterator[RunCommand]:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from services.node_agent.host_state import (
     WorkerWarm,
 )
 from services.node_agent.relay import SessionRelay
+from services.node_agent.session_socket import SessionSocket
 from services.node_agent.worker_process import WorkerProcess
 from stoker import log
 from stoker.errors import DeadlineExceeded, KvUnavailable, PeerError, StokerError, WorkerDied
+from stoker.frames import FrameLink
 from stoker.ids import WorkerId
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
@@ -34,7 +37,13 @@ from stoker.v1.session_kv_pb2 import (
     ReadKvRequest,
     WriteKvResponse,
 )
-from stoker.v1.worker_pb2 import DescribeWorkerRequest, LoadEnd, LoadModelRequest, WorkerDescription
+from stoker.v1.worker_pb2 import (
+    DescribeWorkerRequest,
+    LoadEnd,
+    LoadModelRequest,
+    LoadModelResponse,
+    WorkerDescription,
+)
 from stoker.v1.worker_pb2_grpc import WorkerStub
 
 StreamUnaryCall = grpc.aio.StreamUnaryCall[Any, Any]
@@ -117,8 +126,7 @@ class WorkerLink:
             devices=[index for index in order.devices if index in self._options.cuda_devices],
         )
         try:
-            with translated(f"worker {self.worker_id}"):
-                response = await self._stub.LoadModel(request, timeout=self._options.load_timeout_seconds)
+            response, connection = await self._order(request)
         except PeerError as error:
             if error.code == PeerError.code and await self._ends_by_itself():
                 return  # its exit says more than the broken connection
@@ -126,6 +134,8 @@ class WorkerLink:
         except StokerError as error:
             self._refuse(error)
         else:
+            link = FrameLink(connection, on_frame=self.relay.take_frame, on_end=self.relay.lose)
+            self.relay.use(link)
             self._emit(LoadSucceeded(worker_id=self.worker_id, response=response))
             if response.loading:
                 timeout_seconds = self._options.load_timeout_seconds
@@ -134,6 +144,19 @@ class WorkerLink:
                 await self._relay()
             finally:
                 self._cancel_late()
+                link.close()
+
+    async def _order(self, request: LoadModelRequest) -> tuple[LoadModelResponse, socket.socket]:
+        """Have the model loaded; return the worker's answer, and its connection for sessions.
+
+        Raises:
+            StokerError: It could not be loaded.
+        """
+        path = self.process.socket.with_suffix(".run")
+        with SessionSocket(path) as awaited, translated(f"worker {self.worker_id}"):
+            request.session_socket = str(path)
+            response = await self._stub.LoadModel(request, timeout=self._options.load_timeout_seconds)
+            return response, await awaited.accept()
 
     async def read_kv(self, request: ReadKvRequest, *, timeout_seconds: float) -> AsyncGenerator[KvPart]:
         """Yield the parts of a running session's keys and values; raises what the worker answers."""

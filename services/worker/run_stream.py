@@ -1,8 +1,9 @@
 """All sessions of this worker on one stream: commands in, one message per engine step out.
 
-The engine's thread builds the message of a step and hands it to the event loop in one call. While the agent
-is slow to read, later steps join the message that waits; so what waits is bounded by the tokens that live
-sessions can still generate.
+The engine's thread builds the message of a step and sends it over the link to the agent itself, so that a
+token waits for no turn of the event loop. Where there is no link, or the agent must be told something else
+first, the loop takes the message, for the `Run` call or the link. While the agent is slow to read, messages
+wait: no more than the tokens that live sessions can still generate.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from services.worker import wire
-from services.worker.engine import Finished, Output, Submit, TokenOut
+from services.worker.engine import Finished, Output, Submit
 from services.worker.engine_thread import EngineThread
 from stoker import log
 from stoker.errors import AlreadyExists, Fenced, InvalidRequest, NotFound, StokerError
@@ -30,9 +31,13 @@ if TYPE_CHECKING:  # torch: imported only when the worker is warm
     from services.worker.adapter_cache import AdapterCache
     from services.worker.kv_desk import KvDesk
 
-FIRST_TOKEN_SECONDS = 0.002
-"""How long the engine's thread stands still, at most, until a session's first token is on its way. Going on
-at once it would take turns with the loop for the interpreter, and the client waits for nothing else."""
+
+class Link(Protocol):
+    """A connection to the agent that any thread may send to; see `stoker.frames`."""
+
+    def send(self, body: bytes) -> None:
+        """Send a message."""
+        ...
 
 
 class RunStream:
@@ -49,8 +54,11 @@ class RunStream:
         self._numbers = itertools.count()
         self._waiting = StepEvent()
         self._news = asyncio.Event()
-        self._written = threading.Event()
         self._has_reader = False
+        self._link: Link | None = None
+        self._handing = threading.Lock()
+        self._handed = 0  # steps on their way through the loop: none may overtake them
+        self._load_is_told = False
         self._adapters: AdapterCache | None = None
         self._leases: dict[SessionId, AdapterSpec] = {}
         self._kv: KvDesk | None = None
@@ -61,27 +69,42 @@ class RunStream:
         """Take a step's outputs; called in the engine's thread."""
         step = wire.step_event(outputs, self._owners)
         finished = [output.session_id for output in outputs if isinstance(output, Finished)]
-        has_first = self._has_reader and any(
-            isinstance(output, TokenOut) and output.timings is not None for output in outputs
-        )
-        if has_first:
-            self._written.clear()
-        self._loop.call_soon_threadsafe(self._add, step, finished)
-        if has_first:
-            self._written.wait(FIRST_TOKEN_SECONDS)
+        link = self._link
+        with self._handing:
+            is_direct = link is not None and self._load_is_told and not self._handed
+            self._handed += not is_direct
+        if link is None or not is_direct:
+            self._loop.call_soon_threadsafe(self._take_step, step, finished)
+            return
+        if finished:
+            self._loop.call_soon_threadsafe(self._let_go, finished)
+        if step.sessions:
+            link.send(step.SerializeToString())
 
     def fail(self, error: StokerError) -> None:
         """End every session with an error; called in the event loop."""
         owners = list(self._owners.values())
         self._owners.clear()
         self._current.clear()
-        self._add(wire.errors_for(owners, error), [])
+        self._add(wire.errors_for(owners, error))
 
     # --- in the event loop ---
 
     def use(self, adapters: AdapterCache) -> None:
         """Take adapters of sessions from here; before this call no session may have one."""
         self._adapters = adapters
+
+    def send_over(self, link: Link, *, is_loading: bool) -> None:
+        """Send what the engine brings over a link from now on, which `events` then doesn't yield.
+
+        Args:
+            link: To the agent.
+            is_loading: The end of the load is still to be announced, before any token.
+        """
+        self._link = link
+        self._load_is_told = not is_loading
+        if not self.is_flushed():
+            self._tell()
 
     def expect_kv(self, desk: KvDesk) -> None:
         """Begin sessions with what has arrived of them at the desk."""
@@ -102,9 +125,9 @@ class RunStream:
         return engine_id
 
     def announce(self, load_end: LoadEnd) -> None:
-        """Tell the agent how the rest of the load went."""
+        """Tell the agent how the rest of the load went; no token goes out before."""
         self._waiting.load_end.CopyFrom(load_end)
-        self._news.set()
+        self._tell()
 
     def take(self, command: RunCommand, engine: EngineThread) -> None:
         """Do what the agent wants; a refusal becomes the session's last event."""
@@ -207,7 +230,7 @@ class RunStream:
         if self._owners.get(engine_id) is owner:
             self._release(engine_id)
         self._end_lease(engine_id)
-        self._add(wire.errors_for([owner], error), [])
+        self._add(wire.errors_for([owner], error))
 
     def _end_earlier(self, earlier_id: SessionId, request: GenerateRequest) -> None:
         """Take the session from its present owner here, whose tokens belong to nobody from now on."""
@@ -227,7 +250,7 @@ class RunStream:
         if error is not None and self._owners.get(engine_id) is owner:
             self._release(engine_id)
             told = error if isinstance(error, StokerError) else wire.engine_failed(error)
-            self._add(wire.errors_for([owner], told), [])
+            self._add(wire.errors_for([owner], told))
 
     async def events(self) -> AsyncIterator[StepEvent]:
         """Yield what the engine brings, for ever; one reader at a time.
@@ -244,10 +267,8 @@ class RunStream:
                 self._news.clear()
                 step, self._waiting = self._waiting, StepEvent()
                 yield step
-                self._written.set()  # gRPC asks for the next one when it has written this one
         finally:
             self._has_reader = False
-            self._written.set()
 
     def cancel_all(self, engine: EngineThread) -> None:
         """End every session: their reader has gone."""
@@ -259,17 +280,35 @@ class RunStream:
         """Tell whether nothing waits to be read."""
         return not self._waiting.sessions and not self._waiting.HasField("load_end")
 
-    def _add(self, step: StepEvent, finished: list[SessionId]) -> None:
+    def _take_step(self, step: StepEvent, finished: list[SessionId]) -> None:
+        """Take a step that the engine's thread did not send itself."""
+        self._let_go(finished)
+        self._add(step)
+        with self._handing:
+            self._handed -= 1
+
+    def _let_go(self, finished: list[SessionId]) -> None:
         for engine_id in finished:
             self._release(engine_id)
             self._end_lease(engine_id)
+
+    def _add(self, step: StepEvent) -> None:
         if not step.sessions:
             return
-        if self._waiting.sessions or self._waiting.HasField("load_end"):
-            self._waiting.sessions.MergeFrom(step.sessions)
-        else:
+        if self.is_flushed():
             self._waiting = step
-        self._news.set()
+        else:
+            self._waiting.sessions.MergeFrom(step.sessions)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send what waits, or have the call's reader take it."""
+        if self._link is None:
+            self._news.set()
+            return
+        step, self._waiting = self._waiting, StepEvent()
+        self._link.send(step.SerializeToString())
+        self._load_is_told = self._load_is_told or step.HasField("load_end")
 
     def _end_lease(self, engine_id: SessionId) -> None:
         """Let go of a session's adapter, once the engine has no use for it."""

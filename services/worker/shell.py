@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -21,7 +22,8 @@ from services.worker.kv_desk import KvDesk
 from services.worker.run_stream import RunStream
 from services.worker.settings import WorkerSettings
 from stoker import log
-from stoker.errors import InvalidRequest, ReplicaGone, StokerError
+from stoker.errors import InvalidRequest, PeerError, ReplicaGone, StokerError
+from stoker.frames import FrameLink
 from stoker.rpc import Server
 from stoker.v1.session_kv_pb2 import (
     HoldSessionRequest,
@@ -140,6 +142,8 @@ class WorkerShell(WorkerServicer):
         self._engine.start()
         self._kv = KvDesk(self._engine)
         self._stream.expect_kv(self._kv)
+        if request.session_socket:
+            await self._link_sessions(request.session_socket, self._engine, is_loading=is_loading)
         limits = loaded.engine.limits
         return LoadModelResponse(
             timings=timings,
@@ -201,6 +205,28 @@ class WorkerShell(WorkerServicer):
         if self._kv is None:
             raise ReplicaGone(f"worker {self._settings.worker_id} has no model yet")
         return self._kv
+
+    async def _link_sessions(self, path: str, engine: EngineThread, *, is_loading: bool) -> None:
+        """Have sessions travel over the agent's socket.
+
+        Raises:
+            PeerError: Nobody listens there.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        connection.setblocking(False)
+        try:
+            await self._loop.sock_connect(connection, path)
+        except OSError as error:
+            connection.close()
+            raise PeerError(
+                f"the session socket {path} of the node agent takes no connection: {error}"
+            ) from error
+        link = FrameLink(
+            connection,
+            on_frame=lambda frame: self._stream.take(wire.command(frame), engine),
+            on_end=lambda _: self._stream.cancel_all(engine),
+        )
+        self._stream.send_over(link, is_loading=is_loading)
 
     async def _take_commands(self, commands: AsyncIterator[RunCommand], engine: EngineThread) -> None:
         async for command in commands:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from services.worker import engine
-from stoker.errors import StokerError, WorkerDied
+from stoker.errors import PeerError, StokerError, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2, worker_pb2
 
@@ -28,6 +30,18 @@ class Owner:
 
     session_id: str
     epoch: int
+
+
+def command(frame: bytes) -> worker_pb2.RunCommand:
+    """Return the command in a frame of the agent's.
+
+    Raises:
+        PeerError: There is none in it.
+    """
+    try:
+        return worker_pb2.RunCommand.FromString(frame)
+    except DecodeError as error:
+        raise PeerError(f"a frame of the node agent is no command: {error}") from error
 
 
 def submit(request: session_pb2.GenerateRequest, engine_id: SessionId) -> engine.Submit:

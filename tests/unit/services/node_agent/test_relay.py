@@ -10,7 +10,7 @@ import pytest
 
 from services.node_agent import relay as relay_module
 from services.node_agent.relay import RelayedSession, SessionRelay
-from stoker.errors import CapacityError, Fenced, QueueFull, StokerError, WorkerDied
+from stoker.errors import CapacityError, Fenced, PeerError, QueueFull, StokerError, WorkerDied
 from stoker.v1.session_pb2 import FINISH_REASON_LENGTH, GenerateEvent, GenerateRequest, Token
 from stoker.v1.worker_pb2 import LoadEnd, RunCommand, SessionError, SessionEvent, StepEvent
 
@@ -265,3 +265,45 @@ async def test_who_reads_a_session_is_asked_to_move_it() -> None:
 
         assert (event.epoch, event.leave.reason, event.leave.grace_seconds) == (4, "drained", 9.0)
         assert not event.tokens
+
+
+class PlayedLink:
+    """Keeps what was sent over it."""
+
+    def __init__(self) -> None:
+        self.commands: list[RunCommand] = []
+
+    def send(self, body: bytes) -> None:
+        """Take a message."""
+        self.commands.append(RunCommand.FromString(body))
+
+
+async def test_over_a_link_commands_go_out_and_tokens_come_in_and_the_call_carries_nothing() -> None:
+    async with scene() as played:
+        link = PlayedLink()
+        played.relay.use(link)
+        session = played.open()
+        event = GenerateEvent(epoch=1, position=3, tokens=[Token(id=3)])
+        step = StepEvent(sessions=[SessionEvent(session_id="ses-1", event=event)])
+        played.relay.take_frame(step.SerializeToString())
+        came = await session.next()
+        played.relay.close(session)
+
+        assert came == event
+        assert [command.WhichOneof("command") for command in link.commands] == ["submit", "cancel"]
+        assert played.worker.commands.empty()
+
+
+async def test_a_link_that_ends_is_a_worker_that_cannot_be_reached() -> None:
+    made = Scene()
+    running = asyncio.create_task(made.relay.run())
+    await asyncio.sleep(0)
+    made.relay.lose("it closed the connection")
+
+    with pytest.raises(PeerError, match=r"worker w-1 cannot be reached: it closed"):
+        await running
+
+
+async def test_a_frame_that_is_no_step_is_refused() -> None:
+    with pytest.raises(PeerError, match="no step"):
+        Scene().relay.take_frame(b"\xff\xff\xff")

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 
 import pytest
 
-from services.worker import run_stream
 from services.worker.engine import Finished, FinishReason, SessionTimings, Submit, TokenOut
 from services.worker.run_stream import RunStream
 from stoker.errors import AlreadyExists, CheckpointInvalid, QueueFull, WorkerDied
@@ -106,36 +105,6 @@ async def test_steps_that_nobody_read_yet_travel_together_in_order() -> None:
     await asyncio.sleep(0)
 
     assert [item.event.position for item in await scene.read()] == [0, 1]
-
-
-async def test_the_engine_goes_on_when_a_first_token_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_stream, "FIRST_TOKEN_SECONDS", 600.0)
-    scene = Scene()
-    scene.submit()
-    reading = asyncio.ensure_future(scene.read())
-    await asyncio.sleep(0)
-    first = TokenOut(session_id=scene.engine.submitted[-1], position=0, token_id=7, timings=SessionTimings())
-
-    engine = asyncio.ensure_future(asyncio.to_thread(scene.stream.on_outputs, [first]))
-    written = await reading
-    stood_still = not engine.done()
-    reading = asyncio.ensure_future(scene.read())
-    await engine
-    reading.cancel()
-
-    assert stood_still
-    assert [token.id for token in written[0].event.tokens] == [7]
-
-
-async def test_the_engine_does_not_stand_still_for_a_reader_that_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(run_stream, "FIRST_TOKEN_SECONDS", 600.0)
-    scene = Scene()
-    scene.submit()
-    first = TokenOut(session_id=scene.engine.submitted[-1], position=0, token_id=7, timings=SessionTimings())
-
-    await asyncio.to_thread(scene.stream.on_outputs, [first])
 
 
 async def test_a_refused_session_ends_with_its_error_and_can_be_sent_again() -> None:
@@ -321,3 +290,82 @@ def _finished(session_id: SessionId) -> Finished:
     return Finished(
         session_id=session_id, reason=FinishReason.LENGTH, prompt_token_count=1, generated_token_count=1
     )
+
+
+class PlayedLink:
+    """Keeps what was sent over it."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepEvent] = []
+
+    def send(self, body: bytes) -> None:
+        """Take a message."""
+        self.steps.append(StepEvent.FromString(body))
+
+
+async def test_over_a_link_a_step_needs_no_turn_of_the_loop() -> None:
+    scene, link = Scene(), PlayedLink()
+    scene.stream.send_over(link, is_loading=False)
+    scene.submit()
+    scene.step(0)
+    scene.step(1)
+
+    assert [step.sessions[0].event.position for step in link.steps] == [0, 1]
+
+
+async def test_over_a_link_no_token_goes_out_before_the_loads_end_nor_overtakes_another() -> None:
+    scene, link = Scene(), PlayedLink()
+    scene.stream.send_over(link, is_loading=True)
+    scene.submit()
+    asyncio.get_running_loop().call_soon(scene.stream.announce, LoadEnd(timings=StartTimings()))
+    scene.step(0)
+    scene.step(1)
+    sent_at_once = list(link.steps)
+    await asyncio.sleep(0)
+    scene.step(2)
+
+    assert not sent_at_once
+    assert link.steps[0].HasField("load_end")
+    assert [step.sessions[0].event.position for step in link.steps[1:]] == [0, 1, 2]
+
+
+async def test_the_end_of_a_load_that_came_before_the_link_goes_over_it() -> None:
+    scene, link = Scene(), PlayedLink()
+    scene.stream.announce(LoadEnd(timings=StartTimings()))
+    scene.stream.send_over(link, is_loading=True)
+    scene.submit()
+    scene.step(0)
+
+    assert [step.HasField("load_end") for step in link.steps] == [True, False]
+
+
+async def test_over_a_link_a_finished_session_is_let_go() -> None:
+    scene, link = Scene(), PlayedLink()
+    scene.stream.send_over(link, is_loading=False)
+    scene.submit()
+    engine_id = scene.engine.submitted[-1]
+    scene.stream.on_outputs(
+        [
+            Finished(
+                session_id=engine_id,
+                reason=FinishReason.LENGTH,
+                prompt_token_count=1,
+                generated_token_count=1,
+                timings=SessionTimings(),
+            )
+        ]
+    )
+    await asyncio.sleep(0)
+    scene.cancel()
+
+    assert link.steps[0].sessions[0].event.finish_reason
+    assert not scene.engine.cancelled
+
+
+async def test_a_refusal_goes_over_the_link_too() -> None:
+    scene, link = Scene(), PlayedLink()
+    scene.stream.send_over(link, is_loading=False)
+    scene.engine.is_full = True
+    scene.submit()
+
+    assert link.steps[0].sessions[0].error.code == QueueFull.code
