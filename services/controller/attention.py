@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.controller.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.forecast import keep_alive_seconds, prewarm_window_seconds
+from services.controller.frozen import changed
 from services.controller.view import Model, View
 from stoker.ids import ModelName
 
@@ -20,9 +22,8 @@ NOW = 0.0
 LIVE = (Standing.STARTING, Standing.READY)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """What one replica adds to its model's tally."""
+class Mark(NamedTuple):
+    """What one replica adds to its model's tally; a tuple, because every event makes some."""
 
     cares: int = 0
     live: int = 0
@@ -51,23 +52,39 @@ class Tally:
     sessions: int = 0
     idle_since: tuple[float, ...] = ()
 
-    def plus(self, mark: Mark, sign: int) -> Tally:
-        """Return the tally with a mark added (`sign` 1) or taken out (-1)."""
+    def after(self, was: Mark | None, now: Mark | None) -> Tally:
+        """Return the tally with one mark in place of another; None = the replica comes, or goes."""
+        old, new = was or NO_MARK, now or NO_MARK
         idle = self.idle_since
-        if mark.idle_since_seconds is not None:
-            place = bisect_left(idle, mark.idle_since_seconds)
-            added = (mark.idle_since_seconds,) if sign > 0 else ()
-            idle = (*idle[:place], *added, *idle[place + (sign < 0) :])
-        return Tally(
-            replicas=self.replicas + sign,
-            cares=self.cares + sign * mark.cares,
-            live=self.live + sign * mark.live,
-            waiting=self.waiting + sign * mark.waiting,
-            sessions=self.sessions + sign * mark.sessions,
+        if old.idle_since_seconds != new.idle_since_seconds:
+            idle = _without(idle, old.idle_since_seconds)
+            idle = _with(idle, new.idle_since_seconds)
+        return changed(
+            self,
+            replicas=self.replicas + (now is not None) - (was is not None),
+            cares=self.cares + new.cares - old.cares,
+            live=self.live + new.live - old.live,
+            waiting=self.waiting + new.waiting - old.waiting,
+            sessions=self.sessions + new.sessions - old.sessions,
             idle_since=idle,
         )
 
 
+def _without(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]:
+    if moment is None:
+        return moments
+    place = bisect_left(moments, moment)
+    return moments[:place] + moments[place + 1 :]
+
+
+def _with(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]:
+    if moment is None:
+        return moments
+    place = bisect_left(moments, moment)
+    return (*moments[:place], moment, *moments[place:])
+
+
+NO_MARK = Mark()
 EMPTY = Tally()
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 from services.controller.bandwidth import rate_of
+from services.controller.frozen import maker_of
 from services.controller.view import Held, Model, Node, Stage, StartStages
 from stoker.units import GB
 
@@ -77,6 +79,10 @@ class Estimate:
         )
 
 
+make_estimate = maker_of(Estimate)
+"""The same as the constructor, faster: every decision makes some."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearntParts:
     """The parts of a start that depend on the model alone."""
@@ -119,7 +125,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
             once for both.
     """
     source, missing_bytes = _missing(model, node, has_peer=has_peer)
-    return Estimate(
+    return make_estimate(
         worker_seconds=worker_wait_seconds(node, starting_workers),
         stage_seconds=_load_stages(model, node, source, 0 if is_coming else missing_bytes, loading_bytes),
         skeleton_seconds=parts.skeleton_seconds,
@@ -133,15 +139,20 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
 def learnt_parts(model: Model, measured: tuple[StartStages, ...]) -> LearntParts:
     """Return the medians of the model's last starts, or seeds."""
     if not measured:
-        return LearntParts(
-            skeleton_seconds=seed_skeleton_seconds(model.layers),
-            first_forward_seconds=SEED_FIRST_FORWARD_SECONDS,
-            overhead_seconds=SEED_OVERHEAD_SECONDS,
-        )
+        return _seed_parts(model.layers)
     return LearntParts(
         skeleton_seconds=median([start.skeleton_seconds for start in measured]),
         first_forward_seconds=median([start.first_forward_seconds for start in measured]),
         overhead_seconds=median([unexplained_seconds(start) for start in measured]),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _seed_parts(layers: int) -> LearntParts:
+    return LearntParts(
+        skeleton_seconds=seed_skeleton_seconds(layers),
+        first_forward_seconds=SEED_FIRST_FORWARD_SECONDS,
+        overhead_seconds=SEED_OVERHEAD_SECONDS,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from services.controller.view import Node, Phase, Replica, Reservation, Scheduling, View
 from stoker.ids import ModelName
@@ -23,9 +23,11 @@ class Standing(Enum):
     """Its node is unreachable, or a gateway found it broken on a node whose stream is broken too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A reserved replica: its reservation, what its node says of it, and what follows."""
+class Member(NamedTuple):
+    """A reserved replica: its reservation, what its node says of it, and what follows.
+
+    A tuple, because each event makes those of a whole node: a sixth of a frozen dataclass's time.
+    """
 
     reservation: Reservation
     replica: Replica | None
@@ -41,11 +43,11 @@ def member(view: View, reservation: Reservation) -> Member:
     replica = node.replicas.get(reservation.replica_id) if node else None
     model = view.models.get(reservation.model)
     return Member(
-        reservation=reservation,
-        replica=replica,
-        node=node,
-        standing=_standing(view, reservation, node, replica),
-        stale=model is not None and model.runtime != reservation.runtime,
+        reservation,
+        replica,
+        node,
+        _standing(view, reservation, node, replica),
+        model is not None and model.runtime != reservation.runtime,
     )
 
 
@@ -89,15 +91,6 @@ def is_leaving(view: View, member: Member) -> bool:
     return member.node is not None and member.node.draining
 
 
-_OF_PHASE = {
-    Phase.STARTING.value: Standing.STARTING,
-    Phase.READY.value: Standing.READY,
-    Phase.STOPPING.value: Standing.STOPPING,
-    Phase.FAILED.value: Standing.FAILED,
-}
-"""By value: an enum member's hash is computed in Python."""
-
-
 def _standing(view: View, reservation: Reservation, node: Node | None, replica: Replica | None) -> Standing:
     if reservation.stopping_since_seconds is not None or reservation.releasing:
         return Standing.STOPPING
@@ -107,4 +100,13 @@ def _standing(view: View, reservation: Reservation, node: Node | None, replica: 
         return Standing.GONE
     if replica is None:
         return Standing.GONE if reservation.reported else Standing.STARTING
-    return _OF_PHASE[replica.phase.value]
+    return _standing_of(replica.phase)
+
+
+def _standing_of(phase: Phase) -> Standing:
+    """Compare one by one: an enum member's hash is computed in Python."""
+    if phase is Phase.READY:
+        return Standing.READY
+    if phase is Phase.STARTING:
+        return Standing.STARTING
+    return Standing.STOPPING if phase is Phase.STOPPING else Standing.FAILED

@@ -40,6 +40,7 @@ from services.controller.events import (
     StopRefused,
 )
 from services.controller.forecast import arrived
+from services.controller.frozen import changed
 from services.controller.gain import makes_room
 from services.controller.index import indexed, reindexed
 from services.controller.lessons import fleet_after, fleet_with_start, is_complete, lessons_of, rates_after
@@ -79,7 +80,7 @@ def fold(view: View, event: Event) -> View:
     models = {found.model for found in reserved} | _models_of(before, after, event)
     nodes = {found.node_id for found in reserved} | _nodes_of(before, after, event)
     after = reindexed(before, after, nodes=nodes, models=models, reservations=replicas)
-    return replace(after, room=after.room + 1) if makes_room(before, after, event, nodes) else after
+    return changed(after, room=after.room + 1) if makes_room(before, after, event, nodes) else after
 
 
 def _replicas_of(event: Event) -> set[ReplicaId]:
@@ -165,11 +166,11 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
         case ModelDeleted(name=name):
             return _model_deleted(view, name)
         case Reserved(reservation=reservation):
-            return replace(view, reservations=_with(view.reservations, reservation.replica_id, reservation))
+            return changed(view, reservations=_with(view.reservations, reservation.replica_id, reservation))
         case Releasing(replica_id=replica_id):
             return _reservation(view, replica_id, releasing=True)
         case Released(replica_id=replica_id):
-            return replace(view, reservations=_without(view.reservations, replica_id))
+            return changed(view, reservations=_without(view.reservations, replica_id))
         case NodeReported(node=node):
             return _node_reported(view, node)
         case NodeDisconnected(node_id=node_id):
@@ -177,7 +178,7 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
         case NodeUnreachable(node_id=node_id):
             return _node(view, node_id, connected=False, reachable=False)
         case NodeForgotten(node_id=node_id):
-            return replace(view, nodes=_without(view.nodes, node_id))
+            return changed(view, nodes=_without(view.nodes, node_id))
         case ReplicaLost(replica_id=replica_id):
             return _reservation(view, replica_id, lost=True)
         case StopOrdered():
@@ -187,9 +188,9 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
         case MoveGivenUp(replica_id=replica_id):
             return _reservation(view, replica_id, moving_to=None, stopping_for=None)
         case SchedulingSet(node_id=node_id, scheduling=Scheduling.OPEN):
-            return replace(view, scheduling=_without(view.scheduling, node_id))
+            return changed(view, scheduling=_without(view.scheduling, node_id))
         case SchedulingSet(node_id=node_id, scheduling=scheduling):
-            return replace(view, scheduling=_with(view.scheduling, node_id, scheduling))
+            return changed(view, scheduling=_with(view.scheduling, node_id, scheduling))
         case StopRefused(replica_id=replica_id, busy=busy):
             return _stop_refused(view, replica_id, busy=busy)
         case Demanded(model=model_name, now_seconds=now_seconds):
@@ -201,15 +202,15 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
         case StartFailed():
             return _start_failed(view, event)
         case Refused(model=model_name, refusal=refusal):
-            return replace(view, refusals=_with(view.refusals, model_name, refusal))
+            return changed(view, refusals=_with(view.refusals, model_name, refusal))
         case ForecastMissed(model=model_name):
             return _missed(view, model_name)
         case RefusalLifted(model=model_name):
-            return replace(view, refusals=_without(view.refusals, model_name))
+            return changed(view, refusals=_without(view.refusals, model_name))
         case RoomSettled(room=room):
-            return replace(view, room_settled=room)
+            return changed(view, room_settled=room)
         case Distrusted(replica_ids=replica_ids):
-            return replace(view, distrusted=view.distrusted | replica_ids)
+            return changed(view, distrusted=view.distrusted | replica_ids)
 
 
 def fold_all(view: View, events: list[Event]) -> View:
@@ -222,10 +223,10 @@ def fold_all(view: View, events: list[Event]) -> View:
 def _model_put(view: View, model: Model) -> View:
     before = view.models.get(model.name)
     always = view.always | {model.name} if model.min_replicas else view.always - {model.name}
-    view = replace(view, models=_with(view.models, model.name, model), always=always)
-    view = replace(view, refusals=_without(view.refusals, model.name))
+    view = changed(view, models=_with(view.models, model.name, model), always=always)
+    view = changed(view, refusals=_without(view.refusals, model.name))
     if before is not None and before.runtime != model.runtime:
-        view = replace(
+        view = changed(
             view,
             failures=_without(view.failures, model.name),
             measured=_without(view.measured, model.name),
@@ -234,7 +235,7 @@ def _model_put(view: View, model: Model) -> View:
 
 
 def _model_deleted(view: View, name: ModelName) -> View:
-    return replace(
+    return changed(
         view,
         models=_without(view.models, name),
         failures=_without(view.failures, name),
@@ -262,7 +263,7 @@ def _node_reported(view: View, node: Node) -> View:
         connected=True,
         reachable=True,
     )
-    view = replace(
+    view = changed(
         view,
         nodes=_with(view.nodes, node.node_id, node),
         fleet=fleet,
@@ -273,7 +274,7 @@ def _node_reported(view: View, node: Node) -> View:
             view = _reservation(view, replica_id, lost=False)
     for moved in _new_moves(node, before):
         key = (moved.model, moved.path)
-        view = replace(view, moves=_with(view.moves, key, learn_move(view.moves.get(key), moved)))
+        view = changed(view, moves=_with(view.moves, key, learn_move(view.moves.get(key), moved)))
     for replica in replicas.values():
         mine = view.reservations.get(replica.replica_id)
         if mine is not None and not mine.reported:
@@ -294,7 +295,7 @@ def _new_moves(node: Node, before: Node | None) -> list[Moved]:
 def _arrived(view: View, name: ModelName, now_seconds: float) -> View:
     if name not in view.models:
         return view
-    return replace(view, arrivals=_with(view.arrivals, name, arrived(view.arrivals.get(name), now_seconds)))
+    return changed(view, arrivals=_with(view.arrivals, name, arrived(view.arrivals.get(name), now_seconds)))
 
 
 def _remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
@@ -318,7 +319,7 @@ def _started(view: View, replica: Replica) -> View:
     if replica.model not in view.models:
         return view
     starts = (*view.measured.get(replica.model, ()), replica.stages)[-MEASURED_STARTS:]
-    return replace(
+    return changed(
         view,
         measured=_with(view.measured, replica.model, starts),
         fleet=fleet_with_start(view.fleet, view.models[replica.model], replica.stages),
@@ -341,7 +342,7 @@ def _stop_ordered(view: View, event: StopOrdered) -> View:
         return view
     orphan = replace(node.replicas[replica_id], phase=Phase.STOPPING)
     node = replace(node, replicas={**node.replicas, replica_id: orphan})
-    return replace(view, nodes=_with(view.nodes, node.node_id, node))
+    return changed(view, nodes=_with(view.nodes, node.node_id, node))
 
 
 def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
@@ -354,7 +355,7 @@ def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
         return view
     replica = replace(replica, sessions=max(1, replica.sessions), idle_since_seconds=None)
     node = replace(node, replicas={**node.replicas, replica_id: replica})
-    return replace(view, nodes=_with(view.nodes, node.node_id, node))
+    return changed(view, nodes=_with(view.nodes, node.node_id, node))
 
 
 def _demanded(view: View, name: ModelName, now_seconds: float) -> View:
@@ -364,7 +365,7 @@ def _demanded(view: View, name: ModelName, now_seconds: float) -> View:
         if before
         else Demand(since_seconds=now_seconds, waiters=1)
     )
-    view = replace(view, demands=_with(view.demands, name, demand))
+    view = changed(view, demands=_with(view.demands, name, demand))
     return view if before else _arrived(view, name, now_seconds)
 
 
@@ -372,14 +373,14 @@ def _missed(view: View, name: ModelName) -> View:
     before = view.arrivals.get(name)
     if before is None:
         return view
-    return replace(view, arrivals=_with(view.arrivals, name, replace(before, missed=True)))
+    return changed(view, arrivals=_with(view.arrivals, name, replace(before, missed=True)))
 
 
 def _demand_ended(view: View, name: ModelName) -> View:
     before = view.demands.get(name)
     if before is None or before.waiters <= 1:
-        return replace(view, demands=_without(view.demands, name))
-    return replace(view, demands=_with(view.demands, name, replace(before, waiters=before.waiters - 1)))
+        return changed(view, demands=_without(view.demands, name))
+    return changed(view, demands=_with(view.demands, name, replace(before, waiters=before.waiters - 1)))
 
 
 def _start_failed(view: View, event: StartFailed) -> View:
@@ -393,7 +394,7 @@ def _start_failed(view: View, event: StartFailed) -> View:
         code=event.code,
         message=event.message,
     )
-    return replace(view, failures=_with(view.failures, event.model, failure))
+    return changed(view, failures=_with(view.failures, event.model, failure))
 
 
 def _reservation(
@@ -404,16 +405,16 @@ def _reservation(
     before = view.reservations.get(replica_id)
     if before is None:
         return view
-    after = replace(before, **changes)  # type: ignore[arg-type]  # each caller names fields of Reservation
-    return replace(view, reservations=_with(view.reservations, replica_id, after))
+    after = changed(before, **changes)
+    return changed(view, reservations=_with(view.reservations, replica_id, after))
 
 
 def _node(view: View, node_id: NodeId, **changes: bool) -> View:
     before = view.nodes.get(node_id)
     if before is None:
         return view
-    after = replace(before, **changes)  # type: ignore[arg-type]  # each caller names flags of Node
-    return replace(view, nodes=_with(view.nodes, node_id, after))
+    after = changed(before, **changes)
+    return changed(view, nodes=_with(view.nodes, node_id, after))
 
 
 def _with(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:

@@ -23,11 +23,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from services.controller.estimate import has_own_memory, learnt_parts, start_estimate, worker_start_seconds
+from services.controller.estimate import has_own_memory, start_estimate, worker_start_seconds
 from services.controller.fleet import Standing, members_of
 from services.controller.forecast import expected_rate_per_second, likelihood
 from services.controller.index import index_of
-from services.controller.lessons import starts_like
+from services.controller.lessons import parts_like
 from services.controller.room import never_fits
 from services.controller.view import Checkpoint, Held, Model, Node, View
 from stoker.ids import ModelName, NodeId
@@ -271,7 +271,7 @@ def _droppable(look: _Look, node: Node, name: ModelName) -> list[tuple[ModelName
 
 def _gain_seconds(view: View, model: Model, node: Node) -> float:
     """Return what a start there takes less once the checkpoint is in memory."""
-    parts = learnt_parts(model, starts_like(view, model))
+    parts = parts_like(view, model)
     estimate = start_estimate(model, node, parts=parts, loading_bytes=0, starting_workers=0)
     on_device = estimate.stage_seconds.get("device", 0.0) if has_own_memory(node) else 0.0
     return parts.start_seconds(0.0, estimate.load_seconds) - parts.start_seconds(0.0, on_device)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from immutables import Map
 
 from services.controller.attention import EMPTY, Mark, Tally, due_of, mark_of
 from services.controller.fleet import member
+from services.controller.frozen import changed, draft_of, finished
 from services.controller.ladder import Ladder, item_added, item_removed
 from services.controller.summary import ORIGINS, Shape, Summary, summary_of
 from services.controller.view import Checkpoint, Node, Reservation, View
@@ -30,6 +31,10 @@ K = TypeVar("K")
 Nodes = Ladder[tuple[float, NodeId]]
 """Nodes in ascending order of a number: the first is the best."""
 Members = Map[NodeId, None]
+
+
+Draft = Any
+"""An index on the way to the next one: its fields may be assigned; what they hold stays immutable."""
 
 
 class Rung(NamedTuple):
@@ -103,26 +108,6 @@ class Index:
     shapes: Map[Shape, int] = field(default_factory=Map)
 
 
-class _Draft:
-    """An index on the way to the next one: its fields, to be assigned; what they hold stays immutable."""
-
-    __slots__ = tuple(each.name for each in fields(Index))
-
-    def __init__(self, index: Index) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(index, name))
-
-    if TYPE_CHECKING:  # the fields' types, once more: a type checker can't read __slots__
-
-        def __getattr__(self, name: str) -> Any: ...
-
-        def __setattr__(self, name: str, value: object) -> None: ...
-
-    def finished(self) -> Index:
-        """Return the index."""
-        return Index(**{name: getattr(self, name) for name in self.__slots__})
-
-
 def index_of(view: View) -> Index:
     """Return the view's index, made anew when it has none."""
     if view.index is not None:
@@ -133,7 +118,7 @@ def index_of(view: View) -> Index:
         reservation = view.reservations[replica_id]
         on_node.setdefault(reservation.node_id, []).append(replica_id)
         of_model.setdefault(reservation.model, []).append(replica_id)
-    draft = _Draft(Index())
+    draft = draft_of(Index())
     draft.on_node = Map({key: tuple(found) for key, found in on_node.items()})
     draft.of_model = Map({key: tuple(found) for key, found in of_model.items()})
     for replica_id in sorted(view.reservations):
@@ -143,12 +128,12 @@ def index_of(view: View) -> Index:
     for node_id in sorted(on_node):
         _rehome(draft, view, node_id)
     _change_models(draft, view, {*view.models, *of_model, *view.demands})
-    return draft.finished()
+    return finished(draft, Index)
 
 
 def indexed(view: View) -> View:
     """Return the view with its index."""
-    return view if view.index is not None else replace(view, index=index_of(view))
+    return view if view.index is not None else changed(view, index=index_of(view))
 
 
 def reindexed(
@@ -168,13 +153,13 @@ def reindexed(
         models: Those whose definition, demand, failures or replicas may have changed.
         reservations: Those that may have come or gone.
     """
-    draft = _Draft(index_of(before))
+    draft = draft_of(index_of(before))
     for replica_id in reservations:
         _change_reservation(draft, before, after, replica_id)
     for node_id in nodes:
         _change_node(draft, before, after, node_id)
     _change_models(draft, after, models)
-    return replace(after, index=draft.finished())
+    return changed(after, index=finished(draft, Index))
 
 
 def reservations_on(view: View, index: Index, node_id: NodeId) -> tuple[Reservation, ...]:
@@ -187,7 +172,7 @@ def reservations_of(view: View, index: Index, name: ModelName) -> tuple[Reservat
     return tuple(view.reservations[replica_id] for replica_id in index.of_model.get(name, ()))
 
 
-def _change_reservation(draft: _Draft, before: View, after: View, replica_id: ReplicaId) -> None:
+def _change_reservation(draft: Draft, before: View, after: View, replica_id: ReplicaId) -> None:
     was, now = before.reservations.get(replica_id), after.reservations.get(replica_id)
     found = was or now
     if found is None:
@@ -200,25 +185,23 @@ def _change_reservation(draft: _Draft, before: View, after: View, replica_id: Re
     _rehome(draft, after, found.node_id)
 
 
-def _remark(draft: _Draft, view: View, replica_id: ReplicaId, name: ModelName) -> None:
+def _remark(draft: Draft, view: View, replica_id: ReplicaId, name: ModelName) -> None:
     reservation = view.reservations.get(replica_id)
     was = draft.marks.get(replica_id)
     now = mark_of(view, member(view, reservation)) if reservation is not None else None
     if was == now:
         return
-    tally: Tally = draft.tallies.get(name, EMPTY)
-    tally = tally.plus(was, -1) if was is not None else tally
-    tally = tally.plus(now, 1) if now is not None else tally
+    tally: Tally = draft.tallies.get(name, EMPTY).after(was, now)
     draft.marks = _put(draft.marks, replica_id, now)
     draft.tallies = _put(draft.tallies, name, tally if tally.replicas else None)
 
 
-def _rehome(draft: _Draft, view: View, node_id: NodeId) -> None:
+def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
     is_homeless = node_id in draft.on_node and node_id not in view.nodes
     draft.homeless = _marked(draft.homeless, node_id, present=is_homeless)
 
 
-def _change_node(draft: _Draft, before: View | None, after: View, node_id: NodeId) -> None:
+def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId) -> None:
     was, now = before.nodes.get(node_id) if before else None, after.nodes.get(node_id)
     was_summary: Summary | None = draft.summaries.get(node_id)
     was_held = was.held.keys() if was else frozenset()
@@ -238,7 +221,7 @@ def _change_node(draft: _Draft, before: View | None, after: View, node_id: NodeI
         reservations = tuple(after.reservations[found] for found in draft.on_node.get(node_id, ()))
         now_summary = summary_of(after, node_id, reservations, was_summary if same else None)
     was_free, now_free = _has_free(was_summary), _has_free(now_summary)
-    if was_free != now_free or (now_free and was_held != now_held):
+    if was_free != now_free or (now_free and was is not now and was_held != now_held):
         draft.free_holders = _regrouped(
             draft.free_holders, was_held if was_free else (), now_held if now_free else (), node_id
         )
@@ -252,12 +235,10 @@ def _change_node(draft: _Draft, before: View | None, after: View, node_id: NodeI
         _place(draft, place, present=False)
     for place in has - had:
         _place(draft, place, present=True)
-    draft.leaving = _regrouped(
-        draft.leaving,
-        was_summary.leaving_for if was_summary else (),
-        now_summary.leaving_for if now_summary else (),
-        node_id,
-    )
+    was_leaving = was_summary.leaving_for if was_summary else ()
+    now_leaving = now_summary.leaving_for if now_summary else ()
+    if was_leaving != now_leaving:
+        draft.leaving = _regrouped(draft.leaving, was_leaving, now_leaving, node_id)
     draft.orphaned = _marked(
         draft.orphaned, node_id, present=now_summary is not None and now_summary.has_orphans
     )
@@ -304,7 +285,7 @@ def _steps(count: int) -> Iterator[int]:
         step *= 2
 
 
-def _place(draft: _Draft, place: _Place, *, present: bool) -> None:
+def _place(draft: Draft, place: _Place, *, present: bool) -> None:
     name, key, item = place
     lists = getattr(draft, name)
     ladder = lists if key is None else lists.get(key, _NOBODY)
@@ -315,7 +296,7 @@ def _place(draft: _Draft, place: _Place, *, present: bool) -> None:
 _NOBODY: Ladder[NodeId] = Ladder()
 
 
-def _resee(draft: _Draft, was: Node | None, now: Node | None) -> None:
+def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
     if was is not None and now is not None and was.last_seen_seconds == now.last_seen_seconds:
         return
     if was is not None:
@@ -324,7 +305,7 @@ def _resee(draft: _Draft, was: Node | None, now: Node | None) -> None:
         draft.last_seen = draft.last_seen.added((now.last_seen_seconds, now.node_id))
 
 
-def _recount(draft: _Draft, was: Summary | None, now: Summary | None) -> None:
+def _recount(draft: Draft, was: Summary | None, now: Summary | None) -> None:
     if was is not None and now is not None and was.shape == now.shape:
         return
     for summary, change in ((now, 1), (was, -1)):
@@ -333,7 +314,7 @@ def _recount(draft: _Draft, was: Summary | None, now: Summary | None) -> None:
             draft.shapes = _put(draft.shapes, summary.shape, count or None)
 
 
-def _change_models(draft: _Draft, view: View, names: Iterable[ModelName]) -> None:
+def _change_models(draft: Draft, view: View, names: Iterable[ModelName]) -> None:
     for name in names:
         was = draft.due_at.get(name)
         now = due_of(view, name, draft.tallies.get(name, EMPTY))

@@ -18,6 +18,8 @@ from statistics import median
 from services.controller.bandwidth import learn
 from services.controller.estimate import (
     SEED_OVERHEAD_SECONDS,
+    LearntParts,
+    learnt_parts,
     seed_skeleton_seconds,
     unexplained_seconds,
 )
@@ -110,26 +112,25 @@ def fleet_with_start(fleet: Fleet, model: Model, stages: StartStages) -> Fleet:
     return replace(fleet, starts=starts, typical=(median(ratios), median(forwards), median(overheads)))
 
 
-def starts_like(view: View, model: Model) -> tuple[StartStages, ...]:
-    """Return the starts an estimate for this model learns from.
+def parts_like(view: View, model: Model) -> LearntParts:
+    """Return the parts that an estimate for this model counts on.
 
     Its own skeletons and first passes, with one like the other models' while it has few of its own; the
     overhead is everybody's: attaching and reporting are the same for all, and one start is one sample.
     """
     own = view.measured.get(model.name, ())
     if view.fleet.typical is None:
-        return own
+        return learnt_parts(model, own)
     ratio, typical_forward_seconds, overhead_seconds = view.fleet.typical
-    found = [(start.skeleton_seconds, start.first_forward_seconds) for start in own]
-    if len(found) < SURE_STARTS:
-        found.append((ratio * seed_skeleton_seconds(model.layers), typical_forward_seconds))
-    return tuple(
-        StartStages(
-            skeleton_seconds=skeleton_seconds,
-            first_forward_seconds=first_forward_seconds,
-            total_seconds=skeleton_seconds + first_forward_seconds + overhead_seconds,
-        )
-        for skeleton_seconds, first_forward_seconds in found
+    skeletons = [start.skeleton_seconds for start in own]
+    forwards = [start.first_forward_seconds for start in own]
+    if len(own) < SURE_STARTS:
+        skeletons.append(ratio * seed_skeleton_seconds(model.layers))
+        forwards.append(typical_forward_seconds)
+    return LearntParts(
+        skeleton_seconds=median(skeletons),
+        first_forward_seconds=median(forwards),
+        overhead_seconds=overhead_seconds,
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from services.controller.estimate import Estimate
-from services.controller.options import Move, Option, room_is_being_made
+from services.controller.options import Move, Option
 from services.controller.room import (
     Never,
     Situation,
@@ -30,6 +30,7 @@ from services.controller.room import (
     free_slots,
     never_fits,
     on_node,
+    room_is_being_made,
     situation_of,
 )
 from services.controller.search import search

@@ -9,10 +9,11 @@ from functools import lru_cache
 from itertools import islice
 
 from services.controller.attention import EMPTY
-from services.controller.estimate import NOTHING_HELD, LearntParts, learnt_parts
-from services.controller.fleet import Member, member
+from services.controller.estimate import NOTHING_HELD, LearntParts
+from services.controller.fleet import Member, Standing, member
+from services.controller.frozen import maker_of
 from services.controller.index import Index, index_of, reservations_on
-from services.controller.lessons import starts_like
+from services.controller.lessons import parts_like
 from services.controller.summary import Shape, Summary, holds_all
 from services.controller.view import Checkpoint, Device, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
@@ -65,6 +66,9 @@ class Wanted:
         return known
 
 
+_make_wanted = maker_of(Wanted)
+
+
 def _slots_that_fit(model: Model, shape: Shape) -> tuple[int, ...]:
     if shape.architectures and model.architecture not in shape.architectures:
         return ()
@@ -86,9 +90,9 @@ def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
     """Return what a start of a deployed model takes."""
     model = view.models[name]
     sources = () if model.origin == "disk" else tuple(islice(_sources(view, index, model), SOURCES))
-    return Wanted(
+    return _make_wanted(
         model=model,
-        parts=learnt_parts(model, starts_like(view, model)),
+        parts=parts_like(view, model),
         slots=devices_needed(model),
         sources=sources,
         origin="disk" if model.origin == "disk" else "peer" if sources else "remote",
@@ -127,12 +131,15 @@ class Situation:
     waited_too_long: bool = False
 
 
+_make_situation = maker_of(Situation)
+
+
 def situation_of(
     view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
 ) -> Situation:
     """Return what every node of a decision about `name` shares."""
     demand, index = view.demands.get(name), index_of(view)
-    return Situation(
+    return _make_situation(
         view=view,
         index=index,
         model=view.models[name],
@@ -251,6 +258,18 @@ def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
     """Return the reserved replicas of a node, by id."""
     found = reservations_on(situation.view, situation.index, node.node_id)
     return tuple(member(situation.view, reservation) for reservation in found)
+
+
+def room_is_being_made(situation: Situation, node: Node) -> bool:
+    """Tell whether replicas on their way out will leave enough room, and for this model."""
+    leaving = tuple(
+        found
+        for found in on_node(situation, node)
+        if (found.standing is Standing.STOPPING or found.reservation.moving_to is not None)
+        and found.reservation.stopping_for in (None, situation.model.name)
+        and found.reservation.model in situation.view.models
+    )
+    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)
 
 
 def live_replicas(situation: Situation, name: ModelName) -> int:

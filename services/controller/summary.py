@@ -17,6 +17,7 @@ from services.controller.estimate import (
     worker_wait_seconds,
 )
 from services.controller.fleet import Member, Standing, is_idle, member
+from services.controller.frozen import changed
 from services.controller.view import Checkpoint, Device, Held, Node, Reservation, Scheduling, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -28,6 +29,8 @@ ORIGINS = ("disk", "peer", "remote")
 WORTH_DECAY_SECONDS = 60.0
 """The chance that an idle replica is asked for again falls by e in this time. An exponential keeps the order
 of idle replicas by worth the same as time passes, so that they can be kept sorted (LRFU's trick)."""
+WORTH_LOG_LIMIT = 50.0
+"""No worth is above e to this: it would be endless."""
 
 
 class Shape:
@@ -70,15 +73,15 @@ class Summary:
 
     Attributes:
         shape: What it can ever take.
+        rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
+        openings: Before the first byte from each of `ORIGINS` comes, in seconds.
+        device_rate: To its devices, in bytes per second; infinity where weights are not copied.
         is_open: It takes new replicas.
         free: Slots that nobody occupies or has reserved, sorted.
         loading_bytes: What starts under way there still read, each checkpoint once.
         loading: The checkpoints that those are of; who starts another replica of one reads nothing more.
         starting_workers: Starts that may take a warm worker first.
         worker_seconds: Until a worker would take an order; 0 = one waits.
-        rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
-        openings: Before the first byte from each of `ORIGINS` comes, in seconds.
-        device_rate: To its devices, in bytes per second; infinity where weights are not copied.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
         worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
         busy: Replicas that serve sessions now and may be moved, or drained; by id.
@@ -91,24 +94,24 @@ class Summary:
     """
 
     shape: Shape
-    is_open: bool
-    free: tuple[int, ...]
-    loading_bytes: int
-    loading: frozenset[Checkpoint]
-    starting_workers: int
-    worker_seconds: float
     rates: tuple[float, ...]
     openings: tuple[float, ...]
     device_rate: float
-    queued: bool
-    worth_keys: tuple[tuple[float, ReplicaId], ...]
-    busy: tuple[ReplicaId, ...]
-    busy_tokens: int
-    busy_bytes: int
-    settling: tuple[float, ...]
-    leaving_for: tuple[ModelName, ...]
-    coming: tuple[tuple[Checkpoint, int], ...]
-    has_orphans: bool
+    is_open: bool = False
+    free: tuple[int, ...] = ()
+    loading_bytes: int = 0
+    loading: frozenset[Checkpoint] = frozenset()
+    starting_workers: int = 0
+    worker_seconds: float = 0.0
+    queued: bool = False
+    worth_keys: tuple[tuple[float, ReplicaId], ...] = ()
+    busy: tuple[ReplicaId, ...] = ()
+    busy_tokens: int = 0
+    busy_bytes: int = 0
+    settling: tuple[float, ...] = ()
+    leaving_for: tuple[ModelName, ...] = ()
+    coming: tuple[tuple[Checkpoint, int], ...] = ()
+    has_orphans: bool = False
 
 
 def is_open(view: View, node: Node) -> bool:
@@ -117,11 +120,11 @@ def is_open(view: View, node: Node) -> bool:
     return node.connected and node.reachable and not node.draining and scheduling is Scheduling.OPEN
 
 
-def taken_slots(node: Node, reservations: Iterable[Reservation]) -> frozenset[int]:
+def taken_slots(node: Node, reservations: Iterable[Reservation]) -> set[int]:
     """Return the slots that are reserved, or occupied by something that runs anyway."""
     taken = {device for reservation in reservations for device in reservation.devices}
-    taken.update(device for replica in node.replicas.values() for device in replica.devices)
-    return frozenset(taken)
+    taken.update([device for replica in node.replicas.values() for device in replica.devices])
+    return taken
 
 
 def summary_of(
@@ -137,39 +140,54 @@ def summary_of(
     """
     node = view.nodes[node_id]
     members = [member(view, reservation) for reservation in reservations]
+    ready = [found for found in members if found.standing is Standing.READY]
+    others = [found for found in members if found.standing is not Standing.READY]
     taken = taken_slots(node, reservations)
-    starting_workers = sum(found.replica is None and found.standing is Standing.STARTING for found in members)
+    starting_workers = sum(found.replica is None and found.standing is Standing.STARTING for found in others)
     loading = _loading(view, node, members)
     loading_bytes = sum(loading.values())
-    busy = [found for found in members if is_busy(found) and is_disposable(view, found)]
-    device_rate, rates = (known.device_rate, known.rates) if known else _rates(node)
-    return Summary(
-        shape=known.shape if known else _shape_of(node.architectures, node.devices, node.pool.total_bytes),
+    busy = [found for found in ready if is_busy(found) and is_disposable(view, found)]
+    leaving = {
+        reservation.stopping_for or ANYBODY
+        for reservation, _, _, standing, _ in members
+        if standing is Standing.STOPPING or reservation.moving_to is not None
+    }
+    known = known or _of_report(node)
+    return changed(
+        known,
         is_open=is_open(view, node),
-        free=tuple(device.index for device in node.devices if device.index not in taken),
+        free=tuple([device.index for device in node.devices if device.index not in taken]),
         loading_bytes=loading_bytes,
         loading=frozenset(loading),
         starting_workers=starting_workers,
         worker_seconds=worker_wait_seconds(node, starting_workers),
-        rates=rates,
-        openings=known.openings if known else tuple(opening_seconds(node, origin) for origin in ORIGINS),
-        device_rate=device_rate,
         queued=loading_bytes > 0
         or any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
-        worth_keys=_worth_keys(view, node, members, known),
-        busy=tuple(found.reservation.replica_id for found in busy),
-        busy_tokens=min((found.replica.context_tokens for found in busy if found.replica), default=0),
-        busy_bytes=min((view.models[found.reservation.model].file_bytes for found in busy), default=0),
+        worth_keys=_worth_keys(view, node, ready, known),
+        busy=tuple([found.reservation.replica_id for found in busy]),
+        busy_tokens=min([found.replica.context_tokens for found in busy if found.replica], default=0),
+        busy_bytes=min([view.models[found.reservation.model].file_bytes for found in busy], default=0),
         settling=tuple(
-            found.replica.ready_since_seconds or 0.0
-            for found in members
-            if found.replica is not None and not found.replica.loading and found.standing is Standing.READY
+            [
+                found.replica.ready_since_seconds or 0.0
+                for found in ready
+                if found.replica is not None and not found.replica.loading
+            ]
         ),
-        leaving_for=tuple(
-            sorted({found.reservation.stopping_for or ANYBODY for found in members if is_leaving(found)})
-        ),
-        coming=tuple(sorted(_coming(view, node, members).items())),
+        leaving_for=tuple(sorted(leaving)),
+        coming=tuple(sorted(_coming(view, node, others).items())) if others else (),
         has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
+    )
+
+
+def _of_report(node: Node) -> Summary:
+    """Return what a node's report alone says; the rest empty."""
+    device_rate, rates = _rates(node)
+    return Summary(
+        shape=_shape_of(node.architectures, node.devices, node.pool.total_bytes),
+        rates=rates,
+        openings=tuple(opening_seconds(node, origin) for origin in ORIGINS),
+        device_rate=device_rate,
     )
 
 
@@ -179,9 +197,9 @@ def _rates(node: Node) -> tuple[float, tuple[float, ...]]:
 
 
 def _worth_keys(
-    view: View, node: Node, members: list[Member], known: Summary | None
+    view: View, node: Node, members: list[Member], known: Summary
 ) -> tuple[tuple[float, ReplicaId], ...]:
-    before = {replica_id: key for key, replica_id in known.worth_keys} if known else {}
+    before = {replica_id: key for key, replica_id in known.worth_keys}
     keys = []
     for found in members:
         if is_idle(found) and is_disposable(view, found):
@@ -207,11 +225,6 @@ def is_busy(found: Member) -> bool:
     )
 
 
-def is_leaving(found: Member) -> bool:
-    """Tell whether the replica's slots will be free soon."""
-    return found.standing is Standing.STOPPING or found.reservation.moving_to is not None
-
-
 def worth_key(view: View, node: Node, found: Member) -> float:
     """Return the logarithm of `worth_seconds` at time 0: what orders idle replicas at any time."""
     model = view.models[found.reservation.model]
@@ -227,7 +240,7 @@ def worth_seconds(key: float, now_seconds: float) -> float:
 
     The chance is 1 for a replica that has just fallen idle and falls by e in `WORTH_DECAY_SECONDS`.
     """
-    return math.exp(min(key - now_seconds / WORTH_DECAY_SECONDS, 50.0))
+    return math.exp(min(key - now_seconds / WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT))
 
 
 def holds_all(view_held: Held | None, file_bytes: int) -> bool:
@@ -250,8 +263,11 @@ def _coming(view: View, node: Node, members: list[Member]) -> dict[Checkpoint, i
 def _loading(view: View, node: Node, members: list[Member]) -> dict[Checkpoint, int]:
     waiting: dict[Checkpoint, int] = {}
     for found in members:
-        model, replica = view.models.get(found.reservation.model), found.replica
-        if model is None or (replica is not None and replica.ready_since_seconds is not None):
+        replica = found.replica
+        if replica is not None and replica.ready_since_seconds is not None:
+            continue
+        model = view.models.get(found.reservation.model)
+        if model is None:
             continue
         held = node.held.get(model.checkpoint, Held())
         if held.dram_bytes < model.file_bytes:

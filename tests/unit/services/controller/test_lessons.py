@@ -8,13 +8,12 @@ import pytest
 
 from services.controller.estimate import (
     bytes_per_second,
-    learnt_parts,
     opening_seconds,
     worker_wait_seconds,
 )
 from services.controller.events import ModelPut, NodeReported
 from services.controller.fold import fold_all
-from services.controller.lessons import starts_like
+from services.controller.lessons import parts_like
 from services.controller.view import Node, Phase, Stage, StartStages, Transferred, View
 from stoker.units import GB, MB
 from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_node, a_replica
@@ -86,7 +85,7 @@ def test_a_new_node_counts_on_the_others_until_its_store_or_its_own_starts_say_m
 def test_a_model_that_was_never_started_is_taken_to_start_like_the_others() -> None:
     view = taught(*start("a"))
 
-    parts = learnt_parts(a_model("new", layers=10), starts_like(view, a_model("new", layers=10)))
+    parts = parts_like(view, a_model("new", layers=10))
 
     assert parts.skeleton_seconds == pytest.approx(0.3)
     assert parts.first_forward_seconds == pytest.approx(0.1)

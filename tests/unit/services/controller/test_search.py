@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from services.controller.events import Demanded, NodeDisconnected, NodeReported, Reserved, StopOrdered
 from services.controller.fold import fold
 from services.controller.index import index_of
-from services.controller.options import idle_may_go, rank
+from services.controller.options import rank
 from services.controller.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
 from services.controller.room import enough, never_fits, on_node, situation_of
 from services.controller.search import search
 from services.controller.summary import worth_seconds
+from services.controller.victims import idle_may_go
 from services.controller.view import Device, Held, Model, Node, Policy, Pool, Stage, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import GB

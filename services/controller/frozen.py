@@ -1,0 +1,77 @@
+"""Frozen values with many fields, made and copied in a fraction of the time. Pure.
+
+A frozen dataclass sets its fields through `object.__setattr__`, 1 µs each: a `View` copied by
+`dataclasses.replace` took 23 µs, an `Index` 33, and every event copies both. Here a value begins as a twin,
+an instance of a class with the same slots that is not frozen, and becomes the frozen class at its end, which
+Python allows between classes of the same layout: 3 and 7 µs. For what decisions make by the dozen; elsewhere
+the constructor and `replace` are clearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import lru_cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def maker_of(cls: Callable[P, R]) -> Callable[P, R]:
+    """Return what makes values of a frozen dataclass with slots, without calling its `__post_init__`."""
+    known: Any = cls
+    twin = _twin_of(known)[1]
+
+    def make(*args: P.args, **values: P.kwargs) -> R:
+        draft = twin(*args, **values)
+        draft.__class__ = cls
+        made: R = draft
+        return made
+
+    return make
+
+
+def changed(value: T, **changes: object) -> T:
+    """Return a copy of a value of a frozen dataclass with slots, these fields changed.
+
+    Raises:
+        AttributeError: It has no such field.
+    """
+    draft = draft_of(value)
+    for name, now in changes.items():
+        setattr(draft, name, now)
+    return finished(draft, type(value))
+
+
+def draft_of(value: DataclassInstance) -> Any:
+    """Return a copy whose fields may be assigned until it is `finished`; what they hold stays shared."""
+    read, twin = _twin_of(type(value))
+    return twin(*read(value))
+
+
+def finished(draft: Any, cls: type[T]) -> T:
+    """Return the draft as a value of its class, frozen from now on."""
+    draft.__class__ = cls
+    value: T = draft
+    return value
+
+
+@lru_cache(maxsize=64)
+def _twin_of(cls: type[DataclassInstance]) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[..., Any]]:
+    """Return what reads all fields of a value at once, and a class like its own that is not frozen."""
+    copied = [(each.name, object, _with_default(each)) for each in fields(cls)]
+    read = attrgetter(*(each.name for each in fields(cls)))
+    return read, make_dataclass(f"{cls.__name__}Draft", copied, slots=True)
+
+
+def _with_default(known: Field[Any]) -> Any:
+    """Return a field with the same default."""
+    if known.default_factory is not MISSING:
+        return field(default_factory=known.default_factory)
+    return field(default=known.default)
