@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar, cast
@@ -44,7 +45,7 @@ _KEEPALIVE = [
 ]
 _BROKEN_STREAM = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
 """How gRPC's core names a connection that ended under a call, where the status is not UNAVAILABLE."""
-_CONNECTING = "Failed to connect to remote host: "
+_CONNECTING = re.compile(r".*last error: \w+: [a-z0-9]+:\S+: (?:Failed to connect to remote host: )?")
 
 UNREACHABLE = "unreachable"
 """Detail of an error that says: nobody answers where this peer should be."""
@@ -234,7 +235,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> StokerError:
 
 def _reason(details: str) -> str:
     """Return the end of what gRPC says of a failed connection: the list of its attempts helps nobody."""
-    return details.rpartition(_CONNECTING)[2]
+    return _CONNECTING.sub("", details)
 
 
 def _is_of_transport(error: grpc.aio.AioRpcError) -> bool:

@@ -12,6 +12,7 @@ from services.store.catalog import Catalog
 from services.store.disk_cache.cache import CachedFolder, DiskCache
 from services.store.messages import transfers
 from services.store.pulls import Pulls
+from services.store.remote.checkpoints import NO_CACHE
 from stoker.checkpoint.verify import VerifyReport, verify
 from stoker.errors import CheckpointInvalid, DiskFull, NotFound
 from stoker.v1 import checkpoint_store_pb2 as pb
@@ -92,9 +93,10 @@ class CopiesService:
         )
 
     async def _found(self, uri: str) -> tuple[DiskCache, CachedFolder]:
-        known_as = await self._names.known_as(uri)
-        found = None if self._cache is None else self._cache.find(known_as)
-        if self._cache is None or found is None:
+        if self._cache is None:
+            raise NotFound(NO_CACHE)
+        found = self._cache.find(await self._names.known_as(uri))
+        if found is None:
             raise NotFound(f"the disk cache has no copy of {uri}; see `stoker cache ls`")
         return self._cache, found
 

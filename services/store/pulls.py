@@ -129,11 +129,10 @@ class Pulls:
         far = entry.far
         if not isinstance(far, RemoteCheckpoint):
             raise InvalidRequest(f"{entry.uri} lies on this host already; only remote checkpoints are pulled")
-        if far.cached is None or far.cached.partial is None:
-            raise DiskFull(
-                f"{entry.uri} has no room on the store's disk: set STOKER_STORE_CACHE_DIR, raise "
-                "STOKER_STORE_CACHE_BYTES, or unpin and evict others (`stoker cache ls`)"
-            )
+        if far.cached is None:
+            raise DiskFull(f"{entry.uri} can't be kept on the store's disk: {far.uncached_because}")
+        if far.cached.partial is None:
+            raise AssertionError("a copy that is not whole is under way")
         if len(self._pulls) >= MAX_PULLS:
             raise DiskFull(f"{MAX_PULLS} pulls are under way; try again later", retry_after_seconds=10.0)
         done: asyncio.Future[None] = self._loop.create_future()

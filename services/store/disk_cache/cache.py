@@ -25,7 +25,7 @@ from services.store import metrics
 from services.store.disk_cache import record as origin_record
 from services.store.disk_cache.journal import JOURNAL_NAME
 from services.store.disk_cache.partial import PartialCheckpoint
-from services.store.disk_cache.quota import Copy, NoRoom, make_room
+from services.store.disk_cache.quota import Copy, NoRoom, Room, make_room
 from services.store.disk_cache.record import RECORD_NAME, OriginRecord
 from services.store.eviction import Uses
 from stoker import log
@@ -144,12 +144,7 @@ class DiskCache:
         """
         need_bytes = sum(record.files[name].size_bytes for name in weights)
         with self._mutex:
-            room = make_room(
-                [self._as_copy(key, each, bytes_per_second) for key, each in self._folders.items()],
-                need_bytes=need_bytes,
-                quota_bytes=self.quota_bytes,
-                now_seconds=self._unix_seconds(),
-            )
+            room = self._room(need_bytes, bytes_per_second)
             if isinstance(room, NoRoom):
                 return room
             for key in room.evict:
@@ -160,6 +155,20 @@ class DiskCache:
             cached = self._take_up(key, folder, record, weights)
             self._measure()
             return cached
+
+    def has_room(self, need_bytes: int) -> bool:
+        """Tell whether so many bytes of weights would be taken now, others going for them or not."""
+        with self._mutex:
+            return not isinstance(self._room(need_bytes, 1.0), NoRoom)
+
+    def _room(self, need_bytes: int, bytes_per_second: float) -> Room | NoRoom:
+        """Decide what `need_bytes` more would take; the lock is held."""
+        return make_room(
+            [self._as_copy(key, each, bytes_per_second) for key, each in self._folders.items()],
+            need_bytes=need_bytes,
+            quota_bytes=self.quota_bytes,
+            now_seconds=self._unix_seconds(),
+        )
 
     def staging(self) -> Path:
         """Make and return an empty folder on the cache's disk."""

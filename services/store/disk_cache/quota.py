@@ -62,7 +62,7 @@ def make_room(
     if need_bytes > quota_bytes:
         return NoRoom(
             reason=f"it has {format_bytes(need_bytes)}, the disk cache may hold {format_bytes(quota_bytes)}; "
-            "raise STOKER_STORE_CACHE_BYTES"
+            "raise STOKER_STORE_CACHE_BYTES, or free room on its disk and start the store again"
         )
     missing = sum(copy.size_bytes for copy in copies) + need_bytes - quota_bytes
     occupants = [
@@ -80,6 +80,7 @@ def make_room(
     if victims is None:
         held = sum(copy.size_bytes for copy in copies if copy.held)
         return NoRoom(
-            reason=f"{format_bytes(held)} of the disk cache's {format_bytes(quota_bytes)} are in use"
+            reason=f"{format_bytes(held)} of the disk cache's {format_bytes(quota_bytes)} are pinned or in "
+            "use; unpin or evict others (`stoker cache ls`)"
         )
     return Room(evict=tuple(copies[number].key for number in victims))

@@ -29,6 +29,7 @@ class RemoteCheckpoint:
         cache: DiskCache | None,
         cached: CachedFolder | None,
         peers: OpenFile | None,
+        uncached_because: str = "",
     ) -> None:
         """Take what is known.
 
@@ -39,10 +40,12 @@ class RemoteCheckpoint:
             cache: The disk cache; None = there is none.
             cached: Its folder there; None = it is not kept on disk.
             peers: Gives what other stores have; None = there are none.
+            uncached_because: Why it is not kept on disk, and what would change that.
         """
         self.record = record
         self.cached = cached
         self.ranges = ranges
+        self.uncached_because = uncached_because
         self._digest_bytes = digest_bytes
         self._cache = cache
         self._peers = peers

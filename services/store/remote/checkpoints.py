@@ -32,6 +32,7 @@ from stoker.units import GB
 from stoker.v1 import model_pb2
 
 MAX_KNOWN = 1024
+NO_CACHE = "this store has no disk cache; set STOKER_STORE_CACHE_DIR"
 ASSUMED_BYTES_PER_SECOND = 0.5 * GB
 """Of origins; only the order of evictions depends on it."""
 
@@ -145,13 +146,18 @@ class RemoteCheckpoints:
         except PeerError as error:
             return self._without_origin(uri, known, error)
         if before and unchanged(described, list(before.values())):
-            if known is not None:
+            if known is not None and not self._may_land_now(known):
                 return known
-            if cached is not None:
+            if known is None and cached is not None:
                 return self._entry_of(cached)
         if cached is not None:
             cached.superseded = True
         return self._open_anew(uri, ranges, described)
+
+    def _may_land_now(self, known: CatalogEntry) -> bool:
+        """Tell whether a checkpoint that got no room in the disk cache may get it by now."""
+        uncached = isinstance(known.far, RemoteCheckpoint) and known.far.cached is None
+        return uncached and self._cache is not None and self._cache.has_room(known.index.weight_bytes)
 
     def _without_origin(self, uri: str, known: CatalogEntry | None, error: PeerError) -> CatalogEntry:
         cached = None if self._cache is None else self._cache.find(uri)
@@ -166,32 +172,37 @@ class RemoteCheckpoints:
 
     def _open_anew(self, uri: str, ranges: Ranges, described: Described) -> CatalogEntry:
         """Read a checkpoint's headers; into the disk cache, or past it where its disk doesn't take them."""
+        why = NO_CACHE
         if self._cache is not None:
             try:
                 return self._read(uri, ranges, described, self._cache)
             except OSError as error:
-                _no_room(uri, error.strerror or str(error), metric="error")
+                why = f"{self._cache.root} takes nothing: {error.strerror or error}; free space there"
+                _no_room(uri, why, metric="error")
         try:
-            return self._read(uri, ranges, described, None)
+            return self._read(uri, ranges, described, None, why=why)
         except OSError as error:
             raise DiskFull(
                 f"{uri}: its headers cannot be written to {self._plan.skeletons}: {error.strerror or error}; "
                 "free space there, or set STOKER_STORE_RUN_DIR"
             ) from error
 
-    def _read(self, uri: str, ranges: Ranges, described: Described, cache: DiskCache | None) -> CatalogEntry:
+    def _read(
+        self, uri: str, ranges: Ranges, described: Described, cache: DiskCache | None, *, why: str = ""
+    ) -> CatalogEntry:
+        """Read headers; `why` says why there is no cache to put them into."""
         staged = self._staging(cache)
         try:
             files = build_skeleton(ranges, described, staged)
             read = read_entry(staged)
             record = OriginRecord(uri=uri, revision=read.index.revision, files=files)
             (staged / RECORD_NAME).write_bytes(origin_record.render(record))
-            return self._keep(staged, record, [file.name for file in read.index.files], cache)
+            return self._keep(staged, record, [file.name for file in read.index.files], cache, why)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # it is elsewhere by now, or of no use
 
     def _keep(
-        self, staged: Path, record: OriginRecord, weights: list[str], cache: DiskCache | None
+        self, staged: Path, record: OriginRecord, weights: list[str], cache: DiskCache | None, why: str
     ) -> CatalogEntry:
         """Give the staged folder to the disk cache, or, where that has no room, to the skeletons."""
         if cache is not None:
@@ -201,12 +212,13 @@ class RemoteCheckpoints:
             adopted = cache.adopt(staged, record, weights, ASSUMED_BYTES_PER_SECOND)
             if not isinstance(adopted, NoRoom):
                 return self._entry_of(adopted)
-            _no_room(record.uri, adopted.reason, metric="quota")
+            why = adopted.reason
+            _no_room(record.uri, why, metric="quota")
         folder = self._plan.skeletons / origin_record.folder_name(record.uri, record.revision)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         shutil.move(staged, folder)
-        return self._made(folder.resolve(), record, None)
+        return self._made(folder.resolve(), record, None, why=why)
 
     def _staging(self, cache: DiskCache | None) -> Path:
         if cache is not None:
@@ -221,7 +233,9 @@ class RemoteCheckpoints:
         self._cache.used(cached)
         return self._made(self._cache.folder_of(cached), cached.record, cached)
 
-    def _made(self, folder: Path, record: OriginRecord, cached: CachedFolder | None) -> CatalogEntry:
+    def _made(
+        self, folder: Path, record: OriginRecord, cached: CachedFolder | None, *, why: str = ""
+    ) -> CatalogEntry:
         read = read_entry(folder)
         info = model_pb2.CheckpointInfo()
         info.CopyFrom(read.info)
@@ -237,6 +251,7 @@ class RemoteCheckpoints:
                 cache=self._cache,
                 cached=cached,
                 peers=self._peers,
+                uncached_because=why,
             ),
         )
 

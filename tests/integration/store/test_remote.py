@@ -114,6 +114,10 @@ def test_without_a_cache_folder_weights_go_to_the_pool_only(origin: OriginServer
     with daemon_with(tmp_path / "run") as daemon, load(daemon, origin.url) as one:
         assert contents(one) == files(origin.folder)
         assert stored(status(daemon), origin.url).disk_bytes == 0
+        with pytest.raises(grpc.RpcError, match="no disk cache; set STOKER_STORE_CACHE_DIR"):
+            pull(daemon, origin.url)
+        with pytest.raises(grpc.RpcError, match="no disk cache; set STOKER_STORE_CACHE_DIR"):
+            pin(daemon, origin.url)
 
 
 def test_every_store_gives_a_checkpoint_the_same_revision(origin: OriginServer, tmp_path):
@@ -268,6 +272,11 @@ def pull(daemon: Daemon, uri: str) -> list[pb.PullProgress]:
         return list(stub.Pull(pb.PullRequest(uri=uri), timeout=SECONDS))
 
 
+def pin(daemon: Daemon, uri: str, *, pinned: bool = True) -> None:
+    with daemon.stub() as stub:
+        stub.PinCopy(pb.PinCopyRequest(uri=uri, pinned=pinned), timeout=SECONDS)
+
+
 def copies(daemon: Daemon) -> list[pb.Copy]:
     with daemon.stub() as stub:
         return list(stub.ListCopies(pb.ListCopiesRequest(), timeout=SECONDS).copies)
@@ -285,6 +294,19 @@ def test_a_pull_brings_a_checkpoint_to_the_disk_past_the_pool(converted: OriginS
         sent = converted.weights_sent()
         assert pull(daemon, converted.url)[-1].disk_bytes == size
         assert converted.weights_sent() == sent
+
+
+def test_a_checkpoint_that_had_no_room_on_disk_is_kept_once_there_is_some(origin: OriginServer, tmp_path):
+    other, size = f"{origin.url}/other", (origin.folder / WEIGHTS).stat().st_size
+    with daemon_with(tmp_path / "run", cache_dir=tmp_path / "cache", cache_bytes=size + 1000) as daemon:
+        pull(daemon, origin.url)
+        pin(daemon, origin.url)
+        with pytest.raises(grpc.RpcError, match="are pinned or in use; unpin or evict others"):
+            pull(daemon, other)
+        pin(daemon, origin.url, pinned=False)
+
+        assert pull(daemon, other)[-1].disk_bytes == size
+        assert [copy.uri for copy in copies(daemon)] == [other]
 
 
 def test_copies_are_pinned_verified_and_evicted(converted: OriginServer, tmp_path):
