@@ -53,6 +53,11 @@ RESUME_SECONDS = Histogram(
 RESUMED_TOKENS = Counter(
     "stoker_gateway_resumed_tokens", "Generated tokens computed again after a failure.", _MODEL
 )
+NUMERICS_CHANGES = Counter(
+    "stoker_gateway_numerics_changes",
+    "Streams that went on at a replica whose results may differ in their last bits, by way: resume, move.",
+    ["model_name", "way"],
+)
 STREAMS_LOST = Counter("stoker_gateway_streams_lost", "Streams cut off after they had begun.", _MODEL)
 FENCED_EVENTS = Counter(
     "stoker_gateway_fenced_events", "Events of earlier owners of a session, refused.", _MODEL

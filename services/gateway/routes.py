@@ -41,6 +41,10 @@ class Replica:
         """Say whether this replica has the other's weights; an unknown revision counts as equal."""
         return not self.revision or not other.revision or self.revision == other.revision
 
+    def computes_like(self, other: Replica) -> bool:
+        """Say whether its results equal the other's to the bit; an unknown numerics line counts as equal."""
+        return not self.numerics or not other.numerics or self.numerics == other.numerics
+
     @classmethod
     def from_proto(cls, replica: controller_pb2.RouteReplica) -> Replica:
         """Return the value of a route's replica."""

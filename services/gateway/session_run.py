@@ -30,7 +30,7 @@ class _Resumption:
     """A hop on its way, until its first token."""
 
     cause: str
-    from_replica_id: str
+    source: Replica
     failed_seconds: float
     tokens: int
     found_seconds: float = 0.0
@@ -266,6 +266,7 @@ class SessionRun:
             longest_gap_seconds=round(worst_seconds, 6),
             longest_gap_phase=worst_phase.value,
             longest_gaps_seconds={phase.value: round(seconds, 6) for phase, seconds in gaps.items()},
+            **self._note_numerics(switched.source, moved.replica, "move"),
         )
 
     # --- going on elsewhere ---
@@ -281,7 +282,7 @@ class SessionRun:
         if self._resumption is None:
             self._resumption = _Resumption(
                 cause=error.code,
-                from_replica_id=at.replica_id,
+                source=at,
                 failed_seconds=clock.now_seconds(),
                 tokens=len(self._session.token_ids),
             )
@@ -357,14 +358,22 @@ class SessionRun:
             session_id=self._session.session_id,
             model=trace.model,
             cause=resumption.cause,
-            from_replica_id=resumption.from_replica_id,
+            from_replica_id=resumption.source.replica_id,
             to_replica_id=replica.replica_id,
             to_node_id=replica.node_id,
             epoch=self._session.epoch,
             tokens=resumption.tokens,
             search_seconds=round(search_seconds, 6),
             replay_seconds=round(replay_seconds, 6),
+            **(self._note_numerics(resumption.source, replica, "resume") if resumption.tokens else {}),
         )
+
+    def _note_numerics(self, source: Replica, destination: Replica, way: str) -> dict[str, str]:
+        """Count a stream that goes on where the last bits may differ; return what its log line says of it."""
+        if destination.computes_like(source):
+            return {}
+        metrics.NUMERICS_CHANGES.labels(self._job.trace.model, way).inc()
+        return {"from_numerics": source.numerics, "to_numerics": destination.numerics}
 
 
 def has_given_up(mover: Mover) -> bool:
