@@ -159,7 +159,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         NotFound: There is no such folder.
         CheckpointInvalid: It is damaged, hostile, or of a kind that is not supported; the message says which.
     """
-    folder = resolve_folder(path)
+    folder = resolve_folder(path, holding=ADAPTER_CONFIG_NAME)
     config_path, weights = (
         resolve_file(folder, ADAPTER_CONFIG_NAME),
         resolve_file(folder, ADAPTER_WEIGHTS_NAME),

@@ -8,15 +8,23 @@ Hugging Face hub's cache (`models--org--name/snapshots/<revision>/`), into the `
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
+from stoker.checkpoint.layout import CONFIG_NAME
 from stoker.errors import CheckpointInvalid, NotFound
 from stoker.units import format_bytes
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
-def resolve_folder(path: str | os.PathLike[str]) -> Path:
+
+def resolve_folder(path: str | os.PathLike[str], *, holding: str = CONFIG_NAME) -> Path:
     """Return the real path of an existing folder.
+
+    Args:
+        path: Of the folder.
+        holding: A file by which it is known, for messages.
 
     Raises:
         NotFound: There is none.
@@ -27,11 +35,17 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NotFound(
-            f"No checkpoint at {folder}: {reason}. Give the folder that holds config.json."
+            f"No checkpoint at {folder}: {reason}. Give the folder that holds {holding}{hub_hint(path)}."
         ) from error
     if not resolved.is_dir():
-        raise NotFound(f"{folder} is not a folder. Give the folder that holds config.json.")
+        raise NotFound(f"{folder} is not a folder. Give the folder that holds {holding}.")
     return resolved
+
+
+def hub_hint(path: str | os.PathLike[str]) -> str:
+    """Return what to say where `path`, which is no folder, may have meant a model of the hub; pure."""
+    text = os.fspath(path)
+    return f", or, for the hub's model of that name, hf://{text}" if _HUB_ID.fullmatch(text) else ""
 
 
 def resolve_file(folder: Path, name: str) -> Path | None:

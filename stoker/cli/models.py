@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from stoker.checkpoint.folder import hub_hint
 from stoker.cli.apply import apply
 from stoker.cli.model_file import Wanted, read_models
 from stoker.cli.output import Format, FormatOption, as_json, console, errors, print_json, print_table
 from stoker.client import AsyncClient
-from stoker.errors import DeadlineExceeded, InvalidRequest
+from stoker.errors import DeadlineExceeded, InvalidRequest, NotFound
 from stoker.units import format_bytes
 from stoker.v1 import controller_pb2, model_pb2
 
@@ -202,10 +203,16 @@ def list_models(controller: ControllerOption = None, output: FormatOption = Form
 
 
 def checkpoint_uri(checkpoint: str) -> str:
-    """Return a local folder made absolute; anything with a scheme is left alone."""
+    """Return a local folder made absolute; anything with a scheme is left alone.
+
+    Raises:
+        NotFound: There is no such folder, and it has the form of a name on the hub.
+    """
     if "://" in checkpoint:
         return checkpoint
     folder = Path(checkpoint).expanduser()
+    if not folder.exists() and (hint := hub_hint(checkpoint)):
+        raise NotFound(f"there is no folder {checkpoint} here: give the folder of a checkpoint{hint}")
     return str(folder.resolve()) if folder.exists() or not folder.is_absolute() else str(folder)
 
 
@@ -213,7 +220,7 @@ def _adapter(text: str) -> model_pb2.AdapterSpec:
     name, mark, folder = text.partition("=")
     if not (mark and name and folder):
         raise InvalidRequest(
-            f"--adapter {text!r}: give NAME=FOLDER or NAME=URI, e.g. poet=/adapters/poet or poet=hf://owner/poet"
+            f"--adapter {text!r}: give NAME=FOLDER or NAME=URI, e.g. poet=/adapters/poet, poet=hf://owner/poet"
         )
     return model_pb2.AdapterSpec(name=name, uri=checkpoint_uri(folder))
 

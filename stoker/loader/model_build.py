@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers.core_model_loading import build_glob_alternation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.layout import CONFIG_NAME
@@ -82,6 +83,7 @@ def build(  # noqa: PLR0913 - what a caller may choose
         )
     model_class = model_class or class_of(config, source.location)
     wanted = _dtype_of(dtype, config, source)
+    _check_attention(attn_implementation)
     config.name_or_path = name
     config.dtype = wanted
     if attn_implementation is not None:
@@ -116,6 +118,16 @@ def finish(blueprint: Blueprint, tensors: Mapping[str, torch.Tensor]) -> Any:
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_()
     return model
+
+
+def _check_attention(name: str | None) -> None:
+    """Refuse an attention that transformers does not have; the hub's kernels are named `owner/name`."""
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if name is not None and name not in known and "/" not in name:
+        raise InvalidRequest(
+            f"attn_implementation {name!r} is none of transformers' ({', '.join(sorted(known))})",
+            param="attn_implementation",
+        )
 
 
 def _dtype_of(dtype: str | torch.dtype | None, config: Any, source: Source) -> torch.dtype:

@@ -26,6 +26,8 @@ def rank_of_this_process(tp_size: int) -> int:
     Raises:
         InvalidRequest: There is no process group, or it has another size.
     """
+    if tp_size < 1:
+        raise InvalidRequest(f"tp_size is {tp_size}; give 1 (no ranks) or more", param="tp_size")
     if not torch.distributed.is_initialized():
         raise InvalidRequest(
             f"tp_size={tp_size} needs {tp_size} processes that know each other: start them with torchrun "

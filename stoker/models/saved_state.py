@@ -25,7 +25,7 @@ def saved_state(model: Any) -> dict[str, torch.Tensor]:
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise InvalidRequest(
-            f"a {type(model).__name__} is no transformers model; give model.state_dict() and a config"
+            f"{type(model).__name__} is no transformers model; give model.state_dict() and a config"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise InvalidRequest("the model is quantised; save it with its own save_pretrained")

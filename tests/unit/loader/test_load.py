@@ -225,6 +225,29 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path,
         stoker.load_tensors(tmp_path / "nowhere", device=device, daemon=None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"attn_implementation": "nope"}, "'nope' is none of transformers' .*eager.*sdpa"),
+        ({"tp_size": 0}, "tp_size is 0; give 1"),
+        ({"tp_size": 2}, "start them with torchrun"),
+    ],
+)
+def test_a_wrong_argument_is_the_caller_s_fault_and_not_the_checkpoint_s(tmp_path, arguments, says) -> None:
+    folder = saved(tiny_model("llama"), tmp_path, "in_place")
+    with pytest.raises(InvalidRequest, match=says):
+        stoker.load_model(folder, daemon=None, **arguments)
+
+
+def test_a_name_that_may_be_the_hub_s_is_told_how_to_write_it(tmp_path) -> None:
+    with pytest.raises(NotFound, match="for the hub's model of that name, hf://nobody/nothing"):
+        stoker.load_tensors("nobody/nothing", daemon=None)
+    with pytest.raises(NotFound) as absolute:
+        stoker.load_tensors(tmp_path / "none", daemon=None)
+    assert "hf://" not in absolute.value.message
+    assert absolute.value.message.count(str(tmp_path)) == 1
+
+
 def test_a_dtype_that_no_model_computes_in_is_refused(tmp_path) -> None:
     folder = saved(tiny_model("llama"), tmp_path, "in_place")
 
