@@ -22,7 +22,8 @@ from services.controller.index import Index, Nodes, Rung
 from services.controller.moves import least_move
 from services.controller.options import Rank
 from services.controller.room import Situation, Wanted
-from services.controller.summary import ORIGINS, WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT, Shape, Summary
+from services.controller.summary import ORIGINS, Shape, Summary
+from services.controller.traits import WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT
 from services.controller.view import Node
 from stoker.ids import NodeId
 

@@ -217,7 +217,12 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
             )
     now_summary = None
     if now is not None:
-        same = before is not None and was is now and before.models is after.models
+        same = (
+            before is not None
+            and was is now
+            and before.models is after.models
+            and before.distrusted is after.distrusted
+        )
         reservations = tuple(after.reservations[found] for found in draft.on_node.get(node_id, ()))
         now_summary = summary_of(after, node_id, reservations, was_summary if same else None)
     was_free, now_free = _has_free(was_summary), _has_free(now_summary)

@@ -34,7 +34,7 @@ from services.controller.room import (
     situation_of,
 )
 from services.controller.search import search
-from services.controller.summary import ANYBODY
+from services.controller.traits import ANYBODY
 from services.controller.view import Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.units import format_bytes

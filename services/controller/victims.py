@@ -11,7 +11,7 @@ from services.controller.frozen import maker_of
 from services.controller.moves import move_seconds
 from services.controller.options import Option
 from services.controller.room import Situation
-from services.controller.summary import worth_seconds
+from services.controller.traits import worth_seconds
 from services.controller.view import Node
 from stoker.ids import ModelName, NodeId
 

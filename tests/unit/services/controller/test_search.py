@@ -16,7 +16,7 @@ from services.controller.options import rank
 from services.controller.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
 from services.controller.room import enough, never_fits, on_node, situation_of
 from services.controller.search import search
-from services.controller.summary import worth_seconds
+from services.controller.traits import worth_seconds
 from services.controller.victims import idle_may_go
 from services.controller.view import Device, Held, Model, Node, Policy, Pool, Stage, View
 from stoker.ids import ModelName, NodeId, ReplicaId
