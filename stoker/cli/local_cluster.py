@@ -14,10 +14,11 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stoker.cli.free_ports import free_ports
 from stoker.cli.local_nodes import (
     LocalNode,
     NodeShape,
@@ -82,9 +83,13 @@ async def running_cluster(options: ClusterOptions) -> AsyncIterator[LocalCluster
     """Start a cluster, yield its addresses, stop it: nothing is left behind."""
     options.data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(options.data_dir), _run_folder(options.data_dir) as run_dir:
-        ports = _free_ports(ports_needed(options.node_count))
+        rest, grpc, controller, *ports = free_ports(3 + ports_needed(options.node_count))
         nodes = layout(options.node_count, options.data_dir, run_dir, ports)
-        cluster = _addresses(options, nodes)
+        edge = (
+            _listenable(options.host, options.rest_port or rest, "--port"),
+            _listenable(options.host, options.grpc_port or grpc, "--grpc-port"),
+        )
+        cluster = _addresses(options, edge, controller, nodes)
         supervisor = Supervisor(drain_seconds=DRAIN_SECONDS)
         described = cluster_file(options.data_dir)
         try:
@@ -229,10 +234,10 @@ async def _deploy(options: ClusterOptions, cluster: LocalCluster) -> None:
             await client.deploy(model_pb2.ModelSpec(name=name, checkpoint_uri=uri))
 
 
-def _addresses(options: ClusterOptions, nodes: tuple[LocalNode, ...]) -> LocalCluster:
-    rest = _free_port(options.host, options.rest_port, "--port")
-    grpc = _free_port(options.host, options.grpc_port, "--grpc-port")
-    (controller,) = _free_ports(1)
+def _addresses(
+    options: ClusterOptions, edge: tuple[int, int], controller: int, nodes: tuple[LocalNode, ...]
+) -> LocalCluster:
+    rest, grpc = edge
     return LocalCluster(
         pid=os.getpid(),
         rest_url=f"http://{options.host}:{rest}",
@@ -244,8 +249,12 @@ def _addresses(options: ClusterOptions, nodes: tuple[LocalNode, ...]) -> LocalCl
     )
 
 
-def _free_port(host: str, port: int, option: str) -> int:
-    """Return `port` when it can be had, or any free one for 0."""
+def _listenable(host: str, port: int, option: str) -> int:
+    """Return `port` when it can be had.
+
+    Raises:
+        ConfigError: Somebody has it; says which option chooses another.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -254,16 +263,7 @@ def _free_port(host: str, port: int, option: str) -> int:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another with {option} (0 = any)"
             ) from error
-        return int(probe.getsockname()[1])
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on, no two alike."""
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
+    return port
 
 
 @contextmanager

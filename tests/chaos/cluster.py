@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from stoker.cli.free_ports import free_ports
 from stoker.cli.local_nodes import (
     LocalNode,
     NodeShape,
@@ -129,7 +129,7 @@ async def chaos_cluster(data_dir: Path, *, node_count: int, devices: int) -> Asy
     """
     async with AsyncExitStack() as stack:
         run_dir = data_dir / "run"
-        ports = _free_ports(ports_needed(node_count) + 1 + 2 * len(GATEWAYS))
+        ports = free_ports(ports_needed(node_count) + 1 + 2 * len(GATEWAYS))
         nodes = layout(node_count, data_dir, run_dir, ports)
         rest = iter(ports[ports_needed(node_count) :])
         controller = f"127.0.0.1:{next(rest)}"
@@ -241,12 +241,3 @@ async def until(is_true: Callable[[], object], what: str, limit_seconds: float =
         if loop.time() > ends_seconds:
             raise TimeoutError(f"after {limit_seconds:g} s it is still not so that {what}")
         await asyncio.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on, no two alike."""
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]

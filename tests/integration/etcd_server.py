@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
+from stoker.cli.free_ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -143,18 +144,6 @@ def etcd_binary() -> str:
     if found is None:
         pytest.fail(f"etcd is not installed, and these tests need a real one: {INSTALL}", pytrace=False)
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker import rpc
 from stoker.cli import supervisor as supervisor_module
+from stoker.cli.free_ports import free_ports
 from stoker.cli.supervisor import ServiceCommand, Supervisor
 from stoker.errors import ConfigError
 from stoker.process import is_alive
@@ -25,9 +26,7 @@ LIMIT_SECONDS = 60
 
 def free_address() -> str:
     """Return an address nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_ports(1)[0]}"
 
 
 def lamp(

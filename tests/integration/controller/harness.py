@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from stoker.cli.free_ports import free_ports
 from stoker.errors import CheckpointInvalid, Fenced, LoadFailed, PeerError, ReplicaBusy, StokerError
 from stoker.rpc import Server, connect, translated
 from stoker.v1 import (
@@ -39,18 +39,11 @@ REFUSED_SECONDS = 0.1
 """Between two tries to report to a controller that doesn't lead, or isn't there."""
 
 
-def free_port() -> int:
-    """Return a port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class ControllerProcess:
     """`python -m services.controller` as a child."""
 
     def __init__(self, folder: Path, state: str, **settings: float | str) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self._folder = folder
         self._environment = {
             **os.environ,

@@ -13,10 +13,11 @@ import pytest
 from openai import AsyncOpenAI, AsyncStream
 from openai.types import Completion
 
+from stoker.cli.free_ports import free_ports
 from stoker.client import AsyncClient
 from stoker.errors import PeerError
 from stoker.v1 import model_pb2
-from tests.integration.controller.harness import free_port, until
+from tests.integration.controller.harness import until
 from tests.integration.etcd_server import etcd_server
 from tests.integration.gateway.gateway_process import GatewayProcess
 from tests.integration.node_agent.processes import ServiceProcess
@@ -78,8 +79,8 @@ class Fleet:
 @asynccontextmanager
 async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
     """Run it."""
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    store_address = f"127.0.0.1:{free_port()}"
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    store_address = f"127.0.0.1:{free_ports(1)[0]}"
     store = ServiceProcess(
         "store", address=store_address, run_dir=folder, pool_bytes=64 << 20, chunk_bytes=1 << 20
     )
@@ -90,7 +91,7 @@ async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
     agent = ServiceProcess(
         "node_agent",
         node_id="a",
-        address=f"127.0.0.1:{free_port()}",
+        address=f"127.0.0.1:{free_ports(1)[0]}",
         store=store_address,
         attach_socket=folder / "attach.sock",
         controllers=addresses,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from stoker.cli.free_ports import free_ports
 from stoker.errors import InvalidRequest
 from stoker.state import (
     FencedState,
@@ -25,7 +26,7 @@ from stoker.state import (
     open_state,
     unchanged,
 )
-from tests.integration.etcd_server import EtcdServer, etcd_cluster, etcd_server, free_ports
+from tests.integration.etcd_server import EtcdServer, etcd_cluster, etcd_server
 from tests.state_suite import TTL_SECONDS, StateSuite, existing, flat, following, put
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from stoker.cli.free_ports import free_ports
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2_grpc
 
@@ -70,7 +70,7 @@ def spawn(run_dir: Path, *, address: str = "", prefix: Sequence[str] = (), **set
         prefix: A command that runs it, e.g. with fewer rights.
         settings: By name.
     """
-    address = address or f"127.0.0.1:{free_port()}"
+    address = address or f"127.0.0.1:{free_ports(1)[0]}"
     run_dir.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, object] = {"pool_bytes": 64 * MIB, "drain_seconds": 2.0}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
@@ -114,13 +114,6 @@ def running(run_dir: Path, *, prefix: Sequence[str] = (), **settings: object) ->
     finally:
         if daemon.process.poll() is None:
             daemon.kill()
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 FORKING = """

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 HOLD_SECONDS = 60.0
 """Connections that are held end by then."""
@@ -51,6 +54,7 @@ class OriginServer:
         hold_after: Bytes of weights, counted as in `sent`, after which nothing more is sent; None = no end.
         held: Set when a body was cut off there; its connection stays silent.
         let_go: Ends connections that are held.
+        connections: Those that are open now.
     """
 
     folder: Path
@@ -66,6 +70,22 @@ class OriginServer:
     held: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    connections: int = 0
+
+    def settle(self) -> None:
+        """Wait until every connection made so far has ended: what a killed client asked for is counted then.
+
+        Connections are taken in the order they were made, so one of ours is the last to be waited for.
+        """
+        host, _, port = self.url.removeprefix("http://").partition("/")[0].partition(":")
+        with socket.create_connection((host, int(port)), timeout=HOLD_SECONDS) as last:
+            last.sendall(b"HEAD /nothing HTTP/1.0\r\n\r\n")
+            while last.recv(4096):
+                pass
+        deadline = time.monotonic() + HOLD_SECONDS
+        while self.connections:
+            assert time.monotonic() < deadline, f"{self.connections} connections are still open"
+            time.sleep(0.005)
 
     def weights_sent(self) -> int:
         """Bytes of weights files sent."""
@@ -156,6 +176,13 @@ def origin_server(
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            try:
+                super().handle()
+            finally:
+                with made.lock:
+                    made.connections -= 1
+
         def answer(self) -> None:
             try:
                 if serve is not None:
@@ -170,7 +197,13 @@ def origin_server(
         def log_message(self, *_args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def process_request(self, *request: Any) -> None:
+            with made.lock:
+                made.connections += 1
+            super().process_request(*request)
+
+    http = Server(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     http.handle_error = lambda *_args: None  # a daemon that was killed leaves broken connections
     made.url = f"http://127.0.0.1:{http.server_address[1]}/models/one"

@@ -87,6 +87,7 @@ def test_a_daemon_killed_anywhere_in_a_download_fetches_only_what_is_missing(
             there = check_what_is_noted(cache, expected)
             resumed += there > 0
 
+        origin.settle()
         origin.hold_after = None
         before = origin.weights_sent()
         start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -20,6 +19,7 @@ from services.store.peers.service import Peers
 from services.store.peers.wire import FileIdentity
 from stoker.checkpoint.digests import digest
 from stoker.checkpoint.reading import ReadPart
+from stoker.cli.free_ports import free_ports
 from stoker.clock import SystemClock
 from stoker.errors import LoadFailed
 from stoker.units import KIB
@@ -114,7 +114,7 @@ class World:
 
     async def start(self, count: int, limits: Limits = QUICK) -> list[Store]:
         """Start stores that know of each other and are linked."""
-        addresses = [f"127.0.0.1:{_free_port()}" for _ in range(count)]
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
         for address in addresses:
             peers = Peers(clock=SystemClock(), limits=limits)
             peers.start(address, addresses)
@@ -192,9 +192,3 @@ async def world(chunks: int = 24, **options) -> AsyncIterator[World]:
         yield made
     finally:
         await made.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

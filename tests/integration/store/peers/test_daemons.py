@@ -12,9 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from stoker.cli.free_ports import free_ports
 from stoker.units import KIB, MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
-from tests.integration.store.daemon import Daemon, free_port, running
+from tests.integration.store.daemon import Daemon, running
 from tests.integration.store.origin_server import origin_server
 from tests.unit.services.store.checkpoints import write_checkpoint
 
@@ -57,7 +58,7 @@ def test_a_daemon_that_is_killed_half_way_is_replaced_and_nobody_starts_again(tm
 @contextmanager
 def three_daemons(folder: Path) -> Iterator[list[Daemon]]:
     """Daemons that are linked to each other."""
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     listed = "[" + ",".join(f'"{address}"' for address in addresses) + "]"
     with ExitStack() as stack:
         daemons = [

@@ -7,12 +7,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self
 
+from stoker.cli.free_ports import free_ports
 from stoker.rpc import connect
 from stoker.units import KIB, MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1.checkpoint_store_pb2_grpc import CheckpointStoreStub
 from tests.integration.node_agent.processes import ServiceProcess
-from tests.integration.store.daemon import free_port
 from tests.integration.store.origin_server import origin_server
 from tests.unit.services.store.checkpoints import write_checkpoint
 
@@ -24,7 +24,7 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.controller = f"127.0.0.1:{free_port()}"
+        self.controller = f"127.0.0.1:{free_ports(1)[0]}"
         self.stores: list[ServiceProcess] = []
         self.addresses: list[str] = []
         self._stack = AsyncExitStack()
