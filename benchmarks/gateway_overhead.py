@@ -195,11 +195,12 @@ async def measure(rounds: int, samples: int, folder: Path) -> bool:
         alone = await Alone.start(folder)
         engine_side, gateway_side = Side(run=alone.run), Side(run=gateway.run)
         try:
-            for number in range(rounds):
-                sides = (engine_side, gateway_side) if number % 2 == 0 else (gateway_side, engine_side)
+            sides = [engine_side, gateway_side]
+            for _ in range(rounds):
                 for _ in range(samples):
                     for side in sides:
                         side.firsts.append(await side.run(1, 2))
+                    sides.reverse()
                 for side in sides:
                     side.rates.append((await side.run(STREAMS, TOKENS)).rate)
         finally:
