@@ -15,6 +15,8 @@ from stoker.checkpoint.layout import ADAPTER_CONFIG_NAME, CONFIG_NAME, MANIFEST_
 from stoker.cli.cache import transfer_bar
 from stoker.cli.output import Format, FormatOption, console, print_json
 from stoker.errors import AlreadyExists, ConfigError, InvalidRequest, PeerError
+from stoker.loader.sources import local_folder
+from stoker.object_stores import import_obstore, reason_of
 from stoker.units import MIB, format_bytes
 
 SCHEMES = ("s3://", "gs://", "az://", "file://")
@@ -85,7 +87,7 @@ def push(
                 if progress is not None:
                     progress(done_bytes, total_bytes)
     except (obstore.exceptions.BaseError, OSError) as error:
-        raise PeerError(f"{uri} is not complete: {' '.join(str(error).split())[:300]}") from error
+        raise PeerError(f"{uri} is not complete: {reason_of(error)}") from error
     return sizes
 
 
@@ -119,21 +121,22 @@ def _sent(obstore: Any, store: Any, path: Path, name: str) -> Iterator[int]:
 
 
 def _open(uri: str) -> tuple[Any, Any]:
-    if "://" not in uri:
-        folder = Path(uri).expanduser().resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        uri = folder.as_uri()
-    if not uri.startswith(SCHEMES):
+    """Return obstore, and its store for the folder at `uri`, which is made where it is one of this host."""
+    if "://" in uri and not uri.startswith(SCHEMES):
         raise InvalidRequest(
             f"{uri}: can push to {', '.join(SCHEMES)} or a path; for the hub use `hf upload`"
         )
-    try:
-        import obstore  # noqa: PLC0415 - an optional dependency
-        import obstore.exceptions  # noqa: PLC0415
-        import obstore.store  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError("pushing needs obstore: pip install 'stoker[remote]'") from error
+    obstore = import_obstore()
+    folder = local_folder(uri)
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(
+                f"{folder} cannot be filled: {error.strerror or error}; give a folder that you may write"
+            ) from error
+        uri = folder.resolve().as_uri()
     try:
         return obstore, obstore.store.from_url(uri)
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise ConfigError(f"{uri} cannot be opened: {str(error)[:300]}; check the environment") from error
+        raise ConfigError(f"{uri} cannot be opened: {reason_of(error)}; check the environment") from error

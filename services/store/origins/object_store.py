@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from services.store.origins.http_replies import changed, fault
 from services.store.origins.origin import TOLD_BYTES, Broken, OriginRefused, RemoteFile, Told
 from stoker.errors import ConfigError, NotFound, StokerError
+from stoker.object_stores import import_obstore, reason_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -25,7 +26,6 @@ MAX_LISTED = 100_000
 """Objects in a checkpoint's folder; more are not a checkpoint."""
 
 PIECE_BYTES = 4 * 1024 * 1024
-_MAX_REASON = 300
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
 _TIMES_FOR_A_RANGE = 4
 """obstore limits a whole request, not the wait for its next bytes: a range over a slow link needs longer."""
@@ -55,7 +55,7 @@ def cloud_store(uri: str, *, timeout_seconds: float) -> ObjectStore:
             ),
         )
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise ConfigError(f"{uri} cannot be opened: {_shortened(error)}; check the environment") from error
+        raise ConfigError(f"{uri} cannot be opened: {reason_of(error)}; check the environment") from error
 
 
 def folder_store(folder: Path) -> ObjectStore:
@@ -157,33 +157,9 @@ class ObjectStoreOrigin:
             case kinds.PreconditionError():
                 return changed(url)
             case kinds.NotSupportedError():
-                return OriginRefused(f"{url}: {_shortened(error)}")
+                return OriginRefused(f"{url}: {reason_of(error)}")
         status = _STATUS.search(str(error))  # a listing's error has no kind of its own
         told = fault(int(status[1]), {}, url=url, now_unix_seconds=0.0) if status else None
         if told is not None and not isinstance(told, Broken):
             return told
-        return Broken(f"{url}: {_shortened(error)}", done_bytes=done_bytes)
-
-
-def import_obstore() -> Any:
-    """Return the obstore package, with its exceptions and stores loaded.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    try:
-        import obstore  # noqa: PLC0415 - an optional dependency
-        import obstore.exceptions  # noqa: PLC0415
-        import obstore.store  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            "object stores need obstore: pip install 'stoker[remote]' on the store's host"
-        ) from error
-    return obstore
-
-
-def _shortened(error: Exception) -> str:
-    """Return an error's first words without queries: signatures travel there."""
-    said = str(error).partition("Debug source")[0]
-    text = re.sub(r"\?[^\s\"')]+", "?…", " ".join(said.split()))
-    return text[:_MAX_REASON]
+        return Broken(f"{url}: {reason_of(error)}", done_bytes=done_bytes)

@@ -16,13 +16,13 @@ from stoker.checkpoint.adapter import adapter_index
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import open_checkpoint
 from stoker.cli.push import push
-from stoker.errors import AlreadyExists, InvalidRequest
+from stoker.errors import AlreadyExists, InvalidRequest, PeerError
 from stoker.units import KIB
 from stoker.v1 import checkpoint_store_pb2 as pb
-from tests.integration.store.daemon import running
+from tests.integration.store.daemon import running, small_disk
 from tests.integration.store.origin_server import OriginServer, origin_server, serve_file, tag_of
 from tests.integration.store.test_store import SECONDS, contents, files, write_checkpoint
-from tests.unit.services.store.test_adapters import lora
+from tests.unit.services.store.test_adapters import base, lora
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CHUNK = 64 * KIB
@@ -153,3 +153,31 @@ def test_a_pushed_adapter_is_the_adapter_again_and_its_config_goes_last(tmp_path
 def test_pushing_to_where_it_cannot_go_is_refused(folder):
     with pytest.raises(InvalidRequest, match="hf upload"):
         push(open_checkpoint(folder), "hf://owner/name", overwrite=False)
+    for below_a_file in (str(folder / "config.json"), (folder / "config.json" / "x").as_uri()):
+        with pytest.raises(InvalidRequest, match="give a folder that you may write"):
+            push(open_checkpoint(folder), below_a_file, overwrite=False)
+
+
+def test_a_disk_that_is_full_is_told_in_one_line_and_leaves_nothing_that_looks_complete(folder, tmp_path):
+    with small_disk(tmp_path / "small", "size=100k") as disk:
+        with pytest.raises(PeerError, match=r"is not complete: .*No space left on device") as full:
+            push(open_checkpoint(folder), str(disk / "m"), overwrite=False)
+        assert not (disk / "m" / "config.json").exists()
+    assert "Debug" not in full.value.message
+
+
+def test_a_private_adapter_of_the_hub_is_described_and_loaded(tmp_path, monkeypatch):
+    poet = Path(lora(tmp_path / "poet"))
+    with origin_server(poet, tiny_hub) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/models/one"))
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        with running(tmp_path / "run", chunk_bytes=CHUNK) as daemon:
+            with daemon.stub() as stub:
+                request = pb.DescribeAdapterRequest(
+                    uri="hf://owner/name", checkpoint_uri=base(tmp_path / "m")
+                )
+                found = stub.DescribeAdapter(request, timeout=SECONDS)
+            assert loaded(daemon, found.uri) == {
+                "adapter_model.safetensors": files(poet)["adapter_model.safetensors"]
+            }
+    assert found.far
