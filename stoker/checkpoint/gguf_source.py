@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.pickle_source import shared_groups
-from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.small_files import read_small_files
-from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
+from stoker.checkpoint.tensor_bytes import planned, slices
 from stoker.checkpoint.tensor_source import TensorSource
 from stoker.errors import CheckpointInvalid
 
@@ -44,15 +43,7 @@ class GgufSource(TensorSource):
         self._state: dict[str, torch.Tensor] = {
             name: tensor.detach() for name, tensor in model.state_dict().items()
         }
-        self.tensors = {
-            name: PlannedTensor(
-                name=name,
-                dtype=safetensors_dtype(tensor, name=name),
-                shape=safetensors_shape(tensor),
-                nbytes=tensor.numel() * tensor.element_size(),
-            )
-            for name, tensor in self._state.items()
-        }
+        self.tensors = planned(self._state)
         self.tied_groups: tuple[tuple[str, ...], ...] = ()
         self.shared_groups = shared_groups(self._state)
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.safetensors_header import check_name
 from stoker.checkpoint.small_files import read_small_files
-from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
+from stoker.checkpoint.tensor_bytes import planned, slices
 from stoker.checkpoint.tensor_source import TensorSource
 from stoker.errors import CheckpointInvalid
 from stoker.units import align_up
@@ -44,15 +43,7 @@ class PickleSource(TensorSource):
         self._state: dict[str, torch.Tensor] = {}
         for path in weights:
             self._take(path, _load(path))
-        self.tensors = {
-            name: PlannedTensor(
-                name=name,
-                dtype=safetensors_dtype(tensor, name=name),
-                shape=safetensors_shape(tensor),
-                nbytes=tensor.numel() * tensor.element_size(),
-            )
-            for name, tensor in self._state.items()
-        }
+        self.tensors = planned(self._state)
         self.tied_groups: tuple[tuple[str, ...], ...] = ()
         self.shared_groups = shared_groups(self._state)
 

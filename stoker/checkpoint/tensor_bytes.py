@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from stoker.checkpoint.dtypes import DTYPE_BITS, TORCH_NAMES
+from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.tensor_source import SLICE_BYTES
 from stoker.errors import CheckpointInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 _TO_TORCH: dict[str, torch.dtype] = {
     name: getattr(torch, attribute) for name, attribute in TORCH_NAMES.items() if hasattr(torch, attribute)
@@ -43,6 +44,23 @@ def safetensors_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     if _FROM_TORCH.get(tensor.dtype) == "F4" and shape:
         return (*shape[:-1], shape[-1] * 2)
     return (2,) if _FROM_TORCH.get(tensor.dtype) == "F4" else shape
+
+
+def planned(tensors: Mapping[str, torch.Tensor]) -> dict[str, PlannedTensor]:
+    """Return what of tensors in memory a conversion plans with.
+
+    Raises:
+        CheckpointInvalid: Safetensors has no such dtype.
+    """
+    return {
+        name: PlannedTensor(
+            name=name,
+            dtype=safetensors_dtype(tensor, name=name),
+            shape=safetensors_shape(tensor),
+            nbytes=tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def slices(tensor: torch.Tensor) -> Iterator[memoryview]:

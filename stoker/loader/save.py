@@ -15,9 +15,8 @@ from stoker.checkpoint import manifest, staging
 from stoker.checkpoint.content import plan_content
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
 from stoker.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME
-from stoker.checkpoint.plan import PlannedTensor
 from stoker.checkpoint.publish import publish
-from stoker.checkpoint.tensor_bytes import safetensors_dtype, safetensors_shape, slices
+from stoker.checkpoint.tensor_bytes import planned, slices
 from stoker.checkpoint.tensor_source import TensorSource
 from stoker.errors import AlreadyExists, InvalidRequest
 
@@ -89,15 +88,7 @@ class MemorySource(TensorSource):
     def __init__(self, tensors: Mapping[str, torch.Tensor], small: dict[str, bytes]) -> None:
         self._tensors = tensors
         self._small = small
-        self.tensors = {
-            name: PlannedTensor(
-                name=name,
-                dtype=safetensors_dtype(tensor, name=name),
-                shape=safetensors_shape(tensor),
-                nbytes=tensor.numel() * tensor.element_size(),
-            )
-            for name, tensor in tensors.items()
-        }
+        self.tensors = planned(tensors)
         self.tied_groups: tuple[tuple[str, ...], ...] = ()
         places: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
         for name, tensor in tensors.items():

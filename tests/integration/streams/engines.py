@@ -34,6 +34,7 @@ from stoker.v1 import controller_pb2, model_pb2, session_pb2
 from tests.integration.streams.client import HastyClock, Seen
 from tests.unit.services.worker.tiny_models import served
 
+NewEngine = Callable[[], TransformersEngine]
 LIMITS = tokens.EngineLimits(prefill_chunk_tokens=32, max_batch=4, max_waiting=8, max_kv_tokens=4096)
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
 
 from services.gateway.text.model_text import ModelText
-from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import Fenced
 from stoker.v1.session_pb2 import GenerateRequest
 from tests.integration.streams.cluster import Cluster, Event, Node
-from tests.integration.streams.engines import LIMITS, Answer, Replicas, answer, engine_model, text_of
-from tests.integration.tiny_model import make_tiny_model
+from tests.integration.streams.engines import Answer, NewEngine, Replicas, answer
 from tests.unit.services.gateway.builders import replica
 
 PROMPT = [(7 * i) % 200 + 20 for i in range(40)]
@@ -28,24 +24,6 @@ HOW = {
     "top_logprobs": 2,
     "ignore_eos": True,
 }
-
-NewEngine = Callable[[], TransformersEngine]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("moves") / "tiny", layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(folder: Path) -> ModelText:
-    return text_of(folder)
-
-
-@pytest.fixture(scope="module")
-def new_engine(folder: Path) -> NewEngine:
-    model = engine_model(folder, torch.bfloat16)
-    return lambda: TransformersEngine(model, LIMITS)
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
-import torch
 
 from services.gateway.text.model_text import ModelText
 from services.worker.engine import Sampling, Submit
-from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2
-from tests.integration.streams.engines import LIMITS, Answer, Replicas, answer, engine_model, text_of
-from tests.integration.tiny_model import make_tiny_model
+from tests.integration.streams.engines import Answer, NewEngine, Replicas, answer
 
 POSITIONS = 64
 PROMPT = [(7 * i) % 200 + 20 for i in range(21)]
@@ -38,23 +32,11 @@ BESIDE = tuple(
     for number in range(3)
 )
 
-NewEngine = Callable[[], TransformersEngine]
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("oracle") / "tiny", layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(folder: Path) -> ModelText:
-    return text_of(folder)
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def new_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
-    model = engine_model(folder, getattr(torch, request.param))
-    return lambda: TransformersEngine(model, LIMITS)
+def new_engine(each_engine: NewEngine) -> NewEngine:
+    """In both dtypes: what is promised holds in each."""
+    return each_engine
 
 
 async def faultless(new_engine: NewEngine, text: ModelText, **how: object) -> Answer:

@@ -5,48 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 from services.gateway.text.model_text import ModelText
 from services.worker.engine import Sampling, Submit
-from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import KvUnavailable
 from stoker.ids import SessionId
 from stoker.v1.session_kv_pb2 import KvPart
 from tests.integration.streams.cluster import Cluster, Event, Node
-from tests.integration.streams.engines import LIMITS, Replicas, answer, engine_model, text_of
+from tests.integration.streams.engines import NewEngine, Replicas, answer
 from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
-from tests.integration.tiny_model import make_tiny_model
 from tests.unit.services.worker.test_kv_exchange import shipped, stopped_after
 from tests.unit.services.worker.tiny_models import numbers, run
 
 POSITIONS = 64
-NewEngine = Callable[[], TransformersEngine]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("shipped") / "tiny", layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(folder: Path) -> ModelText:
-    return text_of(folder)
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def each_engine(folder: Path, request: pytest.FixtureRequest) -> NewEngine:
-    model = engine_model(folder, getattr(torch, request.param))
-    return lambda: TransformersEngine(model, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def new_engine(folder: Path) -> NewEngine:
-    model = engine_model(folder, torch.bfloat16)
-    return lambda: TransformersEngine(model, LIMITS)
 
 
 def how(sampling: dict, tokens: int = POSITIONS + 8) -> dict:
