@@ -86,7 +86,7 @@ class Cluster:
         self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
         self._waiting = 0
         self._ended = False
-        self._ordered: deque[Migrate] = deque()  # bounded: one per call of an operator, done at once
+        self._ordered: deque[Migrate | Start] = deque()  # bounded: one per call of an operator, done at once
 
     # --- one term ---
 
@@ -220,9 +220,9 @@ class Cluster:
         self.apply(SchedulingSet(node_id=node_id, scheduling=scheduling))
         self.tell("node.scheduling_set", node_id=node_id, scheduling=scheduling.value)
 
-    def order(self, move: Migrate) -> None:
-        """Have the loop begin a move that an operator wants."""
-        self._ordered.append(move)
+    def order(self, action: Migrate | Start) -> None:
+        """Have the loop begin a move that an operator wants, or the start before it."""
+        self._ordered.append(action)
         self._dirty.set()
 
     @contextmanager

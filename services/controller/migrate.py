@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from services.controller.actions import Start
 from services.controller.answer import near_names
 from services.controller.cluster import Cluster
 from services.controller.events import MoveOrdered
 from services.controller.fleet import Standing, members_of
-from services.controller.operator_moves import Join, operator_move, usable_node
+from services.controller.operator_moves import Join, operator_move, place_for_request, usable_node
 from services.controller.registry import model_not_found
 from services.controller.settings import ControllerSettings
+from services.controller.view import Node
 from stoker.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, LoadFailed, NotFound, StokerError
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import controller_pb2 as pb
@@ -35,7 +37,7 @@ async def migrate(
     usable_node(cluster.view, to_node_id)
     if request.subject in cluster.records:
         return await _migrate_model(cluster, settings, ModelName(request.subject), to_node_id)
-    return await _migrate_request(cluster, request.subject, to_node_id)
+    return await _migrate_request(cluster, settings, request.subject, to_node_id)
 
 
 async def _migrate_model(
@@ -102,13 +104,47 @@ async def _until_it_goes(
         ) from None
 
 
-async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId) -> pb.MigrateResponse:
+async def _migrate_request(
+    cluster: Cluster, settings: ControllerSettings, request_id: str, to_node_id: NodeId
+) -> pb.MigrateResponse:
     targets: dict[str, str] = {
         name: found.reservation.replica_id
         for name in cluster.records
         for found in members_of(cluster.view, name)
         if found.reservation.node_id == to_node_id and found.standing is Standing.READY and not found.stale
     }
+    node, found = await _asked_to_move(cluster, request_id, targets)
+    if node.node_id == to_node_id:
+        raise AlreadyExists(f"the request runs on node {to_node_id} already")
+    started = False
+    if found.model not in targets:
+        name = ModelName(found.model)
+        to, started = await _ready_there(cluster, settings, name, to_node_id)
+        targets = {found.model: to}
+        found = await cluster.orders.move_sessions(node.agent_address, request_id, targets)
+        if not found.replica_id:
+            raise NotFound(
+                f"request {request_id[:140]!r} ended or moved while model {name} was made ready on node "
+                f"{to_node_id}"
+            )
+    return pb.MigrateResponse(
+        model=found.model,
+        replica_id=targets[found.model],
+        from_replica_id=found.replica_id,
+        from_node_id=node.node_id,
+        sessions=found.sessions,
+        started=started,
+    )
+
+
+async def _asked_to_move(
+    cluster: Cluster, request_id: str, targets: Mapping[str, str]
+) -> tuple[Node, node_agent_pb2.MoveSessionsResponse]:
+    """Have a request's sessions asked to move; return the node where they run, and what its agent says.
+
+    Raises:
+        NotFound: They run nowhere.
+    """
     nodes = [node for node in cluster.view.nodes.values() if node.connected]
     unheard: list[str] = []
     for first in range(0, len(nodes), MAX_ASKED_TOGETHER):
@@ -123,7 +159,7 @@ async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId
             elif isinstance(answer, BaseException):
                 raise answer
             elif answer.replica_id:
-                return _moved(answer, targets, node.node_id, to_node_id)
+                return node, answer
     near = near_names(request_id, cluster.records.keys())
     if near:
         raise model_not_found(request_id, near)
@@ -131,24 +167,44 @@ async def _migrate_request(cluster: Cluster, request_id: str, to_node_id: NodeId
     raise NotFound(f"{request_id[:140]!r} is neither a deployed model nor a request that runs{silent}")
 
 
-def _moved(
-    found: node_agent_pb2.MoveSessionsResponse,
-    targets: Mapping[str, str],
-    node_id: NodeId,
-    to_node_id: NodeId,
-) -> pb.MigrateResponse:
-    to = targets.get(found.model)
-    if to is None:
-        raise NotFound(
-            f"the request is for model {found.model}, of which no replica is ready on node {to_node_id}: "
-            f"`stoker migrate {found.model} --to {to_node_id}` moves the model there, with all its requests"
+async def _ready_there(
+    cluster: Cluster, settings: ControllerSettings, name: ModelName, to_node_id: NodeId
+) -> tuple[ReplicaId, bool]:
+    """Return a ready replica of a model on a node, and whether it was started for this; waits until it is.
+
+    Raises:
+        StokerError: There can't be one; the request goes on where it is.
+    """
+    with cluster.watching(name) as woken:
+        decided = place_for_request(
+            cluster.view, name, to_node_id, cluster.clock.now_seconds(), settings.policy()
         )
-    if node_id == to_node_id:
-        raise AlreadyExists(f"the request runs on node {to_node_id} already")
-    return pb.MigrateResponse(
-        model=found.model,
-        replica_id=to,
-        from_replica_id=found.replica_id,
-        from_node_id=node_id,
-        sessions=found.sessions,
-    )
+        if isinstance(decided, Start):
+            cluster.order(decided)
+        has_begun = not isinstance(decided, Start)
+        try:
+            async with asyncio.timeout(settings.acquire_timeout_seconds):
+                while True:
+                    woken.clear()
+                    cluster.check_leading()
+                    there = [
+                        found
+                        for found in members_of(cluster.view, name)
+                        if found.reservation.node_id == to_node_id
+                        and found.standing in (Standing.READY, Standing.STARTING)
+                    ]
+                    ready = [found for found in there if found.standing is Standing.READY]
+                    if ready:
+                        return ready[0].reservation.replica_id, isinstance(decided, Start)
+                    if has_begun and not there:
+                        raise LoadFailed(
+                            f"model {name} could not be started on node {to_node_id}, the request stays "
+                            f"where it is; `stoker explain {name}` says why"
+                        )
+                    has_begun = has_begun or bool(there)
+                    await woken.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"model {name} was not ready on node {to_node_id} within "
+                f"{settings.acquire_timeout_seconds:g} s; the request stays where it is, the start goes on"
+            ) from None

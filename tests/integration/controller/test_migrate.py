@@ -89,25 +89,19 @@ async def test_a_model_moves_to_a_node_with_all_its_sessions_or_is_refused_with_
     assert "no free slots" in await desk.refused("one", source.node_id)
 
 
-async def test_one_request_moves_to_where_its_model_is_ready(desk: Desk) -> None:
+async def test_one_request_moves_alone_and_its_model_is_started_there_first(desk: Desk) -> None:
     await desk.client.acquire("one")
     source, target = desk.split()
     (source_id,) = source.replicas
     source.requests["req-1"] = source_id
 
-    assert "no replica is ready on node" in await desk.refused("req-1", target.node_id)
-    await desk.client.deploy("one", keep_alive_seconds=-1, min_replicas=2, max_replicas=2)
-    await until(lambda: target.replicas)
-
-    async def both_ready() -> bool:
-        with translated("controller"):
-            listed = (await desk.client.stub.ListReplicas(pb.ListReplicasRequest())).replicas
-        return sorted(replica.node_id for replica in listed) == ["node-1", "node-2"]
-
-    await until(both_ready)
-    (target_id,) = target.replicas
+    assert "1 of at most 1 elsewhere" in await desk.refused("req-1", target.node_id)
+    await desk.client.deploy("one", keep_alive_seconds=-1, max_replicas=2)
     printed = await desk.migrate("req-1", target.node_id)
 
+    (target_id,) = target.replicas
     assert "1 stream of model one" in printed
+    assert target_id in printed
     assert source.moved == [("req-1", target_id)]
     assert source.stops == []
+    assert list(source.replicas) == [source_id]

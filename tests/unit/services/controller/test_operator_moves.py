@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from services.controller.actions import Start
 from services.controller.index import indexed
-from services.controller.operator_moves import Begin, Join, operator_move
+from services.controller.operator_moves import Begin, Join, operator_move, place_for_request
 from services.controller.view import Phase, Policy, Replica, Scheduling, View
 from stoker.errors import AlreadyExists, CapacityError, InUse, NotFound, StokerError
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -98,3 +100,39 @@ def test_a_replica_that_is_moving_is_left_alone() -> None:
 
     with pytest.raises(InUse, match="moving to r-9 already"):
         move(a_view(models=(a_model(),), nodes=tuple(found.nodes.values()), reservations=(moving,)))
+
+
+def place(found: View, to: str = "b") -> ReplicaId | Start:
+    return place_for_request(found, ModelName("m"), NodeId(to), NOW_SECONDS, Policy())
+
+
+def with_at_most(found: View, replicas: int) -> View:
+    models = {name: replace(model, max_replicas=replicas) for name, model in found.models.items()}
+    return indexed(replace(found, models=models))
+
+
+def test_one_request_has_its_model_started_where_it_goes() -> None:
+    decided = place(with_at_most(view(), 2))
+
+    assert isinstance(decided, Start)
+    assert (decided.model, decided.node_id, decided.devices) == ("m", "b", (0,))
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.STARTING])
+def test_one_request_goes_to_a_replica_that_is_there_or_on_its_way(phase: Phase) -> None:
+    assert place(view(there=(a_replica("r-2", phase=phase),))) == "r-2"
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "words"),
+    [
+        (view(), InUse, "at most 1 elsewhere"),
+        (with_at_most(view(there=(busy("o", model="other"),)), 2), CapacityError, "no free slots"),
+        (with_at_most(view(scheduling={NodeId("b"): Scheduling.DRAINED}), 2), InUse, "drained"),
+    ],
+)
+def test_one_request_whose_model_cannot_start_there_stays(
+    found: View, error: type[StokerError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        place(found)
