@@ -10,6 +10,7 @@ Prefetch, in this order, so that it never thrashes and never is in the way:
    `hysteresis_ratio`; those are named, and dropped before. What nobody holds stays within `memory_fraction`
    of the pool, so that demand finds room without dropping anything.
 4. The node that drops least wins, then the one from which it comes soonest. A prefetch that failed rests.
+5. What memory is free after that is filled from disk (`spare_memory`).
 
 Workers: as many as starts come while one worker starts, with `confidence` (Poisson), shared by the open
 nodes; at least one where replicas may start, none where they may not, at most what the memory budget and the
@@ -29,6 +30,7 @@ from services.controller.forecast import expected_rate_per_second, likelihood
 from services.controller.index import index_of
 from services.controller.lessons import parts_like
 from services.controller.room import never_fits
+from services.controller.spare_memory import POOL_SLACK, fill
 from services.controller.view import Checkpoint, Held, Model, Node, View
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB, MB
@@ -42,8 +44,6 @@ MAX_NODES = 64
 """Nodes looked at per model."""
 RESTS_SECONDS = 60.0
 """A prefetch that failed is not tried again on that node before."""
-POOL_SLACK = 1.02
-"""A checkpoint takes whole chunks of the pool, a little more than its bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ class Limits:
         horizon_seconds: How far ahead a model's next request is looked for.
         least_likelihood: Of that request; below it nothing is prefetched.
         least_gain_seconds: What memory must save of the start.
+        fill_fraction: Of a pool, what `spare_memory` may fill, likely to be used or not; 0 = nothing.
         hysteresis_ratio: A checkpoint makes room only for one this many times as likely.
         at_once: Prefetches under way, over all nodes.
         confidence: That a start finds a pre-started worker.
@@ -69,6 +70,7 @@ class Limits:
     horizon_seconds: float = 300.0
     least_likelihood: float = 0.3
     least_gain_seconds: float = 0.1
+    fill_fraction: float = 0.9
     hysteresis_ratio: float = 2.0
     at_once: int = 4
     confidence: float = 0.95
@@ -186,7 +188,32 @@ def _prefetches(
             best = min(found, key=lambda option: (len(option.drop), option.gain_seconds, option.node_id))
             chosen.append(best)
             busy.add(best.node_id)
-    return tuple(chosen)
+    return (*chosen, *_filling(look, busy, rests))
+
+
+def _filling(
+    look: _Look, busy: set[NodeId], rests: Mapping[tuple[NodeId, ModelName], float]
+) -> Iterable[Prefetch]:
+    view, limits = look.view, look.limits
+    if limits.fill_fraction <= 0:
+        return
+    for name, node_id in fill(
+        view,
+        look.names,
+        look.chances,
+        taken=busy,
+        rests=rests,
+        at_once=limits.at_once - len(busy),
+        fill_fraction=limits.fill_fraction,
+        least_likelihood=limits.least_likelihood,
+    ):
+        yield Prefetch(
+            model=name,
+            node_id=node_id,
+            drop=(),
+            likelihood=look.chances.get(name, 0.0),
+            gain_seconds=_gain_seconds(view, view.models[name], view.nodes[node_id]),
+        )
 
 
 def _candidates(look: _Look) -> list[ModelName]:

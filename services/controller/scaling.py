@@ -8,10 +8,10 @@ Rules, in the order in which they run:
    after a redeploy, those on drained nodes, surplus ones, and idle ones whose keep-alive is over. A replica
    that moves goes once its destination is ready.
 3. Reservations whose replica is gone are released.
-4. Models that want a replica get one, who waits longest first: requests that wait, then `min_replicas`, then
-   more sessions than the replicas' concurrency, sessions that queue for too long, or a forecast. When each
-   was looked at, those with waiting requests get as many more as these fill, in turn. A model that backs off
-   gets none.
+4. Models that want a replica get one, who waits longest first: requests that wait, for a first replica or
+   for a place in the batch of one, then `min_replicas`, then more sessions than the replicas' concurrency, or
+   a forecast. When each was looked at, those with waiting requests get as many more as these fill, in turn.
+   A model that backs off gets none.
 
 Only models that `attention` says may need something are looked at, and of those that wait for room none
 before there may be some (`gain`). The plan says what to do now and when to

@@ -101,6 +101,10 @@ class ControllerSettings(ServiceSettings):
     prefetch_memory_fraction: float = Field(default=0.5, ge=0, le=1)
     """Of a node's pool, what checkpoints that nobody uses may fill by prefetching; 0 = no prefetches."""
 
+    prefetch_fill_fraction: float = Field(default=0.9, ge=0, le=1)
+    """Of a node's pool, what may be filled from its disk with checkpoints that nobody asked for yet, where
+    devices have memory of their own; 0 = nothing."""
+
     prefetch_horizon_seconds: float = Field(default=300.0, gt=0)
     """A model likely to be asked for within this many seconds is worth having in a node's memory."""
 
@@ -129,6 +133,7 @@ class ControllerSettings(ServiceSettings):
         """Return what forecasts may do."""
         return Limits(
             memory_fraction=self.prefetch_memory_fraction,
+            fill_fraction=self.prefetch_fill_fraction,
             worker_memory_bytes=self.prestart_memory_bytes,
             bytes_per_worker=self.worker_memory_bytes,
             horizon_seconds=self.prefetch_horizon_seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from services.controller.actions import Migrate as MigrateAction
 from services.controller.actions import Start, Stop
@@ -15,7 +16,7 @@ from services.controller.place import Migrate, Placed, StopIdle, Unplaceable, Wa
 from services.controller.planner import Planner
 from services.controller.stopping import LIVE
 from services.controller.together import order_together
-from services.controller.view import Model, Reservation
+from services.controller.view import Model, Policy, Reservation
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 
@@ -25,20 +26,17 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
     wanting = [name for name in sorted(looked) if _wants(planner, name) and not _rests(planner, name)]
     cold = {name for name in wanting if not _is_warm(planner, name)}
     wanting.sort(key=lambda name: (*_urgency(planner, name, cold), name))
-    asked = [name for name in wanting if name in cold and name in planner.view.demands]
+    asked = [name for name in wanting if _urgency(planner, name, cold)[0] == 0]
     others = wanting[len(asked) :]
     for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
-        starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
-        starved = starved or _loses_its_node(planner, name)
-        if not planner.still_waits(name, may_disturb=starved):
-            _start(planner, name, may_disturb=starved)
-    _start_more(planner, asked)
+        _start_unless_it_still_waits(planner, name, cold)
+    _start_more(planner, asked, cold)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
 
 
-def _start_more(planner: Planner, names: Iterable[ModelName]) -> None:
-    """Give cold models one more replica each, in turn, while waiting requests fill them and there is room.
+def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelName]) -> None:
+    """Give models that requests wait for one more replica each, in turn, while there is room.
 
     Nobody gets a second one before everybody was looked at for a first one.
     """
@@ -47,11 +45,31 @@ def _start_more(planner: Planner, names: Iterable[ModelName]) -> None:
         started = []
         for name in names:
             actions = len(planner.actions)
-            if _wants(planner, name) and not planner.still_waits(name, may_disturb=True):
-                _start(planner, name, may_disturb=True)
+            if _wants(planner, name):
+                _start_unless_it_still_waits(planner, name, cold)
                 if any(isinstance(action, Start) for action in planner.actions[actions:]):
                     started.append(name)
         names = started
+
+
+def _start_unless_it_still_waits(planner: Planner, name: ModelName, cold: set[ModelName]) -> None:
+    """Start one more, unless nothing has changed since that was refused.
+
+    Sessions that wait for a place in a batch may have idle replicas stopped at once: nobody uses them.
+    Running ones are disturbed only for who has no replica, or has waited for `queue_age_seconds`.
+    """
+    starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
+    starved = starved or _loses_its_node(planner, name)
+    since_seconds = _waiting_since_seconds(planner, name)
+    may_disturb = starved or since_seconds is not None
+    if planner.still_waits(name, may_disturb=may_disturb):
+        return
+    policy = planner.policy
+    again_seconds = None
+    if since_seconds is not None and not starved:
+        policy = replace(policy, may_migrate=False)
+        again_seconds = since_seconds + policy.queue_age_seconds
+    _start(planner, name, policy, may_disturb=may_disturb, again_seconds=again_seconds)
 
 
 def _wants(planner: Planner, name: ModelName) -> bool:
@@ -84,16 +102,20 @@ def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
 
 def _queues(planner: Planner, name: ModelName) -> bool:
     """Tell whether sessions wait too long for a place in a ready replica's batch."""
-    return any(
-        found.standing is Standing.READY
-        and found.replica is not None
-        and _has_queued_too_long(planner, found.replica.waiting_since_seconds)
-        for found in members_of(planner.view, name)
-    )
-
-
-def _has_queued_too_long(planner: Planner, since_seconds: float | None) -> bool:
+    since_seconds = _waiting_since_seconds(planner, name)
     return since_seconds is not None and planner.is_over(since_seconds + planner.policy.queue_age_seconds)
+
+
+def _waiting_since_seconds(planner: Planner, name: ModelName) -> float | None:
+    """Return since when sessions wait for a place in a ready replica's batch; None = none does."""
+    since = [
+        found.replica.waiting_since_seconds
+        for found in members_of(planner.view, name)
+        if found.standing is Standing.READY
+        and found.replica is not None
+        and found.replica.waiting_since_seconds is not None
+    ]
+    return min(since, default=None)
 
 
 def _is_expected(planner: Planner, model: Model) -> bool:
@@ -129,14 +151,20 @@ def _rests(planner: Planner, name: ModelName) -> bool:
 
 
 def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[int, float]:
+    """Return a model's class (0 = requests wait for it) and since when it waits, seconds."""
     demand = planner.view.demands.get(name)
     if demand is not None and name in cold:
         return (0, demand.since_seconds)
+    since_seconds = _waiting_since_seconds(planner, name)
+    if since_seconds is not None:
+        return (0, since_seconds)
     return (1 if name in planner.view.always else 2, 0.0)
 
 
-def _start(planner: Planner, name: ModelName, *, may_disturb: bool) -> None:
-    decision = place(planner.view, name, planner.now_seconds, planner.policy, may_disturb=may_disturb)
+def _start(
+    planner: Planner, name: ModelName, policy: Policy, *, may_disturb: bool, again_seconds: float | None
+) -> None:
+    decision = place(planner.view, name, planner.now_seconds, policy, may_disturb=may_disturb)
     planner.decisions.append((name, decision))
     match decision:
         case Placed():
@@ -153,7 +181,8 @@ def _start(planner: Planner, name: ModelName, *, may_disturb: bool) -> None:
                 _stop_for(planner, replica_id, node_id, name, drained=False)
             planner.refuse(name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb)
         case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
-            planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=retry_at_seconds)
+            moments = [moment for moment in (retry_at_seconds, again_seconds) if moment is not None]
+            planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=min(moments, default=None))
         case Unplaceable(code=code, reasons=reasons):
             planner.refuse(name, "; ".join(reasons), code, disturbs=may_disturb)
 

@@ -79,12 +79,14 @@ def _node(world: World, words: list[str]) -> None:
     node_id = NodeId(words[0])
     kind = "cuda" if "device_memory" in settings else "cpu"
     memory_bytes = int(quantity(settings.get("device_memory", "0")))
+    in_memory, on_disk = (settings.get(tier, "").split(",") for tier in ("dram", "disk_holds"))
     held = {
-        (
-            world.view.models[ModelName(name)].checkpoint_uri,
-            world.view.models[ModelName(name)].revision,
-        ): Held(dram_bytes=world.view.models[ModelName(name)].file_bytes)
-        for name in filter(None, settings.get("dram", "").split(","))
+        model.checkpoint: Held(
+            dram_bytes=model.file_bytes * (model.name in in_memory),
+            disk_bytes=model.file_bytes * (model.name in on_disk),
+        )
+        for model in world.view.models.values()
+        if model.name in {*in_memory, *on_disk}
     }
     world.nodes[node_id] = Node(
         node_id=node_id,

@@ -121,7 +121,8 @@ class World:
         node, wanted = self.nodes[node_id], self.view.models[name]
         gone = {self.view.models[dropped].checkpoint for dropped in ended.drop}
         held = {checkpoint: found for checkpoint, found in node.held.items() if checkpoint not in gone}
-        held[wanted.checkpoint] = Held(dram_bytes=wanted.file_bytes)
+        disk_bytes = held.get(wanted.checkpoint, Held()).disk_bytes
+        held[wanted.checkpoint] = Held(dram_bytes=wanted.file_bytes, disk_bytes=disk_bytes)
         free_bytes = node.pool.total_bytes - sum(found.dram_bytes for found in held.values())
         self.change_node(node_id, held=held, pool=replace(node.pool, free_bytes=free_bytes))
 

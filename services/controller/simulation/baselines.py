@@ -10,7 +10,8 @@ import random
 from collections.abc import Sequence
 
 from services.controller.simulation.hardware import ModelSpec
-from services.controller.simulation.world import Phase, SimNode, SimReplica, Tiers, World
+from services.controller.simulation.parts import Phase, SimNode, SimReplica, Tiers
+from services.controller.simulation.world import World
 
 
 class AnyNode:

@@ -27,10 +27,13 @@ from services.controller.events import (
     StopRefused,
 )
 from services.controller.fold import fold
+from services.controller.foresight import Limits
 from services.controller.scaling import reconcile
 from services.controller.simulation.hardware import ModelSpec
-from services.controller.simulation.world import Phase as Standing
-from services.controller.simulation.world import SimNode, SimReplica, Tiers, World
+from services.controller.simulation.looking_ahead import LookingAhead
+from services.controller.simulation.parts import Phase as Standing
+from services.controller.simulation.parts import SimNode, SimReplica, Tiers
+from services.controller.simulation.world import World
 from services.controller.view import (
     Checkpoint,
     Device,
@@ -62,17 +65,21 @@ class Ours:
         policy: The constants of its decisions.
         preempts: Where it would move a replica, end it instead, and begin its sessions again: the paper's
             "Shepherd*", which has our estimates and our choice of node, but no migration.
+        limits: What forecasts may do; None = there are none.
     """
 
     keeps_tokens = True
 
-    def __init__(self, name: str, policy: Policy, *, preempts: bool = False) -> None:
+    def __init__(
+        self, name: str, policy: Policy, *, preempts: bool = False, limits: Limits | None = None
+    ) -> None:
         self.name = name
         self.tiers = Tiers()
         self._policy = replace(
             policy, node_timeout_seconds=_NEVER_SECONDS, node_forget_seconds=_NEVER_SECONDS
         )
         self._preempts = preempts
+        self._ahead = LookingAhead(limits) if limits is not None else None
         self._view = View()
         self._waiters: Counter[ModelName] = Counter()
         self._queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
@@ -87,6 +94,16 @@ class Ours:
         if not self._view.models:
             for spec in world.models.values():
                 self._fold(ModelPut(model=_model(spec, world)))
+        due_seconds = self._settle(world)
+        if self._ahead is None:
+            return due_seconds
+        if self._ahead.is_due(world.now):
+            self._ahead.look(self._view, world)
+        ahead_seconds = self._ahead.due_seconds()
+        return ahead_seconds if due_seconds is None else min(due_seconds, ahead_seconds)
+
+    def _settle(self, world: World) -> float | None:
+        """Decide until nothing more is to be done; return when to look again though nothing happens."""
         for _ in range(MAX_PASSES):
             self._tell_nodes(world)
             self._tell_waiters(world)
@@ -162,7 +179,10 @@ class Ours:
                 ),
                 "device": Stage(bytes_per_second=device.bus_bytes_per_second),
             },
-            pool=Pool(total_bytes=node.spec.dram_bytes, free_bytes=node.spec.dram_bytes),
+            pool=Pool(
+                total_bytes=node.spec.dram_bytes,
+                free_bytes=node.spec.dram_bytes - sum(node.dram.values()),
+            ),
             warm_workers=node.spec.device_count,
             worker_start_seconds=node.spec.worker_start_seconds,
             last_seen_seconds=world.now,

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from services.controller.foresight import Limits
 from services.controller.simulation import baselines
 from services.controller.simulation.hardware import (
     H100,
@@ -19,9 +20,10 @@ from services.controller.simulation.hardware import (
     opt_models,
 )
 from services.controller.simulation.ours import Ours
+from services.controller.simulation.parts import SimNode
 from services.controller.simulation.report import Summary, summarise
 from services.controller.simulation.workload import Request
-from services.controller.simulation.world import Decider, SimNode, World
+from services.controller.simulation.world import Decider, World
 from services.controller.view import Policy
 from stoker.errors import InvalidRequest
 from stoker.units import GB
@@ -37,8 +39,9 @@ H100_NODE = NodeSpec(
 HARDWARE: dict[str, NodeSpec] = {"paper": PAPER_NODE, "h100": H100_NODE}
 
 POLICIES: dict[str, Callable[[int], Decider]] = {
-    "stoker": lambda _seed: Ours("stoker", Policy(may_migrate=True)),
-    "locality": lambda _seed: Ours("stoker without moving", Policy(may_migrate=False)),
+    "stoker": lambda _seed: Ours("stoker", Policy(may_migrate=True), limits=Limits()),
+    "reactive": lambda _seed: Ours("stoker without forecasts", Policy(may_migrate=True)),
+    "locality": lambda _seed: Ours("the same without moving", Policy(may_migrate=False)),
     "shepherd": lambda _seed: Ours("preempting (Shepherd*)", Policy(may_migrate=True), preempts=True),
     "serverless": baselines.serverless,
     "ray": baselines.ray_serve,

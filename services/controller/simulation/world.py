@@ -7,16 +7,25 @@ with the hardware's delays, serves the requests, and remembers what became of ea
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Protocol
 
 from services.controller.simulation.clock import VirtualClock
 from services.controller.simulation.flows import Flows, Link
 from services.controller.simulation.hardware import ModelSpec, NodeSpec
-from services.controller.simulation.loads import Load, Loads
+from services.controller.simulation.loads import Loads
+from services.controller.simulation.parts import (
+    Counters,
+    Phase,
+    Session,
+    SimNode,
+    SimReplica,
+    Tiers,
+    fill,
+    insert,
+    node_of,
+)
 from services.controller.simulation.workload import Request
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -26,112 +35,8 @@ SWITCH_SECONDS = 0.05
 SHARED = "shared"
 """Counted as the tier of bytes that were on their way into the host for another replica anyway."""
 
-
-class Phase(Enum):
-    """Where a simulated replica stands."""
-
-    STARTING = "starting"
-    READY = "ready"
-    GONE = "gone"
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """A request's life: it waits, runs, may be moved or begun again, and ends or is given up."""
-
-    request: Request
-    waiting_since_seconds: float
-    started_seconds: float | None = None
-    first_token_seconds: float | None = None
-    ends_seconds: float = 0.0
-    replica: SimReplica | None = None
-    version: int = 0
-    cold: bool = False
-    preemptions: int = 0
-    migrations: int = 0
-    lost: bool = False
-    kept_tokens: int = 0
-    """Output tokens that it need not generate again, after it was displaced."""
-    wait_seconds: float = 0.0
-    """All of its waiting, also after preemptions."""
-
-
-@dataclass(slots=True, eq=False)
-class SimReplica:
-    """A replica on its devices."""
-
-    replica_id: ReplicaId
-    model: ModelSpec
-    node: SimNode
-    devices: tuple[int, ...]
-    began_seconds: float
-    tier: str
-    phase: Phase = Phase.STARTING
-    sessions: dict[Session, None] = field(default_factory=dict)
-    ready_seconds: float | None = None
-    idle_since_seconds: float | None = None
-    load: Load | None = None
-    predicted_seconds: float | None = None
-    """Of its start, by a policy that estimates."""
-    moving_to: SimReplica | None = None
-    """Its sessions go there once that one is ready."""
-    awaits_move: bool = False
-    """It is the destination of a move, kept for it."""
-    when_ready: Callable[[], None] | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        """Tell whether it is ready and serves nobody."""
-        return self.phase is Phase.READY and not self.sessions and not self.awaits_move
-
-    @property
-    def free_places(self) -> int:
-        """Return how many more sessions it takes now."""
-        if self.phase is not Phase.READY or self.moving_to is not None or self.awaits_move:
-            return 0
-        return self.model.concurrency - len(self.sessions)
-
-
-@dataclass(slots=True, eq=False)
-class SimNode:
-    """A host: its devices' owners, its caches, its links."""
-
-    node_id: NodeId
-    spec: NodeSpec
-    owners: list[SimReplica | None]
-    disk: Link
-    network: Link
-    bus: tuple[Link, ...]
-    dram: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
-    """Checkpoints in memory with their bytes, least recently used first."""
-    stored: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
-    """Checkpoints on disk, likewise."""
-    down: bool = False
-
-    @property
-    def replicas(self) -> list[SimReplica]:
-        """Return what is on its devices, each once."""
-        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
-
-    @property
-    def free_devices(self) -> tuple[int, ...]:
-        """Return the devices nobody has."""
-        return () if self.down else tuple(i for i, owner in enumerate(self.owners) if owner is None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiers:
-    """Which tiers a policy's loader uses.
-
-    Attributes:
-        dram: Checkpoints stay in host memory after use.
-        disk: Local disks keep checkpoints.
-        preloaded: All checkpoints that fit are on every disk at the start; otherwise a disk is a cache.
-    """
-
-    dram: bool = True
-    disk: bool = True
-    preloaded: bool = True
+AHEAD = "ahead"
+"""Counted as the tier of bytes that were fetched into memory before anybody asked for them."""
 
 
 class Decider(Protocol):
@@ -144,24 +49,6 @@ class Decider(Protocol):
 
     def decide(self, world: World) -> float | None:
         """Command the world; return when to be asked again though nothing happens, None = then only."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a run counted."""
-
-    starts: int = 0
-    stops: int = 0
-    preemptions: int = 0
-    displacements: int = 0
-    migrations: int = 0
-    bytes_by_tier: dict[str, int] = field(default_factory=dict)
-    busy_device_seconds: float = 0.0
-    """Devices that computed for somebody."""
-    held_device_seconds: float = 0.0
-    """Devices that had an owner."""
-    start_errors: list[float] = field(default_factory=list)
-    """Of each start that was predicted: |predicted - measured| / measured."""
 
 
 class World:
@@ -188,10 +75,10 @@ class World:
         self.models: Mapping[ModelName, ModelSpec] = {model.name: model for model in models}
         self.nodes: dict[NodeId, SimNode] = {}
         for index, spec in enumerate(specs):
-            node = _node(NodeId(f"node-{index:04d}"), spec)
+            node = node_of(NodeId(f"node-{index:04d}"), spec)
             self.nodes[node.node_id] = node
             if policy.tiers.disk and policy.tiers.preloaded:
-                _fill(node, models)
+                fill(node, models)
         self.policy = policy
         self.timeout_seconds = timeout_seconds
         self.queues: dict[ModelName, deque[Session]] = {model.name: deque() for model in models}
@@ -206,6 +93,7 @@ class World:
         """Since the policy last looked; it empties this."""
         self._ids = itertools.count(1)
         self._asked = False
+        self._more_comes = False
         self._wakes_seconds = 0.0
         """When the policy is asked next though nothing happens; in the past = never."""
 
@@ -220,6 +108,7 @@ class World:
 
     def _next_arrival(self, arrivals: Iterator[Request]) -> None:
         request = next(arrivals, None)
+        self._more_comes = request is not None
         if request is not None:
             self.clock.at(request.arrival_seconds, lambda: self._arrive(request, arrivals))
 
@@ -254,7 +143,7 @@ class World:
     @property
     def is_alive(self) -> bool:
         """Tell whether anything is left to decide about."""
-        return bool(self.waiting or self.idle)
+        return bool(self.waiting or self.idle or self._more_comes)
 
     # --- sessions ---
 
@@ -397,13 +286,29 @@ class World:
         """Leave the bytes in the tiers that they came through."""
         node, model, tiers = replica.node, replica.model, self.policy.tiers
         if tiers.disk and replica.tier == "remote":
-            _insert(node.stored, model, node.spec.disk_bytes)
+            insert(node.stored, model, node.spec.disk_bytes)
         if tiers.dram:
-            _insert(node.dram, model, node.spec.dram_bytes)
+            insert(node.dram, model, node.spec.dram_bytes)
         for kept in (node.dram, node.stored):
             if model.name in kept:
                 kept.move_to_end(model.name)
         self._touch(node)
+
+    def prefetch(self, model: ModelSpec, node: SimNode, ended: Callable[[bool], None]) -> None:
+        """Bring a checkpoint into a host's memory before anybody asks; it gives way to every start there."""
+
+        def arrived(complete: bool) -> None:  # noqa: FBT001 - a callback's only argument
+            if complete:
+                insert(node.dram, model, node.spec.dram_bytes)
+                self._touch(node)
+                self.ask()
+            ended(complete)
+
+        tier = self.tier_of(model, node)
+        moved = self.counters.bytes_by_tier
+        moved[AHEAD] = moved.get(AHEAD, 0) + model.weight_bytes
+        source = self.source(tier, node)
+        self.loads.fetch_ahead(node.node_id, model.name, model.weight_bytes, source=source, ended=arrived)
 
     def _ready(self, replica: SimReplica) -> None:
         if replica.phase is not Phase.STARTING:
@@ -532,6 +437,7 @@ class World:
                 self._interrupt(replica, keep_tokens=self.policy.keeps_tokens)
             else:
                 self._vacate(replica)
+        self.loads.give_up_ahead(node.node_id)
         node.dram.clear()
         self._touch(node)
 
@@ -544,36 +450,3 @@ class World:
 
     def _touch(self, node: SimNode) -> None:
         self.changed_nodes[node.node_id] = None
-
-
-def _node(node_id: NodeId, spec: NodeSpec) -> SimNode:
-    return SimNode(
-        node_id=node_id,
-        spec=spec,
-        owners=[None] * spec.device_count,
-        disk=Link(f"{node_id}/disk", spec.disk_bytes_per_second),
-        network=Link(f"{node_id}/network", spec.network_bytes_per_second),
-        bus=tuple(
-            Link(f"{node_id}/bus-{index}", spec.device.bus_bytes_per_second)
-            for index in range(spec.device_count)
-        ),
-    )
-
-
-def _fill(node: SimNode, models: Sequence[ModelSpec]) -> None:
-    """Put checkpoints on a disk, beginning at another one on each node, as far as they fit."""
-    first = sum(node.node_id.encode()) % max(1, len(models))
-    left = node.spec.disk_bytes
-    for model in (*models[first:], *models[:first]):
-        if model.weight_bytes <= left:
-            node.stored[model.name] = model.weight_bytes
-            left -= model.weight_bytes
-
-
-def _insert(kept: OrderedDict[ModelName, int], model: ModelSpec, capacity_bytes: int) -> None:
-    """Put a checkpoint into a cache, dropping the least recently used ones for it."""
-    if model.name in kept or model.weight_bytes > capacity_bytes:
-        return
-    while kept and sum(kept.values()) + model.weight_bytes > capacity_bytes:
-        kept.popitem(last=False)
-    kept[model.name] = model.weight_bytes

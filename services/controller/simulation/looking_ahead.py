@@ -1,0 +1,50 @@
+"""Forecasts in the simulated cluster: `foresee` as it is, and prefetches as stores carry them out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from services.controller.foresight import Foreseen, Limits, Prefetch, foresee
+from services.controller.simulation.world import World
+from services.controller.view import View
+from stoker.ids import NodeId
+
+LOOK_SECONDS = 5.0
+"""The product's default (`forecast_look_seconds`)."""
+
+
+class LookingAhead:
+    """Looks at the forecasts now and then.
+
+    Args:
+        limits: What they may do; pre-started workers are not simulated.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = replace(limits, worker_memory_bytes=0)
+        self._foreseen = Foreseen()
+        self._next_seconds = 0.0
+
+    def is_due(self, now_seconds: float) -> bool:
+        """Tell whether it is time for a look."""
+        return now_seconds >= self._next_seconds
+
+    def look(self, view: View, world: World) -> None:
+        """Decide once, and begin what was decided."""
+        self._next_seconds = world.now + LOOK_SECONDS
+        self._foreseen = foresee(view, self._foreseen, world.now, self._limits)
+        for prefetch in self._foreseen.prefetches:
+            self._begin(prefetch, world)
+
+    def due_seconds(self) -> float:
+        """Return when the next look is due."""
+        return self._next_seconds
+
+    def _begin(self, prefetch: Prefetch, world: World) -> None:
+        node = world.nodes[prefetch.node_id]
+        for name in prefetch.drop:
+            node.dram.pop(name, None)
+        world.prefetch(world.models[prefetch.model], node, lambda _complete: self._ended(prefetch.node_id))
+
+    def _ended(self, node_id: NodeId) -> None:
+        self._foreseen = replace(self._foreseen, under_way=self._foreseen.under_way - {node_id})
