@@ -77,8 +77,9 @@ class Host:
         self._background = background
         self._on_change = on_change
         self._logs = LogFolder(settings.log_dir)
+        self._worker_env = {"STOKER_WORKER_ATTACH_SOCKET": str(settings.attach_socket), **settings.worker_env}
         self._fork_server = ForkServer(
-            worker_environment(threads=settings.worker_threads, further=settings.worker_env),
+            worker_environment(threads=settings.worker_threads, further=self._worker_env),
             background.spawn,
             enabled=settings.fork_server,
         )
@@ -314,7 +315,7 @@ class Host:
                 threads=settings.worker_threads,
                 warm_up_niceness=niceness,
                 log_level=settings.log_level,
-                environment=settings.worker_env,
+                environment=self._worker_env,
             ),
             socket_path(settings.run_dir, worker_id),
             self._logs.open(worker_id),

@@ -119,7 +119,10 @@ class AttachServer:
 
     async def _attach(self, connection: socket.socket) -> None:
         async with asyncio.timeout(REQUEST_SECONDS):
-            request = await _receive(connection)
+            request = await _message(connection, pb.AttachRequest)
+        if request.pool_only:
+            await self._show_pool(connection)
+            return
         began_seconds = self._clock.now_seconds()
         try:
             if self._open > self._max_attachments:
@@ -129,32 +132,59 @@ class AttachServer:
                 )
             rank = request.rank if request.HasField("rank") else None
             entry = await self._catalog.open(request.uri, revision=request.revision, rank=rank)
-            resident = self._loads.lease(entry, urgency_of(request.priority))
+            resident = self._loads.lease(entry, urgency_of(request.priority), window=request.window)
         except StokerError as error:
             await _refuse(connection, request, error)
             return
+        reader = None if resident.window is None else resident.window.join()
         with log.bind(holder=request.holder, uri=request.uri):
             try:
-                await self._serve_lease(connection, request, resident, began_seconds)
+                await self._serve_lease(connection, request, resident, began_seconds, reader)
             finally:
-                self._loads.end_lease(resident)
+                self._loads.end_lease(resident, reader)
                 log.get().info("lease.ended", seconds=round(self._clock.now_seconds() - began_seconds, 3))
 
+    async def _show_pool(self, connection: socket.socket) -> None:
+        """Hand the pool's memory out, to be page-locked before there is a checkpoint in it."""
+        arena = self._loads.arena
+        shown = pb.Attached(arena_bytes=arena.total_bytes, chunk_bytes=arena.chunk_bytes)
+        reply = framing.frame(pb.AttachReply(attached=shown))
+        sent = socket.send_fds(connection, [reply], self._descriptors)
+        await _send(connection, reply[sent:])
+        await _until_closed(connection)
+
     async def _serve_lease(
-        self, connection: socket.socket, request: pb.AttachRequest, resident: Resident, began_seconds: float
+        self,
+        connection: socket.socket,
+        request: pb.AttachRequest,
+        resident: Resident,
+        began_seconds: float,
+        reader: int | None,
     ) -> None:
         """Answer and report progress, until the client leaves or the load fails."""
         async with asyncio.TaskGroup() as group:
-            left = group.create_task(_until_closed(connection))
+            listens = (
+                _until_closed(connection)
+                if reader is None
+                else self._until_read(connection, resident, reader)
+            )
+            left = group.create_task(listens)
             answered = group.create_task(self._answer(connection, request, resident, began_seconds))
             left.add_done_callback(lambda _: answered.cancel())
             answered.add_done_callback(lambda task: None if _holds_on(task) else left.cancel())
+
+    async def _until_read(self, connection: socket.socket, resident: Resident, reader: int) -> None:
+        """Take note of what a window's reader has used up, until it has left."""
+        with suppress(ConnectionResetError, _Left):
+            while True:
+                said = await _message(connection, pb.AttachConsumed)
+                self._loads.consumed(resident, reader, file=said.file, upto_bytes=said.bytes)
 
     async def _answer(
         self, connection: socket.socket, request: pb.AttachRequest, resident: Resident, began_seconds: float
     ) -> bool:
         """Send the chunk map and then progress; True when the checkpoint is there and the lease goes on."""
-        warm = resident.phase is Phase.READY
+        warm = resident.phase is Phase.READY and resident.window is None
         tier = tier_of(resident)
         try:
             await asyncio.shield(resident.mapped)
@@ -203,10 +233,14 @@ async def _refuse(connection: socket.socket, request: pb.AttachRequest, error: S
     await _send(connection, framing.frame(pb.AttachReply(failed=failed_message(error))))
 
 
-async def _receive(connection: socket.socket) -> pb.AttachRequest:
+class _Left(PeerError):
+    """The client closed the connection."""
+
+
+async def _message(connection: socket.socket, kind: type[framing.M]) -> framing.M:
     prefix = await _exactly(connection, framing.LENGTH_BYTES)
     length = framing.body_length(prefix, limit_bytes=framing.MAX_REQUEST_BYTES)
-    return framing.parse(pb.AttachRequest, await _exactly(connection, length))
+    return framing.parse(kind, await _exactly(connection, length))
 
 
 async def _exactly(connection: socket.socket, length: int) -> bytes:
@@ -215,7 +249,7 @@ async def _exactly(connection: socket.socket, length: int) -> bytes:
     while len(data) < length:
         piece = await loop.sock_recv(connection, length - len(data))
         if not piece:
-            raise PeerError("the client left in the middle of its request")
+            raise _Left("the client left in the middle of its request")
         data += piece
     return bytes(data)
 

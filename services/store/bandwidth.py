@@ -40,6 +40,13 @@ def moved_by_tier(parts: Iterable[ReadPart]) -> tuple[Moved, ...]:
     )
 
 
+def span_seconds(parts: Iterable[ReadPart]) -> float:
+    """Return the time from the first read's begin to the last one's end; 0 for none."""
+    found = list(parts)
+    began = min((part.began_seconds for part in found), default=0.0)
+    return max((part.ended_seconds for part in found), default=0.0) - began
+
+
 def _busy_seconds(parts: list[ReadPart], *, since_seconds: float = float("-inf")) -> float:
     """Return the time in which any of the reads ran, from `since_seconds` on."""
     busy, until = 0.0, since_seconds

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from services.store.admission import Admitted, Refused, Waits, admit
 from services.store.arena import Arena
-from services.store.bandwidth import moved_by_tier
+from services.store.bandwidth import moved_by_tier, span_seconds
 from services.store.catalog import CatalogEntry
 from services.store.chunk_pool import ChunkPool
 from services.store.counters import ReadyCounters
@@ -26,13 +26,14 @@ from services.store.lanes import Lane
 from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
 from services.store.origins.source import REMOTE
 from services.store.pace import Pace
-from services.store.read_plan import chunks_needed, chunks_per_read, lay_out, plan_reads
+from services.store.read_plan import ReadingDisk, chunks_needed, lay_out_and_plan
 from services.store.read_queue import ChunkRead, Urgency
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.resident import Phase, Resident
 from services.store.residents import Residents
 from services.store.sharing import Sharing
 from services.store.transfers import Transfers
+from services.store.window import Window, window_of
 from stoker.checkpoint.reading import DISK
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
@@ -78,21 +79,46 @@ class Loads:
 
     # --- asking for checkpoints ---
 
-    def lease(self, entry: CatalogEntry, urgency: Urgency) -> Resident:
+    def lease(self, entry: CatalogEntry, urgency: Urgency, *, window: bool = False) -> Resident:
         """Return the checkpoint with one lease more; it may still be on its way. Pair with `end_lease`.
+
+        Args:
+            entry: The checkpoint.
+            urgency: Of its load.
+            window: Where it is larger than the pool it may come through a window; who leases one joins it
+                (`Window.join`) at once and says what it has `consumed`.
 
         Raises:
             DoesNotFit: It is larger than the pool.
             CapacityError: What holds the pool cannot be dropped now.
         """
-        resident = self._resident(entry, urgency)
+        too_large = chunks_needed(entry, self.arena.chunk_bytes) > self.chunks.total
+        ring = window_of(entry, self.chunks.total, self.arena.chunk_bytes) if window and too_large else None
+        resident = self._resident(entry, urgency) if ring is None else self._windowed(entry, urgency, ring)
         resident.leases += 1
         self._changed()
         return resident
 
-    def end_lease(self, resident: Resident) -> None:
-        """Take a lease back."""
+    def consumed(self, resident: Resident, reader: int, *, file: int, upto_bytes: int) -> None:
+        """Note how far a window's reader is, and read on.
+
+        Raises:
+            PeerError: It cannot be that far.
+        """
+        if resident.window is not None:
+            ready_bytes = [each.ready_bytes for each in resident.files]
+            resident.window.consumed(reader, file=file, upto_bytes=upto_bytes, ready_bytes=ready_bytes)
+            self.transfers.go_on(resident)
+
+    def end_lease(self, resident: Resident, reader: int | None = None) -> None:
+        """Take a lease back; `reader` is its number in a window, which goes with the last one."""
         resident.leases -= 1
+        if resident.window is not None and reader is not None:
+            resident.window.leave(reader)
+            if not resident.leases and resident.phase is not Phase.GONE:
+                self._leave(resident, InUse(f"nobody reads {resident.entry.uri} any more"))
+            elif resident.phase is Phase.LOADING:
+                self.transfers.go_on(resident)
         self._settle_if_gone(resident)
         self._admit_waiting()
         self._changed()
@@ -161,7 +187,7 @@ class Loads:
         """Tell whether any load is under way, or what it brought still on its way to the disk."""
         return any(
             resident.phase in {Phase.WAITING, Phase.LOADING} or resident.landings_left
-            for resident in self.residents()
+            for resident in self._residents.everyone()
         )
 
     def leased_bytes(self) -> int:
@@ -181,7 +207,7 @@ class Loads:
     async def close(self) -> None:
         """Fail what is under way, refuse what is asked from now on, and end the reader threads."""
         self._closed = True
-        for resident in self.residents():
+        for resident in self._residents.everyone():
             if resident.phase in {Phase.WAITING, Phase.LOADING}:
                 self._drop(resident, "stopping", PeerError(_STOPPING, retry_after_seconds=1.0))
         await self.transfers.close(grace_seconds=_READER_GRACE_SECONDS)
@@ -189,20 +215,14 @@ class Loads:
     # --- one resident's way ---
 
     def _resident(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
-        if self._closed:
-            raise PeerError(_STOPPING, retry_after_seconds=1.0)
+        self._refuse_when_closed()
         resident = self._residents.find(entry.identity)
         if resident is None:
             self._supersede(entry)
             need_chunks = chunks_needed(entry, self.arena.chunk_bytes)
             resident = self._residents.add(entry, need_chunks=need_chunks, urgency=urgency)
             resident.free_room_only = free_room_only
-            if self._residents.someone_waits(urgency) and need_chunks <= self.chunks.total:
-                self._residents.queue(resident)
-            else:
-                self._place(resident)
-            if resident.error is not None:
-                raise resident.error
+            self._place_or_queue(resident)
         elif urgency < resident.urgency:
             resident.urgency = urgency
             self.transfers.hurry(resident)
@@ -210,6 +230,29 @@ class Loads:
         resident.uses = resident.uses.used(self._clock.now_seconds())
         resident.last_used_unix_seconds = self._clock.unix_seconds()
         return resident
+
+    def _windowed(self, entry: CatalogEntry, urgency: Urgency, window: Window) -> Resident:
+        self._refuse_when_closed()
+        resident = self._residents.window_to_join(entry.identity)
+        if resident is None:
+            self._supersede(entry)
+            resident = self._residents.add(entry, need_chunks=window.chunks, urgency=urgency, window=window)
+            self._place_or_queue(resident)
+        return resident
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise PeerError(_STOPPING, retry_after_seconds=1.0)
+
+    def _place_or_queue(self, resident: Resident) -> None:
+        """Place a newcomer, unless it would overtake somebody; raises why it gets no room."""
+        waits = self._residents.someone_waits(resident.urgency)
+        if waits and resident.need_chunks <= self.chunks.total:
+            self._residents.queue(resident)
+        else:
+            self._place(resident)
+        if resident.error is not None:
+            raise resident.error
 
     def _supersede(self, entry: CatalogEntry) -> None:
         """Nobody can ask for other revisions of the uri any more: let those go that nobody holds."""
@@ -262,25 +305,17 @@ class Loads:
         except CapacityError as error:
             self._fail(resident, error)
             return
-        resident.files = lay_out(
-            resident.entry,
+        reads = lay_out_and_plan(
+            resident,
             chunks=self.chunks.take(resident.need_chunks),
             slots=slots,
-            chunk_bytes=self.arena.chunk_bytes,
+            arena=self.arena,
             sources=self._sources,
-        )
-        resident.phase = Phase.LOADING
-        reads = plan_reads(
-            resident.files,
-            load=resident.key,
-            ranks=resident.entry.index.layout == "converted",
-            memory=self.arena.chunk,
-            per_read=chunks_per_read(
-                self.transfers.rates.bytes_per_second(DISK),
-                threads=self._disk_threads,
-                chunk_bytes=self.arena.chunk_bytes,
+            disk=ReadingDisk(
+                bytes_per_second=self.transfers.rates.bytes_per_second(DISK), threads=self._disk_threads
             ),
         )
+        resident.phase = Phase.LOADING
         resident.mapped.set_result(None)
         self.transfers.begin(resident, reads)
         self._changed()
@@ -288,11 +323,13 @@ class Loads:
             self._complete(resident)
 
     def _arrived(self, resident: Resident, read: ChunkRead) -> None:
-        if self._sharing is not None:
+        if self._sharing is not None and resident.window is None:
             self._sharing.arrived(resident, read)
 
     def _transfer_ended(self, resident: Resident) -> None:
-        if resident.phase is Phase.LOADING and resident.reads_left == 0:
+        if resident.phase is Phase.LOADING and resident.window is not None:
+            self.transfers.go_on(resident)
+        if resident.phase is Phase.LOADING and resident.reads_left == 0 and resident.all_given_out:
             self._complete(resident)
         if resident.phase is Phase.GONE:
             self._settle_if_gone(resident)
@@ -306,18 +343,12 @@ class Loads:
         resident.phase = Phase.READY
         resident.moved = moved_by_tier(resident.parts)
         resident.seconds = self._clock.now_seconds() - resident.began_seconds
-        first = min((part.began_seconds for part in resident.parts), default=0.0)
-        last = max((part.ended_seconds for part in resident.parts), default=0.0)
+        read_seconds = span_seconds(resident.parts)
         resident.parts = []
         resident.done.set_result(None)
         resident.tell()
-        record_loaded(resident, read_seconds=last - first)
-        record_rates(
-            {
-                tier: self.transfers.rates.bytes_per_second(tier) or 0.0
-                for tier in self.transfers.rates.tiers()
-            }
-        )
+        record_loaded(resident, read_seconds=read_seconds)
+        record_rates(self.transfers.rates.all())
         self._changed()
 
     # --- and its end ---
@@ -338,6 +369,8 @@ class Loads:
         """Take a resident out of sight; its chunks follow when nothing touches them."""
         resident.phase = Phase.GONE
         resident.error = error
+        if resident.window is not None:
+            resident.window.drop()
         self._residents.hide(resident)
         self.transfers.abandon(resident)
         for future in (resident.mapped, resident.done):

@@ -73,6 +73,7 @@ def _attached(loads: Loads, resident: Resident) -> pb.Attached:
             for name, content in entry.attached_files.items()
         ],
         tied=[pb.TiedTensors(names=group) for group in entry.index.tied_groups],
+        window_bytes=0 if resident.window is None else resident.window.bytes,
     )
 
 
@@ -167,6 +168,6 @@ def disk_bytes(entry: CatalogEntry) -> int:
 
 def tier_of(resident: Resident) -> str:
     """Return the best tier that holds all of a checkpoint."""
-    if resident.phase is Phase.READY:
+    if resident.phase is Phase.READY and resident.window is None:
         return DRAM
     return DISK if resident.entry.far is None or resident.entry.far.whole else REMOTE

@@ -1,16 +1,18 @@
-"""From a checkpoint and the chunks it was given to the reads that fill them, in order. Pure."""
+"""From a checkpoint and the chunks it was given to the reads that fill them, in order."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from services.store.arena import Arena
 from services.store.catalog import CatalogEntry
 from services.store.disk_sources import DiskSources
 from services.store.far_weights import OpenedFile
 from services.store.lanes import Lane
 from services.store.read_queue import ChunkRead
-from services.store.resident import ResidentFile
+from services.store.resident import Resident, ResidentFile
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.layout import chunk_count
 
@@ -24,7 +26,22 @@ AHEAD_SECONDS = 0.125
 """What an urgent load may have to wait for reads that run already."""
 
 
-def chunks_per_read(bytes_per_second: float | None, *, threads: int, chunk_bytes: int) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadingDisk:
+    """How files on disk are read.
+
+    Attributes:
+        bytes_per_second: Of the disk; None when that was not learnt yet.
+        threads: That read from it.
+    """
+
+    bytes_per_second: float | None
+    threads: int
+
+
+def chunks_per_read(
+    bytes_per_second: float | None, *, threads: int, chunk_bytes: int, window_chunks: int | None = None
+) -> int:
     """Return how many chunks of a file on disk are read in one go.
 
     Larger reads take less of the processor; reads that run already hold an urgent one up. So as many as the
@@ -34,15 +51,62 @@ def chunks_per_read(bytes_per_second: float | None, *, threads: int, chunk_bytes
         bytes_per_second: Of the disk; None when that was not learnt yet.
         threads: That read from it.
         chunk_bytes: Of one.
+        window_chunks: Of the window that they are read into: each thread gets a part of it.
     """
     if bytes_per_second is None:
         return 1
-    return max(1, min(MAX_RUN_CHUNKS, int(bytes_per_second * AHEAD_SECONDS / (threads * chunk_bytes))))
+    most = MAX_RUN_CHUNKS if window_chunks is None else min(MAX_RUN_CHUNKS, window_chunks // (2 * threads))
+    return max(1, min(most, int(bytes_per_second * AHEAD_SECONDS / (threads * chunk_bytes))))
 
 
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
     """Return how many chunks a checkpoint takes; each file starts a new one."""
     return sum(chunk_count(file.size_bytes, chunk_bytes) for file in entry.index.files)
+
+
+def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
+    resident: Resident,
+    *,
+    chunks: Sequence[int],
+    slots: Sequence[int],
+    arena: Arena,
+    sources: DiskSources,
+    disk: ReadingDisk,
+) -> list[ChunkRead]:
+    """Give a resident its files in these chunks; return the reads that may run now, in order.
+
+    Args:
+        resident: Has no files yet; its window, if it has one, holds the other reads back.
+        chunks: As many as it needs.
+        slots: A ready counter for each file.
+        arena: Has the chunks.
+        sources: Open files on disk.
+        disk: How they are read.
+    """
+    window = resident.window
+    resident.files = lay_out(
+        resident.entry,
+        chunks=chunks if window is None else window.ring(chunks),
+        slots=slots,
+        chunk_bytes=arena.chunk_bytes,
+        sources=sources,
+    )
+    reads = plan_reads(
+        resident.files,
+        load=resident.key,
+        ranks=resident.entry.index.layout == "converted" and window is None,
+        memory=arena.chunk,
+        per_read=chunks_per_read(
+            disk.bytes_per_second,
+            threads=disk.threads,
+            chunk_bytes=arena.chunk_bytes,
+            window_chunks=None if window is None else window.chunks,
+        ),
+    )
+    if window is None:
+        return reads
+    window.hold_back(reads)
+    return window.next_reads()
 
 
 def lay_out(

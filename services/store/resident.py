@@ -15,6 +15,7 @@ from services.store.eviction import Uses
 from services.store.far_weights import Land
 from services.store.lanes import Lane
 from services.store.read_queue import Urgency
+from services.store.window import Window
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import StokerError
 
@@ -111,6 +112,7 @@ class Resident:
         moved: The same by tier, once loaded.
         seconds: What the load took, once loaded.
         error: Why it is gone, if it failed.
+        window: What of it is there at a time, where it is larger than the pool: its readers' alone.
         mapped: Done when it has its chunks; fails when it gets none.
         done: Done when it is loaded; fails when it isn't.
     """
@@ -136,6 +138,7 @@ class Resident:
     moved: tuple[Moved, ...] = ()
     seconds: float = 0.0
     error: StokerError | None = None
+    window: Window | None = None
     attach_reply: bytes = b""
     """Serialised once for all attaches: the chunk map does not change."""
     _watchers: set[asyncio.Event] = field(default_factory=set)
@@ -146,9 +149,14 @@ class Resident:
         return sum(file.ready_bytes for file in self.files)
 
     @property
+    def all_given_out(self) -> bool:
+        """Tell whether no read is held back until there is room in its window."""
+        return self.window is None or self.window.all_given_out
+
+    @property
     def chunk_numbers(self) -> tuple[int, ...]:
-        """All its chunks."""
-        return tuple(chunk for file in self.files for chunk in file.chunks)
+        """All its chunks, each once."""
+        return tuple(dict.fromkeys(chunk for file in self.files for chunk in file.chunks))
 
     @contextmanager
     def watched(self) -> Iterator[asyncio.Event]:

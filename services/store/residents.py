@@ -9,7 +9,8 @@ from services.store.catalog import CatalogEntry
 from services.store.eviction import Uses
 from services.store.occupancy import is_held
 from services.store.read_queue import Urgency
-from services.store.resident import Resident
+from services.store.resident import Phase, Resident
+from services.store.window import Window
 from stoker.clock import Clock
 
 
@@ -58,8 +59,17 @@ class Residents:
         """Return those in sight of a uri: one per revision."""
         return [each for each in self._in_sight.values() if each.entry.uri == uri]
 
-    def add(self, entry: CatalogEntry, *, need_chunks: int, urgency: Urgency) -> Resident:
-        """Make a resident that has no room yet, and put it in sight."""
+    def window_to_join(self, identity: tuple[str, str]) -> Resident | None:
+        """Return the window on a checkpoint of which nothing was given up yet."""
+        for each in self._all.values():
+            if each.window is not None and each.entry.identity == identity and each.window.may_join:
+                return None if each.phase is Phase.GONE else each
+        return None
+
+    def add(
+        self, entry: CatalogEntry, *, need_chunks: int, urgency: Urgency, window: Window | None = None
+    ) -> Resident:
+        """Make a resident that has no room yet, and put it in sight, but for a window."""
         now_seconds = self._clock.now_seconds()
         resident = Resident(
             key=next(self._keys),
@@ -71,11 +81,13 @@ class Residents:
             last_used_unix_seconds=self._clock.unix_seconds(),
             mapped=self._loop.create_future(),
             done=self._loop.create_future(),
+            window=window,
         )
         for future in (resident.mapped, resident.done):
             future.add_done_callback(_retrieve)
         self._all[resident.key] = resident
-        self._in_sight[entry.identity] = resident
+        if window is None:
+            self._in_sight[entry.identity] = resident
         return resident
 
     def hide(self, resident: Resident) -> None:

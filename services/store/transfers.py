@@ -58,12 +58,12 @@ class Transfers:
     def begin(self, resident: Resident, reads: Iterable[ChunkRead]) -> None:
         """Queue a load's reads, each in the lane of its file."""
         self._residents[resident.key] = resident
-        by_lane: dict[Lane, list[ChunkRead]] = {}
-        for read in reads:
-            by_lane.setdefault(resident.files[read.file].lane, []).append(read)
-        resident.reads_left = sum(map(len, by_lane.values()))
-        for lane, found in by_lane.items():
-            self._lanes.add(lane, resident.key, found, resident.urgency)
+        self._queue(resident, reads)
+
+    def go_on(self, resident: Resident) -> None:
+        """Queue the reads of a window that may run by now."""
+        if resident.window is not None:
+            self._queue(resident, resident.window.next_reads())
 
     def hurry(self, resident: Resident) -> None:
         """Make a prefetch urgent."""
@@ -87,6 +87,14 @@ class Transfers:
         self._pace.close()
         await asyncio.to_thread(self._lanes.close, grace_seconds=grace_seconds)
 
+    def _queue(self, resident: Resident, reads: Iterable[ChunkRead]) -> None:
+        by_lane: dict[Lane, list[ChunkRead]] = {}
+        for read in reads:
+            by_lane.setdefault(resident.files[read.file].lane, []).append(read)
+        resident.reads_left += sum(map(len, by_lane.values()))
+        for lane, found in by_lane.items():
+            self._lanes.add(lane, resident.key, found, resident.urgency)
+
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Called from a thread."""
         if not isinstance(outcome, StokerError):
@@ -100,6 +108,8 @@ class Transfers:
         resident = self._residents[job.load]
         if isinstance(job, ChunkLanding):
             resident.landings_left -= 1
+            if resident.window is not None:
+                resident.window.landed(job.read)
         else:
             resident.reads_left -= 1
             if isinstance(outcome, StokerError):
@@ -119,5 +129,7 @@ class Transfers:
             resident.tell()
         if file.land is not None:
             resident.landings_left += 1
+            if resident.window is not None:
+                resident.window.landing(read)
             landing = ChunkLanding(read=read, land=file.land)
             self._lanes.add(Lane.LANDING, resident.key, [landing], Urgency.DEMAND)

@@ -23,7 +23,10 @@ class Destination(Protocol):
     """Where weights are wanted; called by one thread."""
 
     def arrived(self, file: int, start: int, end: int) -> None:
-        """Take note that these bytes of a file are there now; ascending, without gaps."""
+        """Take note that these bytes of a file are there now; ascending, without gaps.
+
+        In a window they are gone when this has returned.
+        """
         ...
 
     def complete(self, stage: int) -> None:
@@ -78,6 +81,8 @@ class Arrival:
         for stage, needs_bytes in enumerate(self._order.needs_bytes):
             for file, upto in enumerate(needs_bytes):
                 self._reach(file, upto)
+            if stage == last:
+                self._use_up()
             self._destination.complete(stage)
             if stage < last:
                 self._gate.open(stage + 1)
@@ -86,8 +91,23 @@ class Arrival:
     def _reach(self, file: int, upto: int) -> None:
         """Wait for bytes of a file, handing over what comes meanwhile."""
         while self._reached[file] < upto:
-            start = self._reached[file]
-            self._attachment.wait_ready(file, start + 1)
-            end = self._attachment.ready_bytes(file)
-            self._destination.arrived(file, start, end)
-            self._reached[file] = end
+            self._take(file if self._attachment.window_bytes is None else self._first_unfinished())
+
+    def _use_up(self) -> None:
+        """Take the rest of a window: the load ends only when all of it has been through."""
+        if self._attachment.window_bytes is not None:
+            for file in range(self._attachment.file_count):
+                self._reach(file, self._attachment.file_bytes(file))
+
+    def _first_unfinished(self) -> int:
+        """Return the file that a window shows now: they come one after the other, whatever a stage needs."""
+        sizes = map(self._attachment.file_bytes, range(self._attachment.file_count))
+        return next(file for file, size in enumerate(sizes) if self._reached[file] < size)
+
+    def _take(self, file: int) -> None:
+        start = self._reached[file]
+        self._attachment.wait_ready(file, start + 1)
+        end = self._attachment.ready_bytes(file)
+        self._destination.arrived(file, start, end)
+        self._attachment.consumed(file, end)
+        self._reached[file] = end

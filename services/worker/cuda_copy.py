@@ -23,7 +23,7 @@ from stoker.errors import DoesNotFit
 from stoker.units import MIB, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BUFFER_BYTES = 16 * MIB
 BUFFERS = 2
@@ -52,16 +52,22 @@ class CudaCopyEngine:
         device: With an index.
         segment_bytes: Most that is locked in one call.
         can_lock: False: every copy goes through buffers, as where the driver refuses.
+        locked: Addresses, begin and end, that this process has page-locked already.
     """
 
     def __init__(
-        self, device: torch.device, *, segment_bytes: int = SEGMENT_BYTES, can_lock: bool = True
+        self,
+        device: torch.device,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        can_lock: bool = True,
+        locked: Iterable[tuple[int, int]] = (),
     ) -> None:
         self._device = device
         self._segment_bytes = segment_bytes
         self._can_lock = can_lock
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # as above
-        self._locked: list[tuple[int, int]] = []
+        self._locked: list[tuple[int, int]] = list(locked)
         self._registered: list[int] = []
         self._buffers: deque[tuple[torch.Tensor, CudaMark | None]] = deque()
 

@@ -19,6 +19,7 @@ from stoker.v1.start_pb2 import TierTransfer
 if TYPE_CHECKING:
     from services.worker.arrival_order import ArrivalOrder
     from services.worker.copy_engine import CopyEngine, Mark
+    from services.worker.pool_lock import LockedPool
     from stoker.attach import Attachment, Tensor
 
 DEVICE = "device"
@@ -33,6 +34,7 @@ class DeviceWeights:
         order: Its stages.
         engine: Copies to the device.
         dtype: To compute in; None: the one that most of the checkpoint is stored in.
+        pool: The store's memory, page-locked before; None: it is copied from as it is mapped.
 
     Attributes:
         tensors: By name, tied names too; their content is there once their stage was joined.
@@ -43,11 +45,18 @@ class DeviceWeights:
     """
 
     def __init__(
-        self, attachment: Attachment, order: ArrivalOrder, engine: CopyEngine, *, dtype: torch.dtype | None
+        self,
+        attachment: Attachment,
+        order: ArrivalOrder,
+        engine: CopyEngine,
+        *,
+        dtype: torch.dtype | None,
+        pool: LockedPool | None = None,
     ) -> None:
         self.transfers: tuple[TierTransfer, ...] = ()
         self._attachment: Attachment | None = attachment
         self._engine = engine
+        self._pool = pool
         self._files = [engine.allocate(attachment.file_bytes(file)) for file in range(attachment.file_count)]
         self._casts: list[list[tuple[torch.Tensor, Tensor]]] = [[] for _ in range(order.stages)]
         self._marks: list[Mark | None] = [None] * order.stages
@@ -84,10 +93,20 @@ class DeviceWeights:
         if self._attachment is None:
             raise AssertionError("bytes arrived after the last stage was complete")
         began_seconds = time.monotonic()
-        source = torch.frombuffer(self._attachment.buffer(file, start, end - start), dtype=torch.uint8)
-        self._engine.copy(self._files[file][start:end], source)
-        self._copied_bytes += end - start
+        byte_count = end - start
+        for source in self._sources(self._attachment, file, start, end):
+            self._engine.copy(self._files[file][start : start + source.numel()], source)
+            start += source.numel()
+        if self._attachment.window_bytes is not None:
+            self._engine.synchronize()  # other bytes come into their place; the store reads on meanwhile
+        self._copied_bytes += byte_count
         self._busy_seconds += time.monotonic() - began_seconds
+
+    def _sources(self, attachment: Attachment, file: int, start: int, end: int) -> list[torch.Tensor]:
+        locked = None if self._pool is None else self._pool.sources(attachment, file, start, end)
+        if locked is not None:
+            return locked
+        return [torch.frombuffer(attachment.buffer(file, start, end - start), dtype=torch.uint8)]
 
     def complete(self, stage: int) -> None:
         """See `Destination`; after the last stage the checkpoint's place in the pool is given up."""

@@ -22,12 +22,14 @@ from services.worker.arrival_order import ArrivalOrder, arrival_order
 from services.worker.cuda_copy import CudaCopyEngine
 from services.worker.device_weights import DeviceWeights
 from services.worker.engine import Engine, EngineLimits
+from services.worker.host_copy import HostCopyEngine
 from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
 from services.worker.kv_store import SLOT_TOKENS
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
 from services.worker.model_loading import build_skeleton
 from services.worker.module_waits import wait_for_weights
 from services.worker.placed_weights import PlacedWeights
+from services.worker.pool_lock import LockedPool, lock_pool
 from services.worker.settings import WorkerSettings
 from services.worker.transformers_engine import TransformersEngine
 from services.worker.weights_gate import WeightsGate
@@ -70,11 +72,18 @@ class LoadedModel:
     adapters: AdapterCache
 
 
-def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedModel:
+def load_model(
+    request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool | None = None
+) -> LoadedModel:
     """Return an engine that takes sessions; its weights may still be arriving.
 
     Blocks until the engine is made; until its weights are there, too, where they must be converted as a
     whole, or where the settings say so.
+
+    Args:
+        request: What to load, and where.
+        settings: Of this worker.
+        pool: The store's memory, page-locked when the worker was pre-started.
 
     Raises:
         InvalidRequest: The spec asks for an engine or dtype this worker doesn't have.
@@ -96,12 +105,13 @@ def load_model(request: LoadModelRequest, settings: WorkerSettings) -> LoadedMod
         spec.checkpoint_uri,
         revision=request.revision,
         holder=f"{settings.worker_id} {request.replica_id}",
+        window=True,
     )
     timings.attach_seconds = time.monotonic() - began
     refuse_what_cannot_fit(spec, attachment.checkpoint, device)
     order = arrival_order(attachment.tensors.values(), files=attachment.file_count)
     gate = WeightsGate(order.stages)
-    weights = weights_for(attachment, order, device=device, dtype=dtype)
+    weights = weights_for(attachment, order, device=device, dtype=dtype, pool=pool)
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
     began = time.monotonic()
@@ -144,16 +154,32 @@ def attach_adapter(socket: str, holder: str, wanted: AdapterSpec) -> Attachment:
 
 
 def weights_for(
-    attachment: Attachment, order: ArrivalOrder, *, device: torch.device, dtype: torch.dtype | None
+    attachment: Attachment,
+    order: ArrivalOrder,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    pool: LockedPool | None = None,
 ) -> Weights:
     """Return where a checkpoint's tensors shall be.
 
     Raises:
         DoesNotFit: There is no room.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and attachment.window_bytes is None:
         return PlacedWeights(attachment, order, dtype=dtype)
-    return DeviceWeights(attachment, order, CudaCopyEngine(device), dtype=dtype)
+    if device.type == "cpu":
+        return DeviceWeights(attachment, order, HostCopyEngine(), dtype=dtype)
+    engine = CudaCopyEngine(device, locked=() if pool is None else pool.ranges)
+    return DeviceWeights(attachment, order, engine, dtype=dtype, pool=pool)
+
+
+def lock_pool_for_devices(settings: WorkerSettings) -> LockedPool | None:
+    """Page-lock the store's pool where this host has a CUDA device and the settings name a store."""
+    if settings.attach_socket is None or not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", settings.lock_device)
+    return lock_pool(settings.attach_socket, CudaCopyEngine(device))
 
 
 def completed(model: LoadedModel) -> StartTimings:

@@ -34,6 +34,13 @@ class WorkerSettings(ServiceSettings):
     execute_while_loading: bool = True
     """Take sessions before all weights are there; their first passes wait layer by layer."""
 
+    attach_socket: Path | None = None
+    """Attach socket of this host's store: on a host with CUDA devices its pool is page-locked before there is
+    a model. Unset: loads go through page-locked buffers."""
+
+    lock_device: int = Field(default=0, ge=0)
+    """CUDA device in whose context the pool is locked; what is locked serves all devices of the process."""
+
     drain_seconds: float = 0.0
     """The node agent drains sessions; its worker ends at once."""
 

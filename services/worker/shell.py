@@ -46,6 +46,7 @@ from stoker.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_serv
 if TYPE_CHECKING:
     from services.worker.engine import Output
     from services.worker.load import LoadedModel
+    from services.worker.pool_lock import LockedPool
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -74,6 +75,7 @@ class WorkerShell(WorkerServicer):
         self._engine: EngineThread | None = None
         self._kv: KvDesk | None = None
         self._loaded: LoadedModel | None = None
+        self._pool: LockedPool | None = None
         self._load_began = False
 
     async def start(self) -> None:
@@ -123,7 +125,9 @@ class WorkerShell(WorkerServicer):
         from services.worker.load import completed, load_model  # noqa: PLC0415 - torch: only once it is warm
 
         with log.bind(replica_id=request.replica_id, model=request.spec.name):
-            loaded = await self._loop.run_in_executor(self._thread, load_model, request, self._settings)
+            loaded = await self._loop.run_in_executor(
+                self._thread, load_model, request, self._settings, self._pool
+            )
         is_loading = not loaded.loaded.done()
         timings = loaded.timings if is_loading else completed(loaded)
         if is_loading:
@@ -243,7 +247,9 @@ class WorkerShell(WorkerServicer):
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         sys.setswitchinterval(SWITCH_SECONDS)
-        from services.worker import load  # noqa: F401, PLC0415 - a load must not import anything
+        from services.worker import load  # noqa: PLC0415 - a load must not import anything
+
+        self._pool = load.lock_pool_for_devices(self._settings)
         from services.worker.model_loading import supported_architectures  # noqa: PLC0415
         from services.worker.warm import warm_up  # noqa: PLC0415
 

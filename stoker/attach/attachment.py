@@ -77,13 +77,17 @@ class Loaded:
 class _File:
     """One file's mapping and how much of it is ready."""
 
-    __slots__ = ("memory", "name", "ready_index", "size_bytes")
+    __slots__ = ("memory", "name", "ready_index", "runs", "size_bytes")
 
-    def __init__(self, described: pb.AttachedFile, memory: MappedRange) -> None:
+    def __init__(self, described: pb.AttachedFile, chunk_bytes: int, arena: int, lease: Connection) -> None:
+        """Map one contiguous range that shows the file's chunks, one mapping per run of neighbours."""
+        self.runs = runs(tuple(described.chunk_offsets), chunk_bytes)
         self.name = described.name
         self.size_bytes = described.bytes
         self.ready_index = described.ready_counter_offset // 8
-        self.memory = memory
+        self.memory = MappedRange(len(described.chunk_offsets) * chunk_bytes, keeps=lease)
+        for run in self.runs:
+            self.memory.map(run.at, arena, run.offset, run.length, Access.copy_on_write)
 
 
 class Attachment:
@@ -96,6 +100,9 @@ class Attachment:
         small_files: `config.json` and `generation_config.json`, where they exist.
         tier: Best tier that held all of it when asked.
         timings: What attaching cost.
+        arena: Which memory it lies in; see `stoker.attach.pool`.
+        window_bytes: How much of it is there at a time, where it is larger than the pool; None: all of it
+            stays. In a window bytes must be copied away in the order of the files and `consumed`.
     """
 
     def __init__(
@@ -115,11 +122,14 @@ class Attachment:
         self.tied = tuple(tuple(group.names) for group in attached.tied)
         self.small_files = {file.name: file.content for file in attached.small_files}
         self.tier = attached.tier
+        status = os.fstat(arena)
+        self.arena = (status.st_dev, status.st_ino)
+        self.window_bytes = attached.window_bytes or None
         self._connection: Connection | None = connection
         self._counters = mmap.mmap(counters, os.fstat(counters).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
         self._ready = memoryview(self._counters).cast("Q")
         self._files: tuple[_File, ...] = tuple(
-            _File(file, _mapped(file, attached.chunk_bytes, arena, connection)) for file in attached.files
+            _File(file, attached.chunk_bytes, arena, connection) for file in attached.files
         )
         self._receiving = threading.Lock()
         self._loaded: Loaded | None = None
@@ -166,6 +176,18 @@ class Attachment:
             raise InvalidRequest(f"{held.name} has {held.size_bytes} bytes; {offset}+{count} is outside")
         return held.memory.view(offset, count)
 
+    def places(self, file: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Return where bytes of a file lie in the store's arena: offset and length of each piece."""
+        held = self._files[file]
+        if not 0 <= start <= end <= held.size_bytes:
+            raise InvalidRequest(f"{held.name} has {held.size_bytes} bytes; {start} to {end} is outside")
+        found = []
+        for run in held.runs:
+            first, last = max(start, run.at), min(end, run.at + run.length)
+            if first < last:
+                found.append((run.offset + first - run.at, last - first))
+        return found
+
     def ready_bytes(self, file: int) -> int:
         """Return how many bytes of a file, counted from its start, have arrived. Never blocks."""
         return self._ready[self._files[file].ready_index]
@@ -194,6 +216,19 @@ class Attachment:
         if self._loaded is None:
             raise StokerError("the load ended without a result")
         return self._loaded
+
+    def consumed(self, file: int, upto_bytes: int) -> None:
+        """Give up bytes of a window, from the start of a file: others come into their place.
+
+        Outside a window it does nothing. Files are given up in their order, each to its end; the next ones
+        come only then.
+
+        Raises:
+            PeerError: The store went away.
+        """
+        connection = self._connection
+        if self.window_bytes is not None and connection is not None:
+            connection.tell(pb.AttachConsumed(file=file, bytes=upto_bytes))
 
     def map_pages(self, file: int, start: int = 0, end: int | None = None) -> None:
         """Enter ready pages into this process's page table in one go, ahead of the first touch.
@@ -253,14 +288,6 @@ class Attachment:
                 self._loaded = Loaded(transfers=tuple(event.done.transfers), seconds=event.done.seconds)
             case _:
                 pass  # a file got further: its counter says how far
-
-
-def _mapped(file: pb.AttachedFile, chunk_bytes: int, arena: int, lease: Connection) -> MappedRange:
-    """Return one contiguous range that shows the file's chunks, one mapping per run of neighbours."""
-    memory = MappedRange(len(file.chunk_offsets) * chunk_bytes, keeps=lease)
-    for run in runs(tuple(file.chunk_offsets), chunk_bytes):
-        memory.map(run.at, arena, run.offset, run.length, Access.copy_on_write)
-    return memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

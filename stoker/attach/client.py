@@ -21,6 +21,7 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
     rank: int | None = None,
     holder: str,
     priority: Literal["demand", "prefetch"] = "demand",
+    window: bool = False,
     timeout_seconds: float = 30.0,
 ) -> Attachment:
     """Lease a checkpoint and map it; returns before its bytes are there.
@@ -36,13 +37,15 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
         rank: Which tensor-parallel rank's file; None = the checkpoint is in one piece.
         holder: Who asks, for the store's logs; e.g. a worker id.
         priority: `prefetch` gives way to demand.
+        window: Take a checkpoint that is larger than the store's pool through a window: the caller copies its
+            bytes away in the order of the files and says so (`Attachment.consumed`).
         timeout_seconds: For connecting and for the store's answer; not for the load.
 
     Raises:
         PeerError: No store answers there.
         NotFound: No such checkpoint.
         CheckpointInvalid: It is damaged, or its revision is another.
-        DoesNotFit: It is larger than the store's pool.
+        DoesNotFit: It is larger than the store's pool, and no window was asked for or fits.
         CapacityError: The pool is held by others now; later may work.
         DeadlineExceeded: No answer in time.
     """
@@ -50,7 +53,12 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
     connection = Connection(os.fspath(socket_path), timeout_seconds=timeout_seconds)
     connected = time.monotonic()
     request = pb.AttachRequest(
-        uri=uri, revision=revision, holder=holder, priority=_PRIORITIES[priority], rank=rank
+        uri=uri,
+        revision=revision,
+        holder=holder,
+        priority=_PRIORITIES[priority],
+        rank=rank,
+        window=window,
     )
     attached, descriptors = connection.ask(request, timeout_seconds=timeout_seconds)
     try:

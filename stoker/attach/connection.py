@@ -82,6 +82,14 @@ class Connection:
                 retry_after_seconds=1.0,
             ) from error
 
+    def tell(self, message: pb.AttachConsumed) -> None:
+        """Say how far this reader is; blocks for a moment.
+
+        Raises:
+            PeerError: The store went away.
+        """
+        self._send(framing.frame(message), None)
+
     def _send(self, data: bytes, deadline: float | None) -> None:
         self._limit(deadline)
         try:

@@ -253,7 +253,7 @@ def test_on_a_device_a_pass_waits_for_copies_that_are_still_under_way(
 ) -> None:
     engines: list[FakeCopyEngine] = []
 
-    def on_device(attachment, order, *, device, dtype):
+    def on_device(attachment, order, *, device, dtype, pool):
         engines.append(FakeCopyEngine())
         return DeviceWeights(attachment, order, engines[0], dtype=dtype)
 
@@ -274,7 +274,9 @@ def test_on_a_device_a_pass_waits_for_copies_that_are_still_under_way(
 
 def test_a_device_gives_the_pool_back_when_it_has_everything(loading, monkeypatch) -> None:
     monkeypatch.setattr(
-        load, "weights_for", lambda a, o, *, device, dtype: DeviceWeights(a, o, FakeCopyEngine(), dtype=dtype)
+        load,
+        "weights_for",
+        lambda a, o, *, device, dtype, pool: DeviceWeights(a, o, FakeCopyEngine(), dtype=dtype),
     )
     store, begin = loading()
     model = begin()
