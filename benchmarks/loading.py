@@ -200,10 +200,16 @@ def _same_bytes(found: Round) -> None:
         raise RuntimeError(f"the rows did not load the same bytes: {loaded}")
 
 
-def measure_part(
-    sitting: Sitting, checkpoint: Checkpoint, rows: Sequence[Row], *, rounds: int, peers: Path | None
+def measure_part(  # noqa: PLR0913 - what a part is made of
+    sitting: Sitting,
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    *,
+    rounds: int,
+    peers: Path | None,
+    join: Path | None,
 ) -> None:
-    """Add rounds to a sitting."""
+    """Add rounds to a sitting, and to its file after each."""
     pool_bytes = 16 * MIB * (2 + checkpoint.converted_file.stat().st_size // (16 * MIB))
     theirs = [row.loader for row in rows if not row.ours]
     with (
@@ -219,12 +225,14 @@ def measure_part(
             for row in rows:
                 if row.pool and not row.recheck:
                     bench.measure(row, cold=False)  # the store knows it and has checked it once
+            command = " ".join(sys.argv[1:])
+            sitting.parts.append(f"{rounds} rounds, pool on {store.pages} (loading.py {command})")
             for number in range(rounds):
                 print(f"# round {number + 1} of {rounds}", file=sys.stderr, flush=True)
                 sitting.rounds.append(measure_round(bench, rows, number=number, missing=missing))
-            sitting.missing |= missing
-            command = " ".join(sys.argv[1:])
-            sitting.parts.append(f"{rounds} rounds, pool on {store.pages} (loading.py {command})")
+                sitting.missing |= missing
+                if join is not None:
+                    loading_results.write(join, sitting)
         finally:
             if others is not None:
                 others.close()
@@ -256,9 +264,7 @@ def main() -> int:
     sitting = loading_results.read(arguments.join, size=arguments.size, machine=describe_machine())
     if arguments.rounds:
         part = [row for row in rows if row.name in chosen]
-        measure_part(sitting, checkpoint, part, rounds=arguments.rounds, peers=peers)
-        if arguments.join is not None:
-            loading_results.write(arguments.join, sitting)
+        measure_part(sitting, checkpoint, part, rounds=arguments.rounds, peers=peers, join=arguments.join)
     if not sitting.rounds:
         parser.error("--rounds 0 without figures in --join FILE: nothing to show")
     print_table(sitting, rows)
