@@ -2,8 +2,9 @@
 
 Everything here runs in one event loop, so the view needs no lock: it is replaced between awaits. The loop
 wakes on events and on the plan's next due time, never by polling. Orders and state writes run as tasks beside
-it; what they reserve is in the view before they begin. An error of the state, or a fence, ends the term: the
-view is thrown away and built anew from state and reports (`leadership`); a restart works the same way.
+it (`effects`); what they reserve is in the view before they begin. An error of the state, or a fence, ends
+the term: the view is thrown away and built anew from state and reports (`leadership`); a restart works the
+same way.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.controller import metrics
-from services.controller.actions import Action, Migrate, Note, Release, Start, Stop, start_failed
+from services.controller.actions import Migrate, Start
 from services.controller.answer import answer
 from services.controller.deadline import Late, late_if_started
 from services.controller.decision_log import DecisionLog
+from services.controller.effects import Effects, reservation_of
 from services.controller.event_log import EventLog
 from services.controller.events import (
     Declined,
@@ -27,42 +29,30 @@ from services.controller.events import (
     Event,
     ModelDeleted,
     ModelPut,
-    MoveOrdered,
     NodeDisconnected,
-    NodeForgotten,
     NodeReported,
-    Released,
-    Releasing,
     Reserved,
     SchedulingSet,
-    StopOrdered,
-    StopRefused,
 )
 from services.controller.fold import fold
 from services.controller.ledger import Ledger
 from services.controller.orders import Orders
-from services.controller.records import ModelRecord, ReservationRecord
+from services.controller.reach import touched
+from services.controller.records import ModelRecord
 from services.controller.routes import Routes
 from services.controller.scaling import reconcile
 from services.controller.settings import ControllerSettings
 from services.controller.settling import Settling, disturbs
-from services.controller.touched import touched
-from services.controller.view import Reservation, Scheduling, View
+from services.controller.view import Scheduling, View
 from services.controller.wire import model_of, node_of
 from stoker import log
-from stoker.background import Background, background
+from stoker.background import background
 from stoker.clock import Clock
 from stoker.errors import (
-    CapacityError,
-    DeadlineExceeded,
-    Fenced,
     NotLeader,
-    PeerError,
     QueueFull,
-    ReplicaBusy,
-    StokerError,
 )
-from stoker.ids import ModelName, NodeId, ReplicaId, new_id
+from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import node_agent_pb2
 
 
@@ -78,7 +68,7 @@ class Cluster:
         self.orders = orders
         self.clock = clock
         self._settings = settings
-        self._policy = settings.policy()
+        self.policy = settings.policy()
         self.decisions = DecisionLog()
         self.events = EventLog()
         self._requests: dict[ModelName, set[str]] = defaultdict(set)
@@ -101,7 +91,7 @@ class Cluster:
             self.put_record(model)
         now_seconds = self.clock.now_seconds()
         for record in recorded.reservations:
-            self.apply(Reserved(reservation=_reservation(record, now_seconds, adopted=True)))
+            self.apply(Reserved(reservation=reservation_of(record, now_seconds, adopted=True)))
         for node_id, scheduling in recorded.scheduling.items():
             self.apply(SchedulingSet(node_id=node_id, scheduling=scheduling))
 
@@ -112,7 +102,7 @@ class Cluster:
             Fenced: This controller no longer leads.
             StokerError: The state failed or disagrees: load anew.
         """
-        loop = asyncio.get_running_loop()
+        loop, effects = asyncio.get_running_loop(), Effects(self)
         settling = Settling(
             began_seconds=self.clock.now_seconds(),
             settling_seconds=self._settings.settling_seconds,
@@ -122,10 +112,10 @@ class Cluster:
             while True:
                 self._dirty.clear()
                 while self._ordered:
-                    self._act(self._ordered.popleft(), tasks)
+                    effects.begin(self._ordered.popleft(), tasks)
                 now_seconds = self.clock.now_seconds()
                 settled_seconds = settling.until_seconds(self.view, now_seconds)
-                plan = reconcile(self.view, now_seconds, self._policy)
+                plan = reconcile(self.view, now_seconds, self.policy)
                 for name, decision in plan.decisions:
                     waiting = self._requests.get(name, set())
                     self.decisions.add(name, decision, waiting, self.clock.unix_seconds())
@@ -134,7 +124,7 @@ class Cluster:
                     if settled_seconds > now_seconds and disturbs(action):
                         dues.append(settled_seconds)
                     else:
-                        self._act(action, tasks)
+                        effects.begin(action, tasks)
                 timer = None
                 if dues:
                     timer = loop.call_later(min(dues) - now_seconds, self._dirty.set)
@@ -291,7 +281,7 @@ class Cluster:
             found,
             now_seconds=now_seconds,
             due_seconds=due_seconds,
-            policy=self._policy,
+            policy=self.policy,
         )
         if hopeless is not None:
             self.apply(Declined(model=name, now_seconds=now_seconds))
@@ -322,170 +312,3 @@ class Cluster:
             },
             transfers={transfer.tier: transfer.bytes for transfer in timings.transfers},
         )
-
-    # --- what is done ---
-
-    def _act(self, action: Action, tasks: Background) -> None:
-        """Fold what was decided and begin to do it."""
-        match action:
-            case Note(event=event):
-                if isinstance(event, NodeForgotten):
-                    self.reports.pop(event.node_id, None)
-                    self.tell("node.forgotten", node_id=event.node_id)
-                self.apply(event)
-            case Start():
-                replica_id = self._begin_start(action, tasks)
-                self.decisions.started(action.model, replica_id)
-            case Migrate():
-                self._begin_move(action, tasks)
-            case Stop(replica_id=replica_id, node_id=node_id, for_model=for_model):
-                now_seconds = self.clock.now_seconds()
-                self.apply(
-                    StopOrdered(
-                        replica_id=replica_id, now_seconds=now_seconds, for_model=for_model, node_id=node_id
-                    )
-                )
-                tasks.start(self._stop(action), name=f"stop-{replica_id}")
-            case Release(replica_id=replica_id, reason=reason):
-                self.apply(Releasing(replica_id=replica_id))
-                tasks.start(self._release(replica_id, reason), name=f"release-{replica_id}")
-
-    def _begin_move(self, move: Migrate, tasks: Background) -> None:
-        """Start the replica anew at its destination; `reconcile` drains the source once that is ready."""
-        to = self._begin_start(move.start, tasks)
-        self.apply(MoveOrdered(replica_id=move.replica_id, to=to, for_model=move.for_model))
-        self.tell("replica.moving", replica_id=move.replica_id, to=to, to_node_id=move.to_node_id)
-
-    def _begin_start(self, start: Start, tasks: Background) -> ReplicaId:
-        record = ReservationRecord(
-            replica_id=ReplicaId(new_id("rep")),
-            model=start.model,
-            node_id=start.node_id,
-            devices=start.devices,
-            runtime=start.runtime,
-            predicted_seconds=start.estimate.total_seconds,
-            created_unix_seconds=self.clock.unix_seconds(),
-        )
-        decided_seconds = self.clock.now_seconds()
-        self.apply(Reserved(reservation=_reservation(record, decided_seconds, adopted=False)))
-        tasks.start(
-            self._start(start, record, self.records[start.model], decided_seconds),
-            name=f"start-{record.replica_id}",
-        )
-        return record.replica_id
-
-    async def _start(
-        self, start: Start, record: ReservationRecord, model: ModelRecord, decided_seconds: float
-    ) -> None:
-        await self.ledger.reserve(record)
-        placement_seconds = self.clock.now_seconds() - decided_seconds
-        metrics.ORDER_SECONDS.observe(placement_seconds)
-        metrics.PLACEMENTS.labels(outcome="placed").inc()
-        self.tell(
-            "replica.placed",
-            replica_id=record.replica_id,
-            model=record.model,
-            node_id=record.node_id,
-            devices=list(record.devices),
-            predicted_seconds=round(record.predicted_seconds, 4),
-            load_seconds=round(start.estimate.load_seconds, 4),
-            worker_seconds=round(start.estimate.worker_seconds, 4),
-            tier=start.estimate.tier,
-            options=len(start.options),
-            placement_seconds=round(placement_seconds, 4),
-        )
-        node = self.view.nodes.get(record.node_id)
-        try:
-            if node is None:
-                raise PeerError(f"node {record.node_id} left before the start could be ordered")
-            await self.orders.start_replica(node.agent_address, record, model, placement_seconds)
-        except Fenced:
-            raise
-        except StokerError as error:
-            await self._start_refused(record, error)
-
-    async def _start_refused(self, record: ReservationRecord, error: StokerError) -> None:
-        """Give the slots back; the model rests only when the refusal was about it and not about the node."""
-        metrics.PLACEMENTS.labels(outcome="refused_by_agent").inc()
-        self.decisions.failed(record.replica_id, error.message)
-        self.tell(
-            "replica.order_failed",
-            replica_id=record.replica_id,
-            model=record.model,
-            node_id=record.node_id,
-            error_code=error.code,
-            message=error.message,
-        )
-        if _is_about_the_node(error):
-            self.apply(NodeDisconnected(node_id=record.node_id))
-        else:
-            failed = start_failed(
-                self.view,
-                record.model,
-                code=error.code,
-                message=error.message,
-                now_seconds=self.clock.now_seconds(),
-                policy=self._policy,
-            )
-            self.apply(failed)
-        self.apply(Releasing(replica_id=record.replica_id))
-        await self._release(record.replica_id, "its order failed")
-
-    async def _stop(self, stop: Stop) -> None:
-        node = self.view.nodes.get(stop.node_id)
-        try:
-            if node is None:
-                raise PeerError(f"node {stop.node_id} left before the stop could be ordered")
-            reservation = self.view.reservations.get(stop.replica_id)
-            await self.orders.stop_replica(
-                node.agent_address,
-                stop.replica_id,
-                only_if_idle=stop.only_if_idle,
-                reason=stop.reason,
-                to_replica_id=(reservation.moving_to or "") if reservation is not None else "",
-            )
-        except Fenced:
-            raise
-        except ReplicaBusy:
-            self.apply(StopRefused(replica_id=stop.replica_id, busy=True))
-        except StokerError as error:
-            if _is_about_the_node(error):
-                self.apply(StopRefused(replica_id=stop.replica_id), NodeDisconnected(node_id=stop.node_id))
-            elif error.code != "not_found":  # what is not there is stopped
-                log.get().error(
-                    "replica.stop_failed",
-                    replica_id=stop.replica_id,
-                    node_id=stop.node_id,
-                    error_code=error.code,
-                    message=error.message,
-                )
-        else:
-            self.tell("replica.stopped", replica_id=stop.replica_id, node_id=stop.node_id, reason=stop.reason)
-
-    async def _release(self, replica_id: ReplicaId, reason: str) -> None:
-        await self.ledger.release(replica_id)
-        self.apply(Released(replica_id=replica_id))
-        self.decisions.failed(replica_id, reason)  # unless it has been ready
-        self.tell("reservation.released", replica_id=replica_id, reason=reason)
-
-
-def _is_about_the_node(error: StokerError) -> bool:
-    """Tell whether a call failed because of the node, not because of what it was asked.
-
-    It is not there, it is about to stop, or its slots are taken by what it has not reported yet: nothing is
-    placed there until its next report.
-    """
-    return isinstance(error, DeadlineExceeded) or error.code in {PeerError.code, CapacityError.code}
-
-
-def _reservation(record: ReservationRecord, now_seconds: float, *, adopted: bool) -> Reservation:
-    return Reservation(
-        replica_id=record.replica_id,
-        model=record.model,
-        node_id=record.node_id,
-        devices=record.devices,
-        runtime=record.runtime,
-        predicted_seconds=record.predicted_seconds,
-        seen_seconds=now_seconds,
-        adopted=adopted,
-    )

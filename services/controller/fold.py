@@ -45,6 +45,7 @@ from services.controller.gain import makes_room
 from services.controller.index import indexed, reindexed
 from services.controller.lessons import fleet_after, fleet_with_start, is_complete, lessons_of, rates_after
 from services.controller.moves import learn_move
+from services.controller.reach import reach_of
 from services.controller.view import (
     Demand,
     Failure,
@@ -71,92 +72,9 @@ def fold(view: View, event: Event) -> View:
     after = _after(before, event)
     if after is before:
         return before
-    replicas = _replicas_of(event) | _replicas_changed(before, event)
-    reserved = [
-        found
-        for replica_id in replicas
-        if (found := before.reservations.get(replica_id) or after.reservations.get(replica_id)) is not None
-    ]
-    models = {found.model for found in reserved} | _models_of(before, after, event)
-    nodes = {found.node_id for found in reserved} | _nodes_of(before, after, event)
-    after = reindexed(before, after, nodes=nodes, models=models, reservations=replicas)
-    return changed(after, room=after.room + 1) if makes_room(before, after, event, nodes) else after
-
-
-def _replicas_of(event: Event) -> set[ReplicaId]:
-    match event:
-        case Reserved(reservation=reservation):
-            return {reservation.replica_id}
-        case (
-            Releasing(replica_id=replica_id)
-            | Released(replica_id=replica_id)
-            | ReplicaLost(replica_id=replica_id)
-            | StopOrdered(replica_id=replica_id)
-            | StopRefused(replica_id=replica_id)
-            | MoveOrdered(replica_id=replica_id)
-            | MoveGivenUp(replica_id=replica_id)
-        ):
-            return {replica_id}
-        case Distrusted(replica_ids=replica_ids):
-            return set(replica_ids)
-        case _:
-            return set()
-
-
-def _replicas_changed(before: View, event: Event) -> set[ReplicaId]:
-    """Return the reserved replicas whose standing an event about a node or a model may change."""
-    index = before.index
-    if index is None:
-        return set()
-    match event:
-        case (
-            NodeReported(node=Node(node_id=node_id))
-            | NodeDisconnected(node_id=node_id)
-            | NodeUnreachable(node_id=node_id)
-            | NodeForgotten(node_id=node_id)
-            | SchedulingSet(node_id=node_id)
-        ):
-            return set(index.on_node.get(node_id, ()))
-        case ModelPut(model=Model(name=name)) | ModelDeleted(name=name):
-            return set(index.of_model.get(name, ()))
-        case _:
-            return set()
-
-
-def _models_of(before: View, after: View, event: Event) -> set[ModelName]:
-    match event:
-        case ModelPut(model=Model(name=name)) | ModelDeleted(name=name):
-            return {name}
-        case (
-            Demanded(model=name)
-            | DemandEnded(model=name)
-            | Declined(model=name)
-            | StartFailed(model=name)
-            | Refused(model=name)
-            | RefusalLifted(model=name)
-            | ForecastMissed(model=name)
-        ):
-            return {name}
-        case NodeReported(node=node):
-            seen = (before.nodes.get(node.node_id), after.nodes.get(node.node_id))
-            return {replica.model for found in seen if found for replica in found.replicas.values()}
-        case _:
-            return set()
-
-
-def _nodes_of(before: View, after: View, event: Event) -> set[NodeId]:
-    match event:
-        case NodeReported(node=Node(node_id=node_id)) | StopOrdered(node_id=node_id) if node_id is not None:
-            return {node_id}
-        case (
-            NodeDisconnected(node_id=node_id)
-            | NodeUnreachable(node_id=node_id)
-            | NodeForgotten(node_id=node_id)
-            | SchedulingSet(node_id=node_id)
-        ):
-            return {node_id} if node_id in before.nodes or node_id in after.nodes else set()
-        case _:
-            return set()
+    reach = reach_of(before, event)
+    after = reindexed(before, after, nodes=reach.nodes, models=reach.models, reservations=reach.replicas)
+    return changed(after, room=after.room + 1) if makes_room(before, after, event, reach.nodes) else after
 
 
 def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - one line per event: a table
