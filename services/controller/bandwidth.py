@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from services.controller.view import Learnt, Transferred
+from services.controller.learnt import Learnt, Transferred
 
 HALF_LIFE_SECONDS = 1800.0
 CLIP_SPREADS = 2.0

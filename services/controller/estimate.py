@@ -18,7 +18,8 @@ from statistics import median
 
 from services.controller.bandwidth import rate_of
 from services.controller.frozen import maker_of
-from services.controller.view import Held, Model, Node, Stage, StartStages
+from services.controller.learnt import StartStages
+from services.controller.view import Held, Model, Node, Stage
 from stoker.units import GB
 
 SEED_BYTES_PER_SECOND: Mapping[str, float] = {

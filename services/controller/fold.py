@@ -43,20 +43,11 @@ from services.controller.forecast import arrived
 from services.controller.frozen import changed
 from services.controller.gain import makes_room
 from services.controller.index import indexed, reindexed
+from services.controller.learnt import Moved
 from services.controller.lessons import fleet_after, fleet_with_start, is_complete, lessons_of, rates_after
 from services.controller.moves import learn_move
 from services.controller.reach import reach_of
-from services.controller.view import (
-    Demand,
-    Failure,
-    Model,
-    Moved,
-    Node,
-    Phase,
-    Replica,
-    Scheduling,
-    View,
-)
+from services.controller.view import Demand, Failure, Model, Node, Phase, Replica, Scheduling, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 K = TypeVar("K")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from services.controller.view import Arrivals, Model
+from services.controller.learnt import Arrivals
+from services.controller.view import Model
 
 BIN_SECONDS = 60.0
 BINS = 240

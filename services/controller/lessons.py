@@ -23,17 +23,8 @@ from services.controller.estimate import (
     seed_skeleton_seconds,
     unexplained_seconds,
 )
-from services.controller.view import (
-    Fleet,
-    Learnt,
-    Model,
-    Node,
-    Phase,
-    Replica,
-    StartStages,
-    Transferred,
-    View,
-)
+from services.controller.learnt import Fleet, Learnt, StartStages, Transferred
+from services.controller.view import Model, Node, Phase, Replica, View
 from stoker.ids import ReplicaId
 
 DISK = "disk"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from services.controller.view import MoveCost, Moved, Policy, View
+from services.controller.learnt import MoveCost, Moved
+from services.controller.view import Policy, View
 from stoker.ids import ModelName
 
 FADE = 0.95

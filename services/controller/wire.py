@@ -6,21 +6,9 @@ import hashlib
 
 from services.controller.answer import State, is_offered, status
 from services.controller.fleet import Member, members_of
+from services.controller.learnt import Moved, StartStages, Transferred
 from services.controller.records import ModelRecord
-from services.controller.view import (
-    Device,
-    Held,
-    Model,
-    Moved,
-    Node,
-    Phase,
-    Pool,
-    Replica,
-    Stage,
-    StartStages,
-    Transferred,
-    View,
-)
+from services.controller.view import Device, Held, Model, Node, Phase, Pool, Replica, Stage, View
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 from stoker.v1 import controller_pb2, model_pb2, node_agent_pb2, start_pb2
 

@@ -21,7 +21,8 @@ from services.controller.events import (
 )
 from services.controller.forecast import arrived
 from services.controller.foresight import Limits
-from services.controller.view import Arrivals, Device, Held, Node, Phase, Pool, Scheduling, Stage
+from services.controller.learnt import Arrivals
+from services.controller.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 

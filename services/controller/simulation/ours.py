@@ -28,6 +28,7 @@ from services.controller.events import (
 )
 from services.controller.fold import fold
 from services.controller.foresight import Limits
+from services.controller.learnt import StartStages
 from services.controller.scaling import reconcile
 from services.controller.simulation.hardware import ModelSpec
 from services.controller.simulation.looking_ahead import LookingAhead
@@ -46,7 +47,6 @@ from services.controller.view import (
     Replica,
     Reservation,
     Stage,
-    StartStages,
     View,
 )
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from services.controller.estimate import SEED_BYTES_PER_SECOND, Estimate, learnt_parts, start_estimate
-from services.controller.view import Device, Held, Model, Node, Stage, StartStages
+from services.controller.learnt import StartStages
+from services.controller.view import Device, Held, Model, Node, Stage
 from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_node
 

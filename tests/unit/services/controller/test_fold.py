@@ -12,7 +12,8 @@ from services.controller.events import (
     StopRefused,
 )
 from services.controller.fold import fold, fold_all
-from services.controller.view import Failure, Phase, StartStages, View
+from services.controller.learnt import StartStages
+from services.controller.view import Failure, Phase, View
 from stoker.ids import ModelName, ReplicaId
 from tests.unit.services.controller.builders import (
     NOW_SECONDS,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from services.controller.forecast import arrived
 from services.controller.forecaster import Forecaster
 from services.controller.foresight import Limits
+from services.controller.learnt import Arrivals
 from services.controller.records import ModelRecord
-from services.controller.view import Arrivals, Held, Pool, View
+from services.controller.view import Held, Pool, View
 from stoker.background import background
 from stoker.clock import ManualClock
 from stoker.errors import CapacityError

@@ -12,8 +12,9 @@ from services.controller.forecast import (
     likelihood,
     window,
 )
+from services.controller.learnt import Arrivals, Learnt, MoveCost, Moved, Transferred
 from services.controller.moves import learn_move, move_seconds
-from services.controller.view import Arrivals, Learnt, MoveCost, Moved, Policy, Transferred
+from services.controller.view import Policy
 from stoker.ids import ModelName
 from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_view

@@ -13,8 +13,9 @@ from services.controller.estimate import (
 )
 from services.controller.events import ModelPut, NodeReported
 from services.controller.fold import fold_all
+from services.controller.learnt import StartStages, Transferred
 from services.controller.lessons import parts_like
-from services.controller.view import Node, Phase, Stage, StartStages, Transferred, View
+from services.controller.view import Node, Phase, Stage, View
 from stoker.units import GB, MB
 from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_node, a_replica
 
