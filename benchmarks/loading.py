@@ -149,12 +149,14 @@ class Bench:
         return server.load(row.loader, paths, prepare)
 
 
-def measure_round(bench: Bench, rows: Sequence[Row], *, number: int, missing: dict[str, str]) -> Round:
+def measure_round(
+    bench: Bench, rows: Sequence[Row], *, number: int, cold_only: bool, missing: dict[str, str]
+) -> Round:
     """Measure everything once, cold and then warm; backwards in every other round."""
     found = Round()
     by_name = {row.name: row for row in rows}
     order = [*LIMITS, *by_name][:: -1 if number % 2 else 1]
-    for cold in (True, False):
+    for cold in (True,) if cold_only else (True, False):
         half = found.of(cold=cold)
         for name in (name for name in order if name not in missing):
             began = time.monotonic()
@@ -206,6 +208,7 @@ def measure_part(  # noqa: PLR0913 - what a part is made of
     rows: Sequence[Row],
     *,
     rounds: int,
+    cold_only: bool,
     peers: Path | None,
     join: Path | None,
 ) -> None:
@@ -224,12 +227,14 @@ def measure_part(  # noqa: PLR0913 - what a part is made of
             missing = why_missing(bench, rows)
             for row in rows:
                 if row.pool and not row.recheck:
-                    bench.measure(row, cold=False)  # the store knows it and has checked it once
+                    bench.measure(row, cold=cold_only)  # the store knows it and has checked it once
             command = " ".join(sys.argv[1:])
             sitting.parts.append(f"{rounds} rounds, pool on {store.pages} (loading.py {command})")
             for number in range(rounds):
                 print(f"# round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-                sitting.rounds.append(measure_round(bench, rows, number=number, missing=missing))
+                sitting.rounds.append(
+                    measure_round(bench, rows, number=number, cold_only=cold_only, missing=missing)
+                )
                 sitting.missing |= missing
                 if join is not None:
                     loading_results.write(join, sitting)
@@ -246,6 +251,11 @@ def main() -> int:
     parser.add_argument("--size", choices=sorted(SHAPES), default="3", help="GB of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", default="", help="only these besides stoker, by name with commas between")
+    parser.add_argument(
+        "--cold-only",
+        action="store_true",
+        help="where pool, page cache and a row's memory don't fit at once",
+    )
     parser.add_argument("--join", type=Path, default=None, help="add to the figures in this file")
     parser.add_argument("--peers", type=Path, default=PEERS, help="python that has the peers")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the checkpoints")
@@ -264,7 +274,15 @@ def main() -> int:
     sitting = loading_results.read(arguments.join, size=arguments.size, machine=describe_machine())
     if arguments.rounds:
         part = [row for row in rows if row.name in chosen]
-        measure_part(sitting, checkpoint, part, rounds=arguments.rounds, peers=peers, join=arguments.join)
+        measure_part(
+            sitting,
+            checkpoint,
+            part,
+            rounds=arguments.rounds,
+            cold_only=arguments.cold_only,
+            peers=peers,
+            join=arguments.join,
+        )
     if not sitting.rounds:
         parser.error("--rounds 0 without figures in --join FILE: nothing to show")
     print_table(sitting, rows)
