@@ -4,12 +4,14 @@
 
 1. A daemon was named: it is asked, and its refusals are the caller's.
 2. `auto`, and a daemon listens: it is asked. A folder that it can't serve (not reachable, no room, not its
-   folder) is loaded without it; a damaged checkpoint is refused either way.
+   folder) is loaded without it, also when it dies in the middle; a damaged checkpoint, and bytes that it
+   can't bring, are refused either way: the disk would give the same, unverified.
 3. Otherwise the folder is read. What is no folder of this host needs a daemon.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,13 @@ from stoker.checkpoint.execution_order import execution_order
 from stoker.checkpoint.folder import read_bounded, resolve_file
 from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
 from stoker.checkpoint.small_files import MAX_SMALL_FILE_BYTES
-from stoker.errors import CapacityError, InvalidRequest, NotFound, PeerError
+from stoker.errors import CapacityError, InvalidRequest, LoadFailed, NotFound, PeerError
 from stoker.loader.daemon import AUTO, find_socket
 from stoker.loader.file_memory import FileMemory, load_files, map_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stoker.attach import Attachment
 
 
@@ -132,15 +136,19 @@ def open_source(
                 f"{os.fspath(path)} is no folder of this host: only a store daemon can fetch it; start one "
                 "(`stoker up`) and pass daemon=<its attach socket>"
             )
-        return LocalSource(open_checkpoint(folder, rank=rank))
+        return _from_disk(folder, rank)
+    otherwise: Callable[[], LocalSource] | None = None
+    if folder is not None and daemon == AUTO:
+        otherwise = functools.partial(_from_disk, folder, rank)
     try:
         if rank is not None and folder is not None:
-            return _rank_from_daemon(socket, open_checkpoint(folder, rank=rank))
-        return _from_daemon(socket, os.fspath(path) if folder is None else str(folder.resolve()))
+            return _rank_from_daemon(socket, open_checkpoint(folder, rank=rank), otherwise)
+        uri = os.fspath(path) if folder is None else str(folder.resolve())
+        return _from_daemon(socket, uri, otherwise)
     except (PeerError, CapacityError, NotFound, InvalidRequest):
-        if folder is None or daemon != AUTO:
+        if otherwise is None:
             raise
-        return LocalSource(open_checkpoint(folder, rank=rank))
+        return otherwise()
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -225,10 +233,20 @@ class PoolSource:
     Args:
         attachment: The checkpoint, or one tensor-parallel rank's file.
         index: Says of a rank how its tensors are cut; None where nothing is cut.
+        otherwise: Opens the same checkpoint on this host's disk, for when the daemon goes away before all
+            bytes are there; None: that is an error.
     """
 
-    def __init__(self, attachment: Attachment, index: CheckpointIndex | None = None) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        index: CheckpointIndex | None = None,
+        *,
+        otherwise: Callable[[], LocalSource] | None = None,
+    ) -> None:
         self._attachment = attachment
+        self._otherwise = otherwise
+        self._local: LocalSource | None = None
         self.index = index
         self.location = attachment.checkpoint.uri
         self.revision = attachment.checkpoint.revision
@@ -251,7 +269,11 @@ class PoolSource:
 
     def receive(self) -> None:
         """See `Source`."""
-        self._attachment.wait_all()
+        try:
+            self._attachment.wait_all()
+        except LoadFailed as error:
+            self._without_daemon(error).receive()
+            return
         for file in range(self._attachment.file_count):
             self._attachment.map_pages(file)
 
@@ -261,12 +283,17 @@ class PoolSource:
 
     def file_data(self, file: int) -> memoryview:
         """See `Source`."""
-        return self._attachment.buffer(file)
+        return self._attachment.buffer(file) if self._local is None else self._local.file_data(file)
 
     def data(self, name: str) -> memoryview:
         """See `Source`."""
+        if self._local is not None:
+            return self._local.data(name)
         place = self.tensors[name]
-        self._attachment.wait_tensor(name)
+        try:
+            self._attachment.wait_tensor(name)
+        except LoadFailed as error:
+            return self._without_daemon(error).data(name)
         return self._attachment.buffer(place.file, place.offset, place.nbytes)
 
     def metadata(self) -> dict[str, str]:
@@ -275,23 +302,41 @@ class PoolSource:
 
     def bytes_read(self) -> int:
         """See `Source`."""
-        return 0
+        return 0 if self._local is None else self._local.bytes_read()
 
     def close(self) -> None:
         """See `Source`."""
         self._attachment.close()
+        if self._local is not None:
+            self._local.close()
+
+    def _without_daemon(self, error: LoadFailed) -> LocalSource:
+        """Go on with the disk where the daemon has gone away; raises the error where that is not the case."""
+        if self._otherwise is None or not isinstance(error.__cause__, PeerError):
+            raise error
+        local = self._otherwise()
+        if local.revision != self.revision:
+            raise error
+        self._local = local
+        return local
 
 
-def _from_daemon(socket: Path, uri: str) -> PoolSource:
+def _from_disk(folder: Path, rank: int | None) -> LocalSource:
+    return LocalSource(open_checkpoint(folder, rank=rank))
+
+
+def _from_daemon(socket: Path, uri: str, otherwise: Callable[[], LocalSource] | None) -> PoolSource:
     from stoker.attach import attach  # noqa: PLC0415 - imports grpc's messages: only who asks pays
 
-    return PoolSource(attach(socket, uri, holder=f"library {os.getpid()}"))
+    return PoolSource(attach(socket, uri, holder=f"library {os.getpid()}"), otherwise=otherwise)
 
 
-def _rank_from_daemon(socket: Path, index: CheckpointIndex) -> PoolSource:
+def _rank_from_daemon(
+    socket: Path, index: CheckpointIndex, otherwise: Callable[[], LocalSource] | None
+) -> PoolSource:
     from stoker.attach import attach  # noqa: PLC0415 - as above
 
     holder = f"library {os.getpid()} rank {index.rank}"
     rank = index.rank if index.ranks > 1 else None
     found = attach(socket, str(index.path), revision=index.revision, rank=rank, holder=holder)
-    return PoolSource(found, index)
+    return PoolSource(found, index, otherwise=otherwise)

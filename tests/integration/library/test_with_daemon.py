@@ -7,7 +7,7 @@ import torch
 
 import stoker
 from stoker.attach.attachment import Attachment
-from stoker.errors import NotFound, PeerError
+from stoker.errors import LoadFailed, NotFound, PeerError
 from tests.integration.store.daemon import running
 from tests.integration.store.origin_server import origin_server
 from tests.unit.loader.test_adapters import lora
@@ -49,6 +49,33 @@ def test_auto_finds_the_daemon_by_its_variable_and_does_without_it(daemon, folde
     assert len(attached) == 1
     assert with_daemon.keys() == without.keys()
     assert all(torch.equal(with_daemon[name], tensor) for name, tensor in without.items())
+
+
+@pytest.mark.parametrize("cause", [PeerError("it hung up"), None], ids=["daemon gone", "load failed"])
+def test_auto_goes_on_with_the_disk_only_when_the_daemon_has_gone_away(
+    daemon, folder, monkeypatch, cause
+) -> None:
+    wanted = stoker.load_tensors(folder, daemon=None)
+    failed = LoadFailed("the weights did not come")
+    failed.__cause__ = cause
+
+    def fail(*_: object, **__: object) -> None:
+        raise failed
+
+    monkeypatch.setattr(Attachment, "wait_all", fail)
+    monkeypatch.setattr(Attachment, "wait_tensor", fail)
+    monkeypatch.setenv("STOKER_ATTACH_SOCKET", daemon.attach_socket)
+
+    with pytest.raises(LoadFailed):
+        stoker.load_tensors(folder, daemon=daemon.attach_socket)
+    if cause is None:
+        with pytest.raises(LoadFailed):
+            stoker.load_tensors(folder)
+        return
+    found = stoker.load_tensors(folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    with stoker.open(folder) as opened:
+        assert torch.equal(opened.get_tensor("model.norm.weight"), wanted["model.norm.weight"])
 
 
 def test_an_adapter_from_elsewhere_comes_through_the_daemon(daemon, tmp_path) -> None:
