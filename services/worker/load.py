@@ -33,6 +33,7 @@ from services.worker.pool_lock import LockedPool, lock_pool
 from services.worker.settings import WorkerSettings
 from services.worker.transformers_engine import TransformersEngine
 from services.worker.weights_gate import WeightsGate
+from stoker import log
 from stoker.attach import Attachment, Loaded, attach
 from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.models.weights import assign_weights
@@ -178,8 +179,12 @@ def lock_pool_for_devices(settings: WorkerSettings) -> LockedPool | None:
     """Page-lock the store's pool where this host has a CUDA device and the settings name a store."""
     if settings.attach_socket is None or not torch.cuda.is_available():
         return None
-    device = torch.device("cuda", settings.lock_device)
-    return lock_pool(settings.attach_socket, CudaCopyEngine(device))
+    try:
+        engine = CudaCopyEngine(torch.device("cuda", settings.lock_device))
+    except RuntimeError as error:  # no such device, or it has no room for a context
+        log.get().warning("pool.not_locked", reason=str(error), action="loads go through page-locked buffers")
+        return None
+    return lock_pool(settings.attach_socket, engine)
 
 
 def completed(model: LoadedModel) -> StartTimings:
