@@ -18,7 +18,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 
 from tests.fuzz.mutations import MAX_INPUT_BYTES, mutated
 from tests.fuzz.targets import Target, targets
@@ -102,8 +102,6 @@ def by_atheris(chosen: list[Target], *, inputs: int, seed: int) -> None:
     """Let atheris look for new paths; ends the process with its status."""
     import atheris
 
-    atheris.instrument_all()
-
     def one(data: bytes) -> None:
         if data:
             run_one(chosen[data[0] % len(chosen)], bytes(data[1:]), traced=False)
@@ -116,6 +114,18 @@ def by_atheris(chosen: list[Target], *, inputs: int, seed: int) -> None:
     options = [f"-runs={inputs}", f"-seed={seed}", f"-max_len={MAX_INPUT_BYTES}", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
+
+
+def _instrument() -> None:
+    """Make the readers of checkpoints tell atheris which paths an input takes."""
+    import atheris
+
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("stoker.checkpoint"):
+            continue
+        for key, value in list(vars(module).items()):
+            if isinstance(value, FunctionType) and value.__module__ == name:
+                setattr(module, key, atheris.instrument_func(value))
 
 
 def _hang(_signal: int, _frame: FrameType | None) -> None:
@@ -132,6 +142,8 @@ def main() -> int:
     parser.add_argument("--engine", choices=("mutations", "atheris"), default="mutations")
     parser.add_argument("--target", default="", help="only this one")
     arguments = parser.parse_args()
+    if arguments.engine == "atheris":
+        _instrument()
     chosen = [target for target in targets() if arguments.target in {"", target.name}]
     signal.signal(signal.SIGPROF, _hang)
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
