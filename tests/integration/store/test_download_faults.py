@@ -130,4 +130,4 @@ def test_a_cache_without_room_for_a_header_costs_the_copy_and_not_the_load(
             (disk / "ballast").write_bytes(bytes(64 * KIB - 4 * KIB))
             with load(daemon, origin.url) as one:
                 assert contents(one) == files(origin.folder)
-        assert logged(daemon, "cache.no_room")[0]["reason"] == "No space left on device"
+        assert "No space left on device" in logged(daemon, "cache.no_room")[0]["reason"]
