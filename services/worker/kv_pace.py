@@ -7,7 +7,7 @@ That adapts by itself: where copies are quick, or cores idle, a share is many by
 
 from __future__ import annotations
 
-SHARE = 0.3
+SHARE = 0.2
 """Of the time. Measured on two cores that also ran the destination: docs/decisions/0024 has the table."""
 
 
