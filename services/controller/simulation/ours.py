@@ -84,6 +84,7 @@ class Ours:
         self._waiters: Counter[ModelName] = Counter()
         self._queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
         """Of models that wait at ready replicas: how many, and at which."""
+        self._held_by_node: dict[NodeId, tuple[int, dict[Checkpoint, Held]]] = {}
         self._replicas: dict[ReplicaId, SimReplica] = {}
         self._reserved: dict[SimReplica, ReplicaId] = {}
         self._targets: dict[SimReplica, SimReplica] = {}
@@ -167,7 +168,7 @@ class Ours:
                 for index in range(node.spec.device_count)
             ),
             replicas={self._reserved[each]: _replica(self._reserved[each], each, world) for each in replicas},
-            held=_held(node),
+            held=self._held(node),
             stages={
                 "disk": Stage(
                     bytes_per_second=node.disk.bytes_per_second,
@@ -187,6 +188,13 @@ class Ours:
             worker_start_seconds=node.spec.worker_start_seconds,
             last_seen_seconds=world.now,
         )
+
+    def _held(self, node: SimNode) -> dict[Checkpoint, Held]:
+        """Return what a host holds: the same object as long as that is the same."""
+        known = self._held_by_node.get(node.node_id)
+        if known is None or known[0] != node.holdings:
+            known = self._held_by_node[node.node_id] = (node.holdings, _held(node))
+        return known[1]
 
     # --- what is decided ---
 

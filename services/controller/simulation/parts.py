@@ -93,6 +93,8 @@ class SimNode:
     """Checkpoints in memory with their bytes, least recently used first."""
     stored: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
     """Checkpoints on disk, likewise."""
+    holdings: int = 0
+    """Grows with every change of what its tiers hold."""
     down: bool = False
 
     @property
@@ -164,10 +166,11 @@ def fill(node: SimNode, models: Sequence[ModelSpec]) -> None:
             left -= model.weight_bytes
 
 
-def insert(kept: OrderedDict[ModelName, int], model: ModelSpec, capacity_bytes: int) -> None:
-    """Put a checkpoint into a cache, dropping the least recently used ones for it."""
+def insert(node: SimNode, kept: OrderedDict[ModelName, int], model: ModelSpec, capacity_bytes: int) -> None:
+    """Put a checkpoint into one of a host's caches, dropping the least recently used ones for it."""
     if model.name in kept or model.weight_bytes > capacity_bytes:
         return
     while kept and sum(kept.values()) + model.weight_bytes > capacity_bytes:
         kept.popitem(last=False)
     kept[model.name] = model.weight_bytes
+    node.holdings += 1

@@ -286,9 +286,9 @@ class World:
         """Leave the bytes in the tiers that they came through."""
         node, model, tiers = replica.node, replica.model, self.policy.tiers
         if tiers.disk and replica.tier == "remote":
-            insert(node.stored, model, node.spec.disk_bytes)
+            insert(node, node.stored, model, node.spec.disk_bytes)
         if tiers.dram:
-            insert(node.dram, model, node.spec.dram_bytes)
+            insert(node, node.dram, model, node.spec.dram_bytes)
         for kept in (node.dram, node.stored):
             if model.name in kept:
                 kept.move_to_end(model.name)
@@ -299,7 +299,7 @@ class World:
 
         def arrived(complete: bool) -> None:  # noqa: FBT001 - a callback's only argument
             if complete:
-                insert(node.dram, model, node.spec.dram_bytes)
+                insert(node, node.dram, model, node.spec.dram_bytes)
                 self._touch(node)
                 self.ask()
             ended(complete)
@@ -439,6 +439,7 @@ class World:
                 self._vacate(replica)
         self.loads.give_up_ahead(node.node_id)
         node.dram.clear()
+        node.holdings += 1
         self._touch(node)
 
         def back() -> None:
