@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.move_rounds import (
+    MAX_HOLD_SECONDS,
     MAX_ROUNDS,
     MAX_SHIP_ROUNDS,
     SHIP_LEVEL_TOKENS,
@@ -13,6 +14,7 @@ from services.gateway.move_rounds import (
     Diverged,
     Switch,
     after_round,
+    hold_seconds,
     ships_on,
     unseen,
 )
@@ -24,6 +26,19 @@ LOG = [10, 11, 12, 13]
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_level_destination_takes_over_at_once(lag: int) -> None:
     assert after_round(number=1, lag=lag, earlier_lag=None) == Switch()
+
+
+def test_a_source_that_can_be_held_stands_still_for_the_last_round() -> None:
+    assert after_round(number=1, lag=1, earlier_lag=None, can_hold=True) == Again(is_held=True)
+    assert after_round(number=3, lag=3, earlier_lag=3, can_hold=True) == Again(is_held=True)
+    assert after_round(number=2, lag=9, earlier_lag=30, can_hold=True) == Again()
+    assert after_round(number=1, lag=0, earlier_lag=None, can_hold=True) == Switch()
+
+
+def test_a_source_stands_still_for_some_of_its_steps_and_never_long() -> None:
+    assert hold_seconds(0.0) < hold_seconds(0.1) < hold_seconds(0.2)
+    assert hold_seconds(0.1) >= 0.4
+    assert hold_seconds(60.0) == MAX_HOLD_SECONDS
 
 
 def test_rounds_go_on_while_they_make_the_lag_smaller() -> None:
