@@ -14,6 +14,7 @@ from services.node_agent import metrics
 from services.node_agent.awaited_start import AwaitedStart
 from services.node_agent.background import Background
 from services.node_agent.epoch_fence import EpochFence
+from services.node_agent.event_lines import tell_event
 from services.node_agent.fork_server import ForkServer
 from services.node_agent.host_state import (
     DrainOrdered,
@@ -21,11 +22,8 @@ from services.node_agent.host_state import (
     EndWorker,
     Event,
     FailSessions,
-    Hosted,
     HostState,
     LoadModel,
-    LoadRefused,
-    LoadSucceeded,
     Policy,
     ReplicaPhase,
     SessionsEnded,
@@ -34,8 +32,6 @@ from services.node_agent.host_state import (
     StopOrdered,
     Tick,
     WakeAt,
-    WeightsArrived,
-    WeightsLost,
     WorkerExited,
     WorkerPhase,
     WorkerWarm,
@@ -44,7 +40,7 @@ from services.node_agent.kept_sessions import KeepLimits, KeptSessions
 from services.node_agent.log_folder import LogFolder
 from services.node_agent.move_watch import MoveWatch
 from services.node_agent.relay import RelayedSession, SessionRelay
-from services.node_agent.reports import Load, start_timings
+from services.node_agent.reports import Load
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
 from services.node_agent.worker_link import LinkOptions, WorkerLink
@@ -267,7 +263,9 @@ class Host:
     def apply(self, event: Event) -> None:
         """Take an event: change the state, run what follows."""
         self.state, effects = handle(self._policy, self.state, event, time.monotonic())
-        self._log(event)
+        if isinstance(event, WorkerWarm):
+            self._warmed(event.worker_id)
+        tell_event(self.state, event)
         for effect in effects:
             self._run(effect)
         self._on_change(True)
@@ -359,55 +357,23 @@ class Host:
             return None
         return self._links.get(hosted.worker_id)
 
-    # --- logs and metrics ---
-
-    def _log(self, event: Event) -> None:
-        match event:
-            case WorkerWarm(worker_id=worker_id):
-                link = self._links[worker_id]
-                if link.description is not None:
-                    self.architectures = tuple(link.description.architectures)
-                known = self.worker_start_seconds
-                self.worker_start_seconds = (
-                    link.start_seconds if not known else 0.7 * known + 0.3 * link.start_seconds
-                )
-                metrics.WORKER_START.observe(link.start_seconds)
-                log.get().info(
-                    "worker.warmed",
-                    worker_id=worker_id,
-                    pid=link.process.pid,
-                    forked=link.process.is_forked,
-                    seconds=round(link.start_seconds, 3),
-                )
-            case WorkerExited(worker_id=worker_id, reason=reason):
-                metrics.WORKER_EXITS.inc()
-                log.get().info("worker.ended", worker_id=worker_id, reason=reason)
-            case LoadSucceeded(worker_id=worker_id) | WeightsArrived(worker_id=worker_id):
-                self._log_start(worker_id)
-            case (
-                LoadRefused(worker_id=worker_id, error_code=code, error_message=message)
-                | WeightsLost(worker_id=worker_id, error_code=code, error_message=message)
-            ):
-                metrics.FAILED_STARTS.inc()
-                log.get().warning("replica.failed", worker_id=worker_id, error_code=code, message=message)
-        metrics.show(self.state)
-
-    def _log_start(self, worker_id: WorkerId) -> None:
-        for hosted in self.state.replicas.values():
-            if hosted.worker_id == worker_id and hosted.loaded is not None and not hosted.is_loading:
-                timings = start_timings(hosted)
-                metrics.observe_start(timings)
-                log.get().info("replica.loaded", **_start_line(hosted), **metrics.stages(timings))
-
-
-def _start_line(hosted: Hosted) -> dict[str, object]:
-    return {
-        "replica_id": hosted.replica_id,
-        "model": hosted.order.spec.name,
-        "worker_id": hosted.worker_id,
-        "devices": list(hosted.devices),
-        "weight_bytes": hosted.order.checkpoint.weight_bytes,
-    }
+    def _warmed(self, worker_id: WorkerId) -> None:
+        """Learn from a worker that is warm how long one takes, and what it can serve."""
+        link = self._links[worker_id]
+        if link.description is not None:
+            self.architectures = tuple(link.description.architectures)
+        known = self.worker_start_seconds
+        self.worker_start_seconds = (
+            link.start_seconds if not known else 0.7 * known + 0.3 * link.start_seconds
+        )
+        metrics.WORKER_START.observe(link.start_seconds)
+        log.get().info(
+            "worker.warmed",
+            worker_id=worker_id,
+            pid=link.process.pid,
+            forked=link.process.is_forked,
+            seconds=round(link.start_seconds, 3),
+        )
 
 
 def socket_path(run_dir: Path, worker_id: WorkerId) -> Path:

@@ -5,20 +5,13 @@ Rules:
 2. A worker loads one model in its life; a worker that failed or lost its replica is ended and replaced.
 3. Orders are idempotent by replica id; an order with a lower fence than the highest seen is refused.
 4. A failed replica stays, and is reported, until it is ordered to stop.
-5. The pool is refilled only while nothing loads, and a pause after it, and at low priority: importing an
-   engine takes the processor from cold starts and running sessions.
-6. A replica may take sessions before its weights are there; until then it counts as loading, and it fails
-   with its load.
-7. A controller's forecasts raise the pool, within what the operator allows; where no replica may be placed it
-   is emptied.
-8. Workers that keep ending in the pool are replaced more and more slowly.
-9. A worker that was started for an order which has gone since, and is one more than the pool holds, is ended.
+5. A replica may take sessions before its weights are there: it counts as loading, and fails with its load.
+6. How many workers wait for orders: `worker_pool`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from services.node_agent.host_state import (
@@ -49,6 +42,14 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
+from services.node_agent.worker_pool import (
+    POOL,
+    at_hand,
+    backoff_seconds,
+    missing_workers,
+    surplus_workers,
+    waiting_orders,
+)
 from stoker.errors import (
     CapacityError,
     Fenced,
@@ -60,8 +61,6 @@ from stoker.errors import (
 )
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.worker_pb2 import LoadModelResponse
-
-POOL = (WorkerPhase.SPAWNING, WorkerPhase.WARM)
 
 
 def handle(
@@ -89,14 +88,6 @@ def handle(
     turn.trim_pool()
     turn.ask_for_wake_up()
     return turn.result()
-
-
-def backoff_seconds(policy: Policy, failures: int) -> float:
-    """Return the pause before the next worker is started after this many in a row ended in the pool."""
-    if failures == 0:
-        return 0.0
-    doublings = min(failures - 1, 32)
-    return min(policy.first_backoff_seconds * 2.0**doublings, policy.longest_backoff_seconds)
 
 
 class _Turn:
@@ -284,7 +275,7 @@ class _Turn:
             spawn_not_before_seconds=self._now + backoff_seconds(self._policy, failures),
         )
         if failures >= self._policy.spawn_attempts:
-            for hosted in self._waiting():
+            for hosted in waiting_orders(self._replicas.values()):
                 message = f"{failures} workers in a row did not start here; the last: {reason}"
                 self._fail(hosted, LoadFailed.code, message)
 
@@ -306,7 +297,7 @@ class _Turn:
     def hand_over_orders(self) -> None:
         warm = [worker for worker in self._workers.values() if worker.phase is WorkerPhase.WARM]
         held = {index for worker in self._workers.values() for index in worker.devices}
-        for hosted in self._waiting():
+        for hosted in waiting_orders(self._replicas.values()):
             if not warm:
                 return
             if held.intersection(hosted.devices):
@@ -335,14 +326,12 @@ class _Turn:
             self._workers[worker_id] = Worker(
                 worker_id=worker_id, phase=WorkerPhase.SPAWNING, since_seconds=self._now
             )
-            is_awaited = len(self._waiting()) >= self._at_hand()
+            is_awaited = len(waiting_orders(self._replicas.values())) >= at_hand(self._workers.values())
             self._effects.append(SpawnWorker(worker_id=worker_id, is_awaited=is_awaited))
 
     def trim_pool(self) -> None:
-        surplus = self._at_hand() - len(self._waiting()) - self._pool_target()
-        pool = [worker for worker in self._workers.values() if worker.phase in POOL]
-        pool.sort(key=lambda worker: worker.phase is WorkerPhase.WARM)  # those that are still starting first
-        for worker in pool[: max(0, surplus)]:
+        workers = self._workers.values()
+        for worker in surplus_workers(self._policy, self._state, workers, self._replicas.values()):
             self._workers[worker.worker_id] = replace(worker, is_surplus=True)
             self._end(worker.worker_id)
 
@@ -367,34 +356,11 @@ class _Turn:
             self._effects.append(WakeAt(at_seconds=earliest))
 
     def _missing_workers(self) -> int:
-        """Return how many workers to start: for waiting orders always, for the pool while nothing loads."""
-        is_loading = any(worker.phase is WorkerPhase.LOADING for worker in self._workers.values())
-        is_arriving = any(
-            hosted.is_loading and hosted.phase is ReplicaPhase.READY for hosted in self._replicas.values()
+        return missing_workers(
+            self._policy, self._state, self._workers.values(), self._replicas.values(), self._now
         )
-        is_paused = is_loading or is_arriving or self._state.refill_not_before_seconds > self._now
-        idle_pool = 0 if self._state.draining or is_paused else self._pool_target()
-        return max(0, len(self._waiting()) + idle_pool - self._at_hand())
-
-    def _at_hand(self) -> int:
-        return sum(worker.phase in POOL for worker in self._workers.values())
-
-    def _pool_target(self) -> int:
-        chosen, wanted = self._policy.prestarted_workers, self._state.pool_wanted
-        if wanted == 0:
-            return 0  # no replica will be placed here
-        if chosen and wanted is not None:
-            chosen = max(chosen, min(wanted, self._policy.max_prestarted_workers))
-        return min(chosen, len(self._policy.devices))
 
     # --- small steps ---
-
-    def _waiting(self) -> Sequence[Hosted]:
-        return [
-            hosted
-            for hosted in self._replicas.values()
-            if hosted.phase is ReplicaPhase.STARTING and hosted.worker_id is None
-        ]
 
     def _spawn_deadline(self, worker: Worker) -> float:
         return worker.since_seconds + self._policy.spawn_timeout_seconds

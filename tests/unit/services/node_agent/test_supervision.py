@@ -34,7 +34,8 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
-from services.node_agent.supervision import backoff_seconds, handle
+from services.node_agent.supervision import handle
+from services.node_agent.worker_pool import backoff_seconds
 from stoker.errors import CapacityError, Fenced, InvalidRequest, ReplicaBusy, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
