@@ -38,6 +38,8 @@ its network ends its streams within 6 s."""
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+    # A ping of gRPC's own that is under way stands for the keep-alive's, and would be waited for 60 s.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
