@@ -10,9 +10,10 @@ import pytest
 
 from services.gateway.text.model_text import ModelText
 from services.worker.engine import Sampling, Submit
-from stoker.errors import KvUnavailable
+from stoker.errors import KvUnavailable, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1.session_kv_pb2 import KvPart
+from stoker.v1.session_pb2 import GenerateRequest
 from tests.integration.streams.cluster import Cluster, Event, Node
 from tests.integration.streams.engines import NewEngine, Replicas, answer
 from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
@@ -55,8 +56,10 @@ async def test_a_move_with_shipped_keys_and_values_changes_nothing(
     async with Cluster(new_engine, leave_after([position])) as cluster:
         found = await answer(cluster, text, PROMPT, **how(sampling))
         tokens = [shipped.tokens for shipped in cluster.shipped]
+        holds = len(cluster.holds)
 
     assert found == wanted
+    assert holds == 1
     assert (found.trace.moves, found.trace.hops) == (1, 0)
     assert tokens == sorted(tokens)
     assert tokens[0] >= len(PROMPT)
@@ -95,6 +98,29 @@ def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
     source.close()
 
     assert numbers(made) == whole[: len(made)]
+
+
+async def test_a_source_that_stood_still_for_a_destination_that_died_goes_on(
+    new_engine: NewEngine, text: ModelText
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
+    leave = leave_after([5])
+
+    def happening(cluster: Cluster, node: Node, order: GenerateRequest, event: Event) -> None:
+        leave(cluster, node, order, event)
+        if order.follows and node is cluster.nodes["rep-1"] and not node.is_dead:
+            node.kill()
+            raise WorkerDied("killed")
+
+    async with Cluster(new_engine, happening) as cluster:
+        found = await answer(cluster, text, PROMPT, **how(SAMPLED))
+        holds = cluster.holds[:2]
+        await until_nothing_is_held(cluster)
+
+    assert found == wanted
+    assert holds[0] > 0.0
+    assert holds[1] == 0.0
+    assert (found.trace.moves, found.trace.hops) == (1, 0)
 
 
 async def test_many_moves_of_one_stream_change_nothing(new_engine: NewEngine, text: ModelText) -> None:
