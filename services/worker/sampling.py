@@ -209,17 +209,33 @@ def _weights(logits: Floats, largest: float, temperature: float) -> Floats:
 def _nucleus(weights: Floats, top_p: float, total: float) -> NDArray[np.bool_]:
     """Return which are the fewest largest weights that reach `top_p * total`; lower places among equals."""
     target = top_p * total
-    falling = np.sort(weights)[::-1]  # of floats only: vectorised, ten times as fast as an argsort
-    runs = np.cumsum(np.add.reduceat(falling, np.arange(0, falling.size, RUN_TOKENS), dtype=np.float64))
-    run = min(int(np.searchsorted(runs, target)), runs.size - 1)
-    first = run * RUN_TOKENS
-    reached = np.cumsum(falling[first : first + RUN_TOKENS], dtype=np.float64)
-    before = float(runs[run - 1]) if run else 0.0
-    count = first + min(int(np.searchsorted(reached, target - before)), reached.size - 1) + 1
+    # All that is smaller adds up to half of what may be left out at most, so it need not be sorted.
+    likely = weights[weights >= np.float32((total - target) / (2 * weights.size))]
+    falling = np.sort(likely)[::-1]  # of floats only: vectorised, ten times as fast as an argsort
+    whole_runs = falling[: falling.size - falling.size % RUN_TOKENS]
+    reached = _reaching(whole_runs, target)
+    if reached is None:  # the end is in the last run, which smaller weights belong to
+        falling = np.sort(weights)[::-1]
+        reached = _reaching(falling, target)
+    count = falling.size if reached is None else reached
     smallest = falling[count - 1]
     kept = np.asarray(weights > smallest)
     kept[np.flatnonzero(weights == smallest)[: count - np.count_nonzero(kept)]] = True
     return kept
+
+
+def _reaching(falling: Floats, target: float) -> int | None:
+    """Return how many of the first weights add up to `target`; None: all of them don't."""
+    if not falling.size:
+        return None
+    runs = np.cumsum(np.add.reduceat(falling, np.arange(0, falling.size, RUN_TOKENS), dtype=np.float64))
+    run = int(np.searchsorted(runs, target))
+    if run == runs.size:
+        return None
+    first = run * RUN_TOKENS
+    reached = np.cumsum(falling[first : first + RUN_TOKENS], dtype=np.float64)
+    before = float(runs[run - 1]) if run else 0.0
+    return first + min(int(np.searchsorted(reached, target - before)), reached.size - 1) + 1
 
 
 def _draw_dense(weights: Floats, noise: NDArray[np.float64]) -> int:
