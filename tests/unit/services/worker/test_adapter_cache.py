@@ -68,9 +68,9 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self.closed += 1
 
-    def buffer(self, _file: int, offset: int, length: int) -> memoryview:
+    def buffer(self, _file: int, offset: int = 0, length: int | None = None) -> memoryview:
         """See `Attachment`."""
-        return memoryview(bytearray(self.data))[offset : offset + length]
+        return memoryview(bytearray(self.data))[offset : None if length is None else offset + length]
 
     def wait_tensor(self, _name: str) -> None:
         """See `Attachment`."""
