@@ -9,8 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
+from transformers import conversion_mapping
 
 from stoker.checkpoint.layout import is_padding
 from stoker.errors import CheckpointInvalid
@@ -169,7 +169,7 @@ def _load_by_transformers(
         f"the checkpoint doesn't fit {skeleton.architecture}: missing {_some(missing)}; "
         f"not expected {_some(unexpected)}"
     )
-    if not transformers.conversion_mapping.get_model_conversion_mapping(skeleton.model):
+    if not conversion_mapping.get_model_conversion_mapping(skeleton.model):
         raise CheckpointInvalid(problem)
     try:
         model, info = type(skeleton.model).from_pretrained(
