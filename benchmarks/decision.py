@@ -32,11 +32,10 @@ from setting import print_heading
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from services.controller.events import Demanded, DemandEnded, Reserved, StopOrdered  # noqa: E402 - path first
-from services.controller.fold import fold  # noqa: E402 - path first
-from services.controller.index import indexed  # noqa: E402 - path first
-from services.controller.place import Decision, Placed, StopIdle, place  # noqa: E402 - path first
-from services.controller.view import (  # noqa: E402 - path first
+from services.controller.cluster_view.events import Demanded, DemandEnded, Reserved, StopOrdered  # noqa: E402 - path first
+from services.controller.cluster_view.fold import fold  # noqa: E402 - path first
+from services.controller.cluster_view.index import indexed  # noqa: E402 - path first
+from services.controller.cluster_view.view import (  # noqa: E402 - path first
     Device,
     Held,
     Model,
@@ -49,6 +48,7 @@ from services.controller.view import (  # noqa: E402 - path first
     Stage,
     View,
 )
+from services.controller.placement.place import Decision, Placed, StopIdle, place  # noqa: E402 - path first
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision  # noqa: E402 - path first
 from stoker.units import GB  # noqa: E402 - path first
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from services.node_agent.worker_process import default_threads
-from services.worker.engine import EngineLimits, Output, Sampling, Submit, TokenOut
-from services.worker.engine_thread import EngineThread
+from services.node_agent.workers.worker_process import default_threads
+from services.worker.engine.engine_thread import EngineThread
+from services.worker.engine.protocol import EngineLimits, Output, Sampling, Submit, TokenOut
+from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.model_loading import build_skeleton
-from services.worker.transformers_engine import TransformersEngine
 from services.worker.warm import warm_up
 from stoker.ids import SessionId
 from stoker.models.weights import assign_weights

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from services.worker.engine import EngineLimits, Sampling, Submit, TokenOut
+from services.worker.engine.protocol import EngineLimits, Sampling, Submit, TokenOut
+from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.model_loading import build_skeleton
-from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
 from stoker.models.weights import assign_weights
 

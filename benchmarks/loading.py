@@ -40,7 +40,7 @@ from loading_results import Answer, Round, Sitting
 from loading_setting import Daemon, RowServer, daemon, in_fresh_process, make_cold, make_warm
 from setting import ROOT, describe_machine, print_heading
 
-from services.store.page_ladder import SharedMemory
+from services.store.pool.page_ladder import SharedMemory
 from stoker.units import GB, MIB
 
 CACHE = ROOT / ".cache" / "loading"

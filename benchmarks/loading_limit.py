@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.store.page_ladder import SharedMemory, measured_page_bytes, open_shared_memory
+from services.store.pool.page_ladder import SharedMemory, measured_page_bytes, open_shared_memory
 from services.store.settings import HugeTmpfs
 from stoker.units import MIB, align_up
 

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 
 from services.gateway.text.model_text import ModelText
-from services.worker.engine import EngineLimits, Sampling, Submit
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine.protocol import EngineLimits, Sampling, Submit
+from services.worker.engine.transformers_engine import TransformersEngine
 from stoker import log
 from stoker.ids import SessionId
 from tests.integration.streams.engines import Answer, Replicas, answer, engine_model, text_of
 from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
-from tests.unit.services.worker.test_kv_exchange import shipped, stopped_after
+from tests.unit.services.worker.kv.test_kv_exchange import shipped, stopped_after
 from tests.unit.services.worker.tiny_models import numbers, run
 
 LIMITS = EngineLimits(max_batch=4, max_waiting=8, max_kv_tokens=4096)

@@ -182,9 +182,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--policies", default="stoker,shepherd,serverless", help="the first one is ours")
     parser.add_argument("--quick", action="store_true", help="0.8 requests/s, 450 s, one seed")
-    parser.add_argument(
-        "--sweep", action="store_true", help="CVs at 0.8 requests/s; Azure traces"
-    )
+    parser.add_argument("--sweep", action="store_true", help="CVs at 0.8 requests/s; Azure traces")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rates, arguments.seconds, arguments.seeds = "0.8", 450.0, 1

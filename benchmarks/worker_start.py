@@ -23,9 +23,9 @@ import uvloop
 from setting import print_heading
 
 from services.node_agent.background import Background
-from services.node_agent.fork_server import ForkServer
-from services.node_agent.worker_log import WorkerLog
-from services.node_agent.worker_process import WorkerOptions, WorkerProcess, worker_environment
+from services.node_agent.workers.fork_server import ForkServer
+from services.node_agent.workers.worker_log import WorkerLog
+from services.node_agent.workers.worker_process import WorkerOptions, WorkerProcess, worker_environment
 from stoker.ids import WorkerId
 from stoker.rpc import connect
 from stoker.units import MIB

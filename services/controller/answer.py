@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from services.controller.fleet import Member, Standing, members_of
-from services.controller.view import View
+from services.controller.cluster_view.fleet import Member, Standing, members_of
+from services.controller.cluster_view.view import View
 from stoker.ids import ModelName
 
 NEAR_NAMES = 3

@@ -15,13 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.controller import metrics
-from services.controller.actions import Migrate, Start
 from services.controller.answer import answer
-from services.controller.deadline import Late, late_if_started
-from services.controller.decision_log import DecisionLog
-from services.controller.effects import Effects, reservation_of
-from services.controller.event_log import EventLog
-from services.controller.events import (
+from services.controller.cluster_view.events import (
     Declined,
     Demanded,
     DemandEnded,
@@ -34,16 +29,21 @@ from services.controller.events import (
     Reserved,
     SchedulingSet,
 )
-from services.controller.fold import fold
+from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.reach import touched
+from services.controller.cluster_view.view import Scheduling, View
+from services.controller.decision_log import DecisionLog
+from services.controller.effects import Effects, reservation_of
+from services.controller.event_log import EventLog
 from services.controller.ledger import Ledger
 from services.controller.orders import Orders
-from services.controller.reach import touched
+from services.controller.placement.deadline import Late, late_if_started
 from services.controller.records import ModelRecord
 from services.controller.routes import Routes
-from services.controller.scaling import reconcile
+from services.controller.scaling.actions import Migrate, Start
+from services.controller.scaling.reconcile import reconcile
+from services.controller.scaling.settling import Settling, disturbs
 from services.controller.settings import ControllerSettings
-from services.controller.settling import Settling, disturbs
-from services.controller.view import Scheduling, View
 from services.controller.wire import model_of, node_of
 from stoker import log
 from stoker.background import background

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from services.controller.options import Option
-from services.controller.place import Decision, Migrate, Placed, StopIdle, Unplaceable, Wait
+from services.controller.placement.options import Option
+from services.controller.placement.place import Decision, Migrate, Placed, StopIdle, Unplaceable, Wait
 from stoker.ids import ModelName, ReplicaId
 from stoker.v1 import controller_pb2, start_pb2
 

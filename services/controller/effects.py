@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.controller import metrics
-from services.controller.actions import Action, Migrate, Note, Release, Start, Stop, start_failed
-from services.controller.events import (
+from services.controller.cluster_view.events import (
     MoveOrdered,
     NodeDisconnected,
     NodeForgotten,
@@ -20,8 +19,9 @@ from services.controller.events import (
     StopOrdered,
     StopRefused,
 )
+from services.controller.cluster_view.view import Reservation
 from services.controller.records import ModelRecord, ReservationRecord
-from services.controller.view import Reservation
+from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop, start_failed
 from stoker import log
 from stoker.background import Background
 from stoker.errors import CapacityError, DeadlineExceeded, Fenced, PeerError, ReplicaBusy, StokerError

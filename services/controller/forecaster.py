@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from services.controller import metrics
-from services.controller.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
+from services.controller.cluster_view.view import View
 from services.controller.records import ModelRecord
-from services.controller.view import View
+from services.controller.scaling.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
 from stoker.background import Background, background
 from stoker.clock import Clock
 from stoker.errors import PeerError, StokerError

@@ -11,15 +11,15 @@ import grpc
 
 from services.controller.answer import Answer, Failed, Queued, Ready, Starting, Unknown, answer, near_names
 from services.controller.cluster import Cluster
-from services.controller.deadline import Late, late
-from services.controller.fleet import Member
-from services.controller.index import index_of, reservations_on
+from services.controller.cluster_view.fleet import Member
+from services.controller.cluster_view.index import index_of, reservations_on
+from services.controller.cluster_view.view import Scheduling
 from services.controller.leadership import Leadership
 from services.controller.migrate import migrate
+from services.controller.placement.deadline import Late, late
 from services.controller.registry import model_not_found
 from services.controller.settings import ControllerSettings
 from services.controller.store_peers import StorePeers
-from services.controller.view import Scheduling
 from services.controller.wire import model_message, route_replica
 from stoker import __version__
 from stoker.errors import (

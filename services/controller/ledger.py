@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from services.controller.cluster_view.view import Scheduling
 from services.controller.records import (
     DEVICES,
     MODELS,
@@ -23,7 +24,6 @@ from services.controller.records import (
     node_key,
     reservation_key,
 )
-from services.controller.view import Scheduling
 from stoker.errors import PeerError
 from stoker.ids import NodeId, ReplicaId
 from stoker.state import (

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from services.controller.actions import Start
 from services.controller.answer import near_names
 from services.controller.cluster import Cluster
-from services.controller.events import MoveOrdered
-from services.controller.fleet import Standing, members_of
-from services.controller.operator_moves import Join, operator_move, place_for_request, usable_node
+from services.controller.cluster_view.events import MoveOrdered
+from services.controller.cluster_view.fleet import Standing, members_of
+from services.controller.cluster_view.view import Node
 from services.controller.registry import model_not_found
+from services.controller.scaling.actions import Start
+from services.controller.scaling.operator_moves import Join, operator_move, place_for_request, usable_node
 from services.controller.settings import ControllerSettings
-from services.controller.view import Node
 from stoker.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, LoadFailed, NotFound, StokerError
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import controller_pb2 as pb

@@ -20,7 +20,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from services.controller.view import Scheduling
+from services.controller.cluster_view.view import Scheduling
 from stoker.errors import ConfigError
 from stoker.ids import ModelName, NodeId, ReplicaId
 from stoker.v1 import model_pb2

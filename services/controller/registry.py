@@ -11,10 +11,10 @@ from typing import TypeVar
 from services.controller.adapters import check_adapters, described
 from services.controller.answer import near_names
 from services.controller.cluster import Cluster
+from services.controller.cluster_view.view import Node
 from services.controller.records import ModelRecord
 from services.controller.settings import ControllerSettings
 from services.controller.specs import check_architecture, resolve
-from services.controller.view import Node
 from stoker.errors import AlreadyExists, CapacityError, ModelNotFound, PeerError
 from stoker.ids import ModelName
 from stoker.v1 import model_pb2

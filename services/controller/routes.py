@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
 
+from services.controller.cluster_view.view import View
 from services.controller.records import ModelRecord
-from services.controller.view import View
 from services.controller.wire import route_message
 from stoker.ids import ModelName
 from stoker.v1 import controller_pb2, model_pb2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.controller.foresight import Limits
-from services.controller.view import Policy
+from services.controller.cluster_view.view import Policy
+from services.controller.scaling.foresight import Limits
 from stoker.settings import ServiceSettings
 from stoker.units import GB, MB
 

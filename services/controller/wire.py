@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 from services.controller.answer import State, is_offered, status
-from services.controller.fleet import Member, members_of
-from services.controller.learnt import Moved, StartStages, Transferred
+from services.controller.cluster_view.fleet import Member, members_of
+from services.controller.cluster_view.learnt import Moved, StartStages, Transferred
+from services.controller.cluster_view.view import Device, Held, Model, Node, Phase, Pool, Replica, Stage, View
 from services.controller.records import ModelRecord
-from services.controller.view import Device, Held, Model, Node, Phase, Pool, Replica, Stage, View
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 from stoker.v1 import controller_pb2, model_pb2, node_agent_pb2, start_pb2
 

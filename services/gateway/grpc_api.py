@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 
 from services.gateway.api_keys import ApiKeys
-from services.gateway.route_watch import RouteWatch
+from services.gateway.routing.route_watch import RouteWatch
 from services.gateway.runner import Runner
 from services.gateway.sampling import SamplingRequest
-from services.gateway.session import Alternative, Delta, ScoredToken
+from services.gateway.sessions.session import Alternative, Delta, ScoredToken
 from services.gateway.text_request import Conversation, Prompts, TextRequest, Waiting
 from services.gateway.trace import Trace
 from stoker.errors import InvalidRequest

@@ -13,18 +13,18 @@ import secrets
 from concurrent.futures import Executor
 
 from services.gateway import metrics
-from services.gateway.admission import Admission
-from services.gateway.agents import Agents
-from services.gateway.hops import HopPolicy
 from services.gateway.job import Job
-from services.gateway.placement import Placement
 from services.gateway.prompts import content_characters, encode_prompts
-from services.gateway.reattachment import Reattachment
-from services.gateway.route_watch import RouteWatch
-from services.gateway.routes import ModelRoute, Replica, split_name
+from services.gateway.routing.admission import Admission
+from services.gateway.routing.agents import Agents
+from services.gateway.routing.placement import Placement
+from services.gateway.routing.route_watch import RouteWatch
+from services.gateway.routing.routes import ModelRoute, Replica, split_name
 from services.gateway.sampling import derive_seed, output_budget, resolve
-from services.gateway.session import LENGTH, STOP, Session
-from services.gateway.session_run import SessionRun
+from services.gateway.sessions.hops import HopPolicy
+from services.gateway.sessions.reattachment import Reattachment
+from services.gateway.sessions.session import LENGTH, STOP, Session
+from services.gateway.sessions.session_run import SessionRun
 from services.gateway.small_files import ModelTexts
 from services.gateway.text.model_text import ModelText
 from services.gateway.text_request import Sink, TextRequest

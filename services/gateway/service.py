@@ -6,12 +6,8 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
-from services.gateway.agents import Agents
 from services.gateway.api_keys import ApiKeys
-from services.gateway.controllers import Controllers
 from services.gateway.grpc_api import SERVICE_NAME, Inference
-from services.gateway.hops import HopPolicy
-from services.gateway.placement import Placement
 from services.gateway.rest.admin import admin_router
 from services.gateway.rest.app import build_app
 from services.gateway.rest.edge import Edge
@@ -20,9 +16,13 @@ from services.gateway.rest.models import models_router
 from services.gateway.rest.server import HttpServer
 from services.gateway.rest.short_way import ShortWay
 from services.gateway.rest.status import status_router
-from services.gateway.route_watch import RouteWatch
-from services.gateway.routes import ModelRoute
+from services.gateway.routing.agents import Agents
+from services.gateway.routing.controllers import Controllers
+from services.gateway.routing.placement import Placement
+from services.gateway.routing.route_watch import RouteWatch
+from services.gateway.routing.routes import ModelRoute
 from services.gateway.runner import Runner
+from services.gateway.sessions.hops import HopPolicy
 from services.gateway.settings import GatewaySettings
 from services.gateway.small_files import ModelTexts
 from services.gateway.trace import Traces

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from services.gateway.routes import ModelRoute
+from services.gateway.routing.routes import ModelRoute
 from services.gateway.text.model_text import ModelText
 from stoker import log, rpc
 from stoker.errors import CheckpointInvalid, PeerError, StokerError

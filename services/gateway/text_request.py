@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from services.gateway.request_key import RequestKey
 from services.gateway.sampling import SamplingRequest
-from services.gateway.session import Delta
+from services.gateway.sessions.request_key import RequestKey
+from services.gateway.sessions.session import Delta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

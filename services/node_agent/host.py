@@ -11,11 +11,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.node_agent import metrics
-from services.node_agent.awaited_start import AwaitedStart
 from services.node_agent.background import Background
-from services.node_agent.epoch_fence import EpochFence
 from services.node_agent.event_lines import tell_event
-from services.node_agent.fork_server import ForkServer
 from services.node_agent.host_state import (
     DrainOrdered,
     Effect,
@@ -36,15 +33,18 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
-from services.node_agent.kept_sessions import KeepLimits, KeptSessions
-from services.node_agent.log_folder import LogFolder
-from services.node_agent.move_watch import MoveWatch
-from services.node_agent.relay import RelayedSession, SessionRelay
 from services.node_agent.reports import Load
+from services.node_agent.sessions.awaited_start import AwaitedStart
+from services.node_agent.sessions.epoch_fence import EpochFence
+from services.node_agent.sessions.kept_sessions import KeepLimits, KeptSessions
+from services.node_agent.sessions.move_watch import MoveWatch
+from services.node_agent.sessions.relay import RelayedSession, SessionRelay
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
-from services.node_agent.worker_link import LinkOptions, WorkerLink
-from services.node_agent.worker_process import WorkerOptions, WorkerProcess, worker_environment
+from services.node_agent.workers.fork_server import ForkServer
+from services.node_agent.workers.log_folder import LogFolder
+from services.node_agent.workers.worker_link import LinkOptions, WorkerLink
+from services.node_agent.workers.worker_process import WorkerOptions, WorkerProcess, worker_environment
 from stoker import log
 from stoker.errors import BY_CODE, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId

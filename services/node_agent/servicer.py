@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from services.node_agent.host import Host
-from services.node_agent.kv_shipping import KvShipping
 from services.node_agent.own_log import read_own_log
-from services.node_agent.session_moves import ask_to_move
+from services.node_agent.sessions.kv_shipping import KvShipping
+from services.node_agent.sessions.session_moves import ask_to_move
 from stoker import log
 from stoker.ids import ReplicaId
 from stoker.v1.node_agent_pb2 import (

@@ -42,7 +42,7 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
-from services.node_agent.worker_pool import (
+from services.node_agent.workers.worker_pool import (
     POOL,
     at_hand,
     backoff_seconds,

@@ -21,7 +21,7 @@ from services.store.messages import (
     tier_of,
     urgency_of,
 )
-from services.store.resident import Phase, Resident
+from services.store.pool.resident import Phase, Resident
 from stoker import log
 from stoker.attach import framing
 from stoker.clock import Clock

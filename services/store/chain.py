@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from services.store.chunk_source import ChunkSource, fill_run
-from services.store.integrity import ChunkDamaged, Damage, FileDigests, PartCheck, damaged
+from services.store.integrity.digests import ChunkDamaged, Damage, FileDigests, PartCheck, damaged
+from services.store.reading.chunk_source import ChunkSource, fill_run
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed
 

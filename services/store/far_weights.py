@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.store.chunk_source import ChunkSource
-from services.store.lanes import Lane
+from services.store.reading.chunk_source import ChunkSource
+from services.store.reading.lanes import Lane
 from stoker.checkpoint.index import CheckpointFile
 
 Land = Callable[[Sequence[memoryview], int, int], None]

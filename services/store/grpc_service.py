@@ -15,8 +15,8 @@ from services.store.disk_cache.cache import DiskCache
 from services.store.loads import Loads
 from services.store.messages import DRAM, store_status, transfers, urgency_of
 from services.store.peers.service import Peers
+from services.store.pool.resident import Phase
 from services.store.pulls import Pulls
-from services.store.resident import Phase
 from stoker.checkpoint.small_files import read_small_files
 from stoker.clock import Clock
 from stoker.errors import InvalidRequest

@@ -15,25 +15,25 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from services.store.admission import Admitted, Refused, Waits, admit
-from services.store.arena import Arena
-from services.store.bandwidth import moved_by_tier, span_seconds
 from services.store.catalog import CatalogEntry
-from services.store.chunk_pool import ChunkPool
-from services.store.counters import ReadyCounters
-from services.store.disk_sources import DiskSources
-from services.store.lanes import Lane
-from services.store.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
 from services.store.origins.source import REMOTE
-from services.store.pace import Pace
-from services.store.read_plan import ReadingDisk, chunks_needed, lay_out_and_plan
-from services.store.read_queue import ChunkRead, Urgency
+from services.store.pool.admission import Admitted, Refused, Waits, admit
+from services.store.pool.arena import Arena
+from services.store.pool.chunk_pool import ChunkPool
+from services.store.pool.counters import ReadyCounters
+from services.store.pool.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
+from services.store.pool.resident import Phase, Resident
+from services.store.pool.residents import Residents
+from services.store.pool.window import Window, window_of
+from services.store.reading.bandwidth import moved_by_tier, span_seconds
+from services.store.reading.disk_sources import DiskSources
+from services.store.reading.lanes import Lane
+from services.store.reading.pace import Pace
+from services.store.reading.read_plan import ReadingDisk, chunks_needed, lay_out_and_plan
+from services.store.reading.read_queue import ChunkRead, Urgency
+from services.store.reading.transfers import Transfers
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
-from services.store.resident import Phase, Resident
-from services.store.residents import Residents
 from services.store.sharing import Sharing
-from services.store.transfers import Transfers
-from services.store.window import Window, window_of
 from stoker.checkpoint.reading import DISK
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError

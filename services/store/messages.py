@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from services.store.bandwidth import Moved
 from services.store.catalog import CatalogEntry
-from services.store.lanes import Lane
 from services.store.loads import Loads
 from services.store.origins.source import REMOTE
-from services.store.read_queue import Urgency
-from services.store.resident import Phase, Resident
+from services.store.pool.resident import Phase, Resident
+from services.store.reading.bandwidth import Moved
+from services.store.reading.lanes import Lane
+from services.store.reading.read_queue import Urgency
 from stoker.checkpoint.reading import DISK
 from stoker.errors import StokerError
 from stoker.v1 import checkpoint_store_pb2 as pb

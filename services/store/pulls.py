@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from services.store import metrics
-from services.store.bandwidth import Moved, moved_by_tier
 from services.store.catalog import Catalog, CatalogEntry
 from services.store.chain import run_chunks
-from services.store.chunk_source import ChunkSource, fill_run
 from services.store.disk_cache.partial import PartialCheckpoint
 from services.store.loads import Loads
+from services.store.reading.bandwidth import Moved, moved_by_tier
+from services.store.reading.chunk_source import ChunkSource, fill_run
 from services.store.remote.checkpoint import RemoteCheckpoint
 from stoker import log
 from stoker.checkpoint.index import CheckpointFile

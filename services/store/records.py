@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.store import metrics
-from services.store.resident import Resident
+from services.store.pool.resident import Resident
 from stoker import log
 from stoker.errors import StokerError
 

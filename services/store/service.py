@@ -7,26 +7,26 @@ import contextvars
 from collections.abc import Sequence
 
 from services.store import metrics
-from services.store.arena import Arena, FaultedIn, open_arena
 from services.store.attach_server import AttachServer
 from services.store.catalog import Catalog
-from services.store.counters import ReadyCounters
-from services.store.damaged_copies import DamagedCopies
-from services.store.disk_sources import DiskSources
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
-from services.store.lanes import Lane
+from services.store.integrity.damaged_copies import DamagedCopies
+from services.store.integrity.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
+from services.store.integrity.verified_parts import VerifiedParts
 from services.store.loads import Loads
-from services.store.pace import Pace
 from services.store.peers.service import Peers
 from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity
+from services.store.pool.arena import Arena, FaultedIn, open_arena
+from services.store.pool.counters import ReadyCounters
 from services.store.pulls import Pulls
+from services.store.reading.disk_sources import DiskSources
+from services.store.reading.lanes import Lane
+from services.store.reading.pace import Pace
 from services.store.run_folder import RunFolder
 from services.store.settings import FaultIn, StoreSettings
 from services.store.sharing import Sharing, disk_copy
 from services.store.tiers import Tiers, open_tiers
-from services.store.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
-from services.store.verified_parts import VerifiedParts
 from stoker import log, rpc
 from stoker.clock import SystemClock
 from stoker.v1 import checkpoint_store_pb2_grpc

@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.store.pace import PacedTier
+from services.store.reading.pace import PacedTier
 from stoker.checkpoint.reading import DIRECT_ALIGNMENT_BYTES
 from stoker.settings import ServiceSettings
 from stoker.units import KIB, MIB

@@ -13,8 +13,8 @@ from services.store.catalog import CatalogEntry
 from services.store.peers.exchange import Exchange
 from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity
-from services.store.read_queue import ChunkRead
-from services.store.resident import Resident
+from services.store.pool.resident import Resident
+from services.store.reading.read_queue import ChunkRead
 
 
 class Sharing:

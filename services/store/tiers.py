@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.store.chain import OpenFile
 from services.store.disk_cache.cache import DiskCache
-from services.store.integrity import Damage
+from services.store.integrity.digests import Damage
 from services.store.origins.ranges import Retry
 from services.store.remote.checkpoints import RemoteCheckpoints, RemotePlan
 from services.store.settings import StoreSettings

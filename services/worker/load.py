@@ -16,23 +16,23 @@ from typing import Any
 
 import torch
 
-from services.worker.adapter_cache import AdapterCache
-from services.worker.arrival import Arrival
-from services.worker.arrival_order import ArrivalOrder, arrival_order
-from services.worker.cuda_copy import CudaCopyEngine
-from services.worker.device_weights import DeviceWeights
-from services.worker.engine import Engine, EngineLimits
-from services.worker.host_copy import HostCopyEngine
-from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
-from services.worker.kv_store import SLOT_TOKENS
+from services.worker.engine.adapter_cache import AdapterCache
+from services.worker.engine.protocol import Engine, EngineLimits
+from services.worker.engine.transformers_engine import TransformersEngine
+from services.worker.kv.kv_budget import kv_bytes_per_token, max_kv_tokens
+from services.worker.kv.kv_store import SLOT_TOKENS
 from services.worker.memory import available_bytes, device_of, refuse_what_cannot_fit
 from services.worker.model_loading import build_skeleton
-from services.worker.module_waits import wait_for_weights
-from services.worker.placed_weights import PlacedWeights
-from services.worker.pool_lock import LockedPool, lock_pool
 from services.worker.settings import WorkerSettings
-from services.worker.transformers_engine import TransformersEngine
-from services.worker.weights_gate import WeightsGate
+from services.worker.weights.arrival import Arrival
+from services.worker.weights.arrival_order import ArrivalOrder, arrival_order
+from services.worker.weights.cuda_copy import CudaCopyEngine
+from services.worker.weights.device_weights import DeviceWeights
+from services.worker.weights.host_copy import HostCopyEngine
+from services.worker.weights.module_waits import wait_for_weights
+from services.worker.weights.placed_weights import PlacedWeights
+from services.worker.weights.pool_lock import LockedPool, lock_pool
+from services.worker.weights.weights_gate import WeightsGate
 from stoker import log
 from stoker.attach import Attachment, Loaded, attach
 from stoker.errors import CheckpointInvalid, InvalidRequest

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from services.worker.attention import ATTENTION_NAME, register_attention
+from services.worker.engine.attention import ATTENTION_NAME, register_attention
 from stoker.errors import CheckpointInvalid
 from stoker.models.skeleton import Skeleton, empty_model
 

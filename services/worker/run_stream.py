@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from services.worker import wire
-from services.worker.engine import Finished, Output, Submit
-from services.worker.engine_thread import EngineThread
+from services.worker.engine.engine_thread import EngineThread
+from services.worker.engine.protocol import Finished, Output, Submit
 from stoker import log
 from stoker.errors import AlreadyExists, Fenced, InvalidRequest, NotFound, StokerError
 from stoker.ids import SessionId
@@ -27,9 +27,9 @@ from stoker.v1.session_pb2 import GenerateRequest
 from stoker.v1.worker_pb2 import LoadEnd, RunCommand, StepEvent
 
 if TYPE_CHECKING:  # torch: imported only when the worker is warm
-    from services.worker.adapted_rows import AdapterWeights
-    from services.worker.adapter_cache import AdapterCache
-    from services.worker.kv_desk import KvDesk
+    from services.worker.engine.adapted_rows import AdapterWeights
+    from services.worker.engine.adapter_cache import AdapterCache
+    from services.worker.kv.kv_desk import KvDesk
 
 
 class Link(Protocol):

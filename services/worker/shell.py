@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from services.worker import wire
-from services.worker.engine import TokenOut
-from services.worker.engine_thread import EngineThread
-from services.worker.kv_desk import KvDesk
+from services.worker.engine.engine_thread import EngineThread
+from services.worker.engine.protocol import TokenOut
+from services.worker.kv.kv_desk import KvDesk
 from services.worker.run_stream import RunStream
 from services.worker.settings import WorkerSettings
 from stoker import log
@@ -44,9 +44,9 @@ from stoker.v1.worker_pb2 import (
 from stoker.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
 if TYPE_CHECKING:
-    from services.worker.engine import Output
+    from services.worker.engine.protocol import Output
     from services.worker.load import LoadedModel
-    from services.worker.pool_lock import LockedPool
+    from services.worker.weights.pool_lock import LockedPool
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from services.worker.engine import EngineLimits, Sampling, Submit
+from services.worker.engine.protocol import EngineLimits, Sampling, Submit
+from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.model_loading import build_skeleton, import_popular_architectures
-from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
 from stoker.models.weights import assign_weights
 

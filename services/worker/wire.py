@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from services.worker import engine
+from services.worker.engine import protocol
 from stoker.errors import PeerError, StokerError, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2, worker_pb2
 
 FINISH_REASONS = {
-    engine.FinishReason.STOP: session_pb2.FINISH_REASON_STOP,
-    engine.FinishReason.LENGTH: session_pb2.FINISH_REASON_LENGTH,
-    engine.FinishReason.CANCELLED: session_pb2.FINISH_REASON_CANCELLED,
+    protocol.FinishReason.STOP: session_pb2.FINISH_REASON_STOP,
+    protocol.FinishReason.LENGTH: session_pb2.FINISH_REASON_LENGTH,
+    protocol.FinishReason.CANCELLED: session_pb2.FINISH_REASON_CANCELLED,
 }
 RESUME_MODES = {
-    session_pb2.RESUME_MODE_UNSPECIFIED: engine.ResumeMode.EXACT,
-    session_pb2.RESUME_MODE_EXACT: engine.ResumeMode.EXACT,
-    session_pb2.RESUME_MODE_FAST: engine.ResumeMode.FAST,
+    session_pb2.RESUME_MODE_UNSPECIFIED: protocol.ResumeMode.EXACT,
+    session_pb2.RESUME_MODE_EXACT: protocol.ResumeMode.EXACT,
+    session_pb2.RESUME_MODE_FAST: protocol.ResumeMode.FAST,
 }
 
 
@@ -44,7 +44,7 @@ def command(frame: bytes) -> worker_pb2.RunCommand:
         raise PeerError(f"a frame of the node agent is no command: {error}") from error
 
 
-def submit(request: session_pb2.GenerateRequest, engine_id: SessionId) -> engine.Submit:
+def submit(request: session_pb2.GenerateRequest, engine_id: SessionId) -> protocol.Submit:
     """Return the engine's request.
 
     Args:
@@ -54,18 +54,18 @@ def submit(request: session_pb2.GenerateRequest, engine_id: SessionId) -> engine
     Raises:
         InvalidRequest: A sampling parameter is out of range.
     """
-    return engine.Submit(
+    return protocol.Submit(
         session_id=engine_id,
         prompt_token_ids=list(request.prompt_token_ids),
         generated_token_ids=list(request.generated_token_ids),
-        resume_mode=RESUME_MODES.get(request.resume_mode, engine.ResumeMode.EXACT),
+        resume_mode=RESUME_MODES.get(request.resume_mode, protocol.ResumeMode.EXACT),
         sampling=sampling(request.sampling),
     )
 
 
-def sampling(wanted: session_pb2.Sampling) -> engine.Sampling:
+def sampling(wanted: session_pb2.Sampling) -> protocol.Sampling:
     """Return the engine's sampling; raises InvalidRequest when a value is out of range."""
-    return engine.Sampling(
+    return protocol.Sampling(
         temperature=wanted.temperature,
         top_p=wanted.top_p or 1.0,
         top_k=wanted.top_k,
@@ -83,7 +83,7 @@ def sampling(wanted: session_pb2.Sampling) -> engine.Sampling:
     )
 
 
-def step_event(outputs: Sequence[engine.Output], owners: Mapping[SessionId, Owner]) -> worker_pb2.StepEvent:
+def step_event(outputs: Sequence[protocol.Output], owners: Mapping[SessionId, Owner]) -> worker_pb2.StepEvent:
     """Return one step's outputs as one message: one event per session that has an owner."""
     step = worker_pb2.StepEvent()
     events: dict[SessionId, worker_pb2.SessionEvent] = {}
@@ -96,11 +96,11 @@ def step_event(outputs: Sequence[engine.Output], owners: Mapping[SessionId, Owne
             item = events[output.session_id] = step.sessions.add(session_id=owner.session_id)
             item.event.epoch = owner.epoch
             item.event.position = (
-                output.position if isinstance(output, engine.TokenOut) else output.generated_token_count
+                output.position if isinstance(output, protocol.TokenOut) else output.generated_token_count
             )
-        if isinstance(output, engine.TokenOut):
+        if isinstance(output, protocol.TokenOut):
             _add_token(item.event, output)
-        elif output.reason is engine.FinishReason.ERROR:
+        elif output.reason is protocol.FinishReason.ERROR:
             item.error.CopyFrom(error_message(StokerError(output.message)))
         else:
             item.event.finish_reason = FINISH_REASONS[output.reason]
@@ -108,7 +108,7 @@ def step_event(outputs: Sequence[engine.Output], owners: Mapping[SessionId, Owne
     return step
 
 
-def _add_token(event: session_pb2.GenerateEvent, output: engine.TokenOut) -> None:
+def _add_token(event: session_pb2.GenerateEvent, output: protocol.TokenOut) -> None:
     token = event.tokens.add(id=output.token_id)
     if output.logprob is not None:
         token.logprob = output.logprob
@@ -118,7 +118,7 @@ def _add_token(event: session_pb2.GenerateEvent, output: engine.TokenOut) -> Non
         _set_timings(event.timings, output.timings)
 
 
-def _set_timings(message: session_pb2.SessionTimings, timings: engine.SessionTimings) -> None:
+def _set_timings(message: session_pb2.SessionTimings, timings: protocol.SessionTimings) -> None:
     message.queue_seconds = timings.queue_seconds
     message.prefill_seconds = timings.prefill_seconds
     message.decode_seconds = timings.decode_seconds

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from services.worker.copy_engine import SEGMENT_BYTES, Locked, lock_range
+from services.worker.weights.copy_engine import SEGMENT_BYTES, Locked, lock_range
 
 
 class FakeMark:

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from services.worker.copy_engine import CopyEngine, Locked
+from services.worker.weights.copy_engine import CopyEngine, Locked
 from stoker.attach.memory import Access, MappedRange
 
 BYTES = 40 * (1 << 20) + 123

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from services.worker import load
-from services.worker.copy_engine import Locked
-from services.worker.cuda_copy import CudaCopyEngine
-from services.worker.device_weights import DEVICE, DeviceWeights
 from services.worker.load import completed, load_model
 from services.worker.settings import WorkerSettings
+from services.worker.weights.copy_engine import Locked
+from services.worker.weights.cuda_copy import CudaCopyEngine
+from services.worker.weights.device_weights import DEVICE, DeviceWeights
 from stoker.units import GIB, MIB
 from stoker.v1.model_pb2 import ModelSpec
 from stoker.v1.worker_pb2 import LoadModelRequest
 from tests.copy_engines.suite import CopyEngineSuite, SharedPages
-from tests.unit.services.worker.test_engine_thread import PATIENCE_SECONDS, Collector
+from tests.unit.services.worker.engine.test_engine_thread import PATIENCE_SECONDS, Collector
 from tests.unit.services.worker.test_load import ScriptedStore, generated, token_ids
 from tests.unit.services.worker.tiny_models import reference
 

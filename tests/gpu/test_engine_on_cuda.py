@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.worker.engine import EngineLimits, Sampling, Submit, TokenOut
+from services.worker.engine.protocol import EngineLimits, Sampling, Submit, TokenOut
+from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.model_loading import build_skeleton
-from services.worker.transformers_engine import TransformersEngine
 from stoker.ids import SessionId
 from stoker.models.weights import assign_weights
 from tests.integration.tiny_model import make_tiny_model

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.controller.answer import Failed, Queued, Ready, Starting, Unknown
-from services.controller.deadline import late, late_if_started
-from services.controller.events import (
+from services.controller.cluster_view.events import (
     Demanded,
     DemandEnded,
     Distrusted,
@@ -19,10 +18,11 @@ from services.controller.events import (
     SchedulingSet,
     StopRefused,
 )
-from services.controller.forecast import arrived
-from services.controller.foresight import Limits
-from services.controller.learnt import Arrivals
-from services.controller.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
+from services.controller.cluster_view.forecast import arrived
+from services.controller.cluster_view.learnt import Arrivals
+from services.controller.cluster_view.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
+from services.controller.placement.deadline import late, late_if_started
+from services.controller.scaling.foresight import Limits
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from services.controller.actions import Action, Migrate, Note, Release, Start, Stop
 from services.controller.answer import Answer, answer
-from services.controller.estimate import Estimate
-from services.controller.events import (
+from services.controller.cluster_view.estimate import Estimate
+from services.controller.cluster_view.events import (
     Event,
     MoveOrdered,
     NodeReported,
@@ -20,10 +19,11 @@ from services.controller.events import (
     Reserved,
     StopOrdered,
 )
-from services.controller.fold import fold
-from services.controller.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
-from services.controller.scaling import reconcile
-from services.controller.view import Held, Model, Node, Phase, Policy, Replica, Reservation, View
+from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.view import Held, Model, Node, Phase, Policy, Replica, Reservation, View
+from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop
+from services.controller.scaling.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
+from services.controller.scaling.reconcile import reconcile
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 MAX_PASSES = 100

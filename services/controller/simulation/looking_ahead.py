@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from services.controller.foresight import Foreseen, Limits, Prefetch, foresee
+from services.controller.cluster_view.view import View
+from services.controller.scaling.foresight import Foreseen, Limits, Prefetch, foresee
 from services.controller.simulation.world import World
-from services.controller.view import View
 from stoker.ids import NodeId
 
 LOOK_SECONDS = 5.0

@@ -11,8 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 
-from services.controller.actions import Action, Migrate, Note, Release, Start, Stop
-from services.controller.events import (
+from services.controller.cluster_view.events import (
     Demanded,
     DemandEnded,
     Event,
@@ -26,16 +25,9 @@ from services.controller.events import (
     StopOrdered,
     StopRefused,
 )
-from services.controller.fold import fold
-from services.controller.foresight import Limits
-from services.controller.learnt import StartStages
-from services.controller.scaling import reconcile
-from services.controller.simulation.hardware import ModelSpec
-from services.controller.simulation.looking_ahead import LookingAhead
-from services.controller.simulation.parts import Phase as Standing
-from services.controller.simulation.parts import SimNode, SimReplica, Tiers
-from services.controller.simulation.world import World
-from services.controller.view import (
+from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.learnt import StartStages
+from services.controller.cluster_view.view import (
     Checkpoint,
     Device,
     Held,
@@ -49,6 +41,14 @@ from services.controller.view import (
     Stage,
     View,
 )
+from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop
+from services.controller.scaling.foresight import Limits
+from services.controller.scaling.reconcile import reconcile
+from services.controller.simulation.hardware import ModelSpec
+from services.controller.simulation.looking_ahead import LookingAhead
+from services.controller.simulation.parts import Phase as Standing
+from services.controller.simulation.parts import SimNode, SimReplica, Tiers
+from services.controller.simulation.world import World
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 
 _REVISION = Revision("1")

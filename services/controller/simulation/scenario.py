@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from services.controller.foresight import Limits
+from services.controller.cluster_view.view import Policy
+from services.controller.scaling.foresight import Limits
 from services.controller.simulation import baselines
 from services.controller.simulation.hardware import (
     H100,
@@ -24,7 +25,6 @@ from services.controller.simulation.parts import SimNode
 from services.controller.simulation.report import Summary, summarise
 from services.controller.simulation.workload import Request
 from services.controller.simulation.world import Decider, World
-from services.controller.view import Policy
 from stoker.errors import InvalidRequest
 from stoker.units import GB
 

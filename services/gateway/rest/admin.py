@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
-from services.gateway.controllers import Controllers
 from services.gateway.rest.json_body import read_object
-from services.gateway.route_watch import RouteWatch
+from services.gateway.routing.controllers import Controllers
+from services.gateway.routing.route_watch import RouteWatch
 from services.gateway.trace import Traces
 from stoker.errors import InvalidRequest, NotFound
 from stoker.v1 import controller_pb2, model_pb2

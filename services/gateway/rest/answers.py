@@ -16,10 +16,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.request_key import RequestKey, Seen, after_delta, event_ids, revision_tag
 from services.gateway.rest.errors import error_body, error_headers
 from services.gateway.rest.shapes import DONE, Collected, Shape, usage
-from services.gateway.session import Delta
+from services.gateway.sessions.request_key import RequestKey, Seen, after_delta, event_ids, revision_tag
+from services.gateway.sessions.session import Delta
 from services.gateway.text_request import Sink, Waiting
 from services.gateway.trace import Trace
 from stoker import log

@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from services.gateway.request_key import KEY_HEADER, LAST_EVENT_HEADER, RequestKey, read_key
 from services.gateway.rest.answers import StreamAnswer, WholeAnswer
 from services.gateway.rest.edge import REQUEST_ID_KEY
 from services.gateway.rest.schema import ChatCompletionRequest, CompletionRequest, parse
 from services.gateway.rest.shapes import ChatShape, CompletionShape
 from services.gateway.rest.short_way import Handler
 from services.gateway.runner import Runner
+from services.gateway.sessions.request_key import KEY_HEADER, LAST_EVENT_HEADER, RequestKey, read_key
 from stoker.clock import Clock
 from stoker.errors import InvalidRequest
 from stoker.ids import new_id

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from services.gateway.route_watch import RouteWatch
-from services.gateway.routes import ModelRoute
+from services.gateway.routing.route_watch import RouteWatch
+from services.gateway.routing.routes import ModelRoute
 
 
 def models_router(watch: RouteWatch) -> APIRouter:

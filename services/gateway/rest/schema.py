@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from services.gateway.request_key import RequestKey
 from services.gateway.sampling import SamplingRequest
+from services.gateway.sessions.request_key import RequestKey
 from services.gateway.text_request import Conversation, Prompts, TextRequest
 from stoker.errors import InvalidRequest
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
-from services.gateway.session import Alternative, Delta, ScoredToken
+from services.gateway.sessions.session import Alternative, Delta, ScoredToken
 
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0

@@ -27,7 +27,7 @@ from services.store.disk_cache.journal import JOURNAL_NAME
 from services.store.disk_cache.partial import PartialCheckpoint
 from services.store.disk_cache.quota import Copy, NoRoom, Room, make_room
 from services.store.disk_cache.record import RECORD_NAME, OriginRecord
-from services.store.eviction import Uses
+from services.store.pool.eviction import Uses
 from stoker import log
 from stoker.checkpoint.folder import read_bounded
 from stoker.errors import CheckpointInvalid, ConfigError, InUse, NotFound

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.store.eviction import Occupant, Uses, choose_victims
+from services.store.pool.eviction import Occupant, Uses, choose_victims
 from stoker.units import format_bytes
 
 

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Sequence
 
 from services.store.chain import FarFile, run_chunks
-from services.store.chunk_source import ChunkSource
 from services.store.peers.exchange import Exchange, FindOnDisk
 from services.store.peers.fetching import PeerConnections
 from services.store.peers.limits import Limits
@@ -17,6 +16,7 @@ from services.store.peers.shared_file import DiskCopy
 from services.store.peers.sockets import parse_address
 from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId
+from services.store.reading.chunk_source import ChunkSource
 from stoker import log
 from stoker.clock import Clock
 from stoker.errors import ConfigError, InvalidRequest

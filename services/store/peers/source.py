@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from services.store.chunk_source import ChunkSource, GradualSource
-from services.store.integrity import Damage, FileDigests, PartCheck, check_chunk, damaged
+from services.store.integrity.digests import Damage, FileDigests, PartCheck, check_chunk, damaged
 from services.store.peers import metrics
 from services.store.peers.arriving import Arriving
 from services.store.peers.exchange import Exchange, raw_digest
@@ -16,6 +15,7 @@ from services.store.peers.fetching import Fault, FetchFailed, PeerConnections
 from services.store.peers.limits import Limits
 from services.store.peers.swarm import Choice, FileSwarm
 from services.store.peers.wire import FileIdentity, StoreId
+from services.store.reading.chunk_source import ChunkSource, GradualSource
 from stoker import log
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed

@@ -9,10 +9,10 @@ from services.store.chain import Chain, FarFile, Link, OpenFile, Refusal, Tier, 
 from services.store.disk_cache.cache import CachedFolder, DiskCache
 from services.store.disk_cache.record import OriginRecord
 from services.store.far_weights import OpenedFile, OpenOnDisk
-from services.store.integrity import FileDigests
-from services.store.lanes import Lane
+from services.store.integrity.digests import FileDigests
 from services.store.origins.ranges import Ranges
 from services.store.origins.source import OriginSource
+from services.store.reading.lanes import Lane
 from stoker import log
 from stoker.checkpoint.index import CheckpointFile
 

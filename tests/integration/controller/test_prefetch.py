@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.controller.forecast import arrived
+from services.controller.cluster_view.forecast import arrived
+from services.controller.cluster_view.learnt import Arrivals
+from services.controller.cluster_view.view import Pool, View
 from services.controller.forecaster import Forecaster
-from services.controller.foresight import Limits
-from services.controller.learnt import Arrivals
 from services.controller.orders import Orders
 from services.controller.records import ModelRecord
+from services.controller.scaling.foresight import Limits
 from services.controller.settings import ControllerSettings
-from services.controller.view import Pool, View
 from stoker.background import background
 from stoker.clock import ManualClock
 from stoker.ids import CheckpointUri, ModelName, Revision

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from services.node_agent.move_watch import MoveWatch
 from services.node_agent.servicer import Servicer
-from services.node_agent.worker_link import LinkOptions, WorkerLink
-from services.worker.kv_desk import KvDesk
-from services.worker.kv_format import ALL_TOKENS, KvLayout
+from services.node_agent.sessions.move_watch import MoveWatch
+from services.node_agent.workers.worker_link import LinkOptions, WorkerLink
+from services.worker.kv.kv_desk import KvDesk
+from services.worker.kv.kv_format import ALL_TOKENS, KvLayout
 from stoker.errors import CapacityError, KvUnavailable, PeerError, ReplicaGone
 from stoker.ids import SessionId
 from stoker.rpc import Server, connect, translated

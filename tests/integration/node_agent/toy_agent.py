@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from services.node_agent.forked_child import ForkedChild, adopt_orphans
+from services.node_agent.workers.forked_child import ForkedChild, adopt_orphans
 from services.worker.forking import serve
 from stoker.process import die_with_parent
 

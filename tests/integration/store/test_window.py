@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from services.worker.arrival import Arrival
-from services.worker.arrival_order import arrival_order
-from services.worker.device_weights import DeviceWeights
-from services.worker.host_copy import HostCopyEngine
-from services.worker.pool_lock import lock_pool
-from services.worker.weights_gate import WeightsGate
+from services.worker.weights.arrival import Arrival
+from services.worker.weights.arrival_order import arrival_order
+from services.worker.weights.device_weights import DeviceWeights
+from services.worker.weights.host_copy import HostCopyEngine
+from services.worker.weights.pool_lock import lock_pool
+from services.worker.weights.weights_gate import WeightsGate
 from stoker.attach import Attachment, attach
 from stoker.errors import DoesNotFit, LoadFailed
 from stoker.units import KIB, MIB

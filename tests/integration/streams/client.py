@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.gateway.session import Delta
+from services.gateway.sessions.session import Delta
 from services.gateway.text_request import Waiting
 from stoker.clock import ManualClock
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Self
 
-from services.gateway.routes import Replica
-from services.node_agent.epoch_fence import EpochFence
-from services.node_agent.relay import SessionRelay
-from services.worker.engine_thread import EngineThread
-from services.worker.kv_desk import KvDesk
+from services.gateway.routing.routes import Replica
+from services.node_agent.sessions.epoch_fence import EpochFence
+from services.node_agent.sessions.relay import SessionRelay
+from services.worker.engine.engine_thread import EngineThread
+from services.worker.engine.transformers_engine import TransformersEngine
+from services.worker.kv.kv_desk import KvDesk
 from services.worker.run_stream import RunStream
-from services.worker.transformers_engine import TransformersEngine
 from stoker.errors import ReplicaGone, WorkerDied
 from stoker.v1 import session_pb2
 from stoker.v1.node_agent_pb2 import FetchKvRequest, FetchKvResponse

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.gateway.text.model_text import ModelText
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine.transformers_engine import TransformersEngine
 from tests.integration.streams.engines import LIMITS, NewEngine, engine_model, text_of
 from tests.integration.tiny_model import make_tiny_model
 

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.gateway.hops import HopPolicy
 from services.gateway.job import Job
-from services.gateway.placement import Placement
-from services.gateway.routes import Replica, RouteTable
+from services.gateway.routing.placement import Placement
+from services.gateway.routing.routes import Replica, RouteTable
 from services.gateway.sampling import SamplingRequest
-from services.gateway.session import Session
-from services.gateway.session_run import SessionRun
+from services.gateway.sessions.hops import HopPolicy
+from services.gateway.sessions.session import Session
+from services.gateway.sessions.session_run import SessionRun
 from services.gateway.text.model_text import ModelText
 from services.gateway.text_request import Prompts, TextRequest
 from services.gateway.trace import Trace
-from services.worker import engine as tokens
 from services.worker import wire
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine import protocol as tokens
+from services.worker.engine.transformers_engine import TransformersEngine
 from stoker.errors import WorkerDied
 from stoker.ids import ReplicaId, SessionId
 from stoker.v1 import controller_pb2, model_pb2, session_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.text.model_text import ModelText
-from services.worker.engine import Sampling, Submit
+from services.worker.engine.protocol import Sampling, Submit
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2
 from tests.integration.streams.engines import Answer, NewEngine, Replicas, answer

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from services.gateway.text.model_text import ModelText
-from services.worker.engine import Sampling, Submit
+from services.worker.engine.protocol import Sampling, Submit
 from stoker.errors import KvUnavailable, WorkerDied
 from stoker.ids import SessionId
 from stoker.v1.session_kv_pb2 import KvPart
@@ -17,7 +17,7 @@ from stoker.v1.session_pb2 import GenerateRequest
 from tests.integration.streams.cluster import Cluster, Event, Node
 from tests.integration.streams.engines import NewEngine, Replicas, answer
 from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
-from tests.unit.services.worker.test_kv_exchange import shipped, stopped_after
+from tests.unit.services.worker.kv.test_kv_exchange import shipped, stopped_after
 from tests.unit.services.worker.tiny_models import numbers, run
 
 POSITIONS = 64

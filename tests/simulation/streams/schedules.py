@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from services.gateway.hops import HopPolicy
 from services.gateway.job import Job
-from services.gateway.routes import RouteTable
+from services.gateway.routing.routes import RouteTable
 from services.gateway.sampling import SamplingRequest
-from services.gateway.session_run import SessionRun
+from services.gateway.sessions.hops import HopPolicy
+from services.gateway.sessions.session_run import SessionRun
 from services.gateway.text_request import Prompts, TextRequest
 from services.gateway.trace import Trace
 from stoker.v1 import controller_pb2, model_pb2

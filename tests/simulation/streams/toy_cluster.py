@@ -7,9 +7,9 @@ import random
 from collections.abc import AsyncGenerator, Sequence
 
 from services.gateway.job import Job
-from services.gateway.placement import Placement
-from services.gateway.routes import Replica, RouteTable
-from services.node_agent.epoch_fence import EpochFence
+from services.gateway.routing.placement import Placement
+from services.gateway.routing.routes import Replica, RouteTable
+from services.node_agent.sessions.epoch_fence import EpochFence
 from stoker.clock import ManualClock
 from stoker.errors import (
     KvUnavailable,

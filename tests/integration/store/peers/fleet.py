@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.store.chain import FarFile
-from services.store.integrity import FileDigests
+from services.store.integrity.digests import FileDigests
 from services.store.peers.limits import Limits
 from services.store.peers.service import Peers
 from services.store.peers.wire import FileIdentity

@@ -12,7 +12,7 @@ from typing import Self
 
 import pytest
 
-from services.store.integrity import FileDigests
+from services.store.integrity.digests import FileDigests
 from services.store.peers import exchange, swarm
 from services.store.peers.exchange import raw_digest
 from services.store.peers.service import Peers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from services.controller.view import (
+from services.controller.cluster_view.view import (
     Device,
     Model,
     Node,

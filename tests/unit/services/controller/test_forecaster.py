@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from services.controller.forecast import arrived
+from services.controller.cluster_view.forecast import arrived
+from services.controller.cluster_view.learnt import Arrivals
+from services.controller.cluster_view.view import Held, Pool, View
 from services.controller.forecaster import Forecaster
-from services.controller.foresight import Limits
-from services.controller.learnt import Arrivals
 from services.controller.records import ModelRecord
-from services.controller.view import Held, Pool, View
+from services.controller.scaling.foresight import Limits
 from stoker.background import background
 from stoker.clock import ManualClock
 from stoker.errors import CapacityError

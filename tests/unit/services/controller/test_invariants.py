@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.controller.events import (
+from services.controller.cluster_view.events import (
     Demanded,
     DemandEnded,
     ModelDeleted,
@@ -18,10 +18,10 @@ from services.controller.events import (
     NodeDisconnected,
     StopRefused,
 )
-from services.controller.place import Wait, place
-from services.controller.planner import Planner
-from services.controller.scaling import reconcile
-from services.controller.view import Device, Phase, Policy, View
+from services.controller.cluster_view.view import Device, Phase, Policy, View
+from services.controller.placement.place import Wait, place
+from services.controller.scaling.planner import Planner
+from services.controller.scaling.reconcile import reconcile
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 from tests.unit.services.controller.builders import a_node

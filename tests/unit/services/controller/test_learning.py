@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from services.controller.bandwidth import learn, rate_of
-from services.controller.forecast import (
+from services.controller.cluster_view.bandwidth import learn, rate_of
+from services.controller.cluster_view.forecast import (
     arrived,
     keep_alive_seconds,
     keep_until_seconds,
     likelihood,
     window,
 )
-from services.controller.learnt import Arrivals, Learnt, MoveCost, Moved, Transferred
-from services.controller.moves import learn_move, move_seconds
-from services.controller.view import Policy
+from services.controller.cluster_view.learnt import Arrivals, Learnt, MoveCost, Moved, Transferred
+from services.controller.cluster_view.moves import learn_move, move_seconds
+from services.controller.cluster_view.view import Policy
 from stoker.ids import ModelName
 from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_view

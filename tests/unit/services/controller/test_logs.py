@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from services.controller.cluster_view.view import Policy
 from services.controller.decision_log import MAX_DECISIONS, DecisionLog
 from services.controller.event_log import EventLog
-from services.controller.place import Wait, place
-from services.controller.view import Policy
+from services.controller.placement.place import Wait, place
 from stoker.ids import ModelName, ReplicaId
 from stoker.v1 import start_pb2
 from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_node, a_view

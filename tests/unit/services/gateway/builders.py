@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.routes import ModelRoute, Replica
-from services.gateway.session import Session
+from services.gateway.routing.routes import ModelRoute, Replica
+from services.gateway.sessions.session import Session
 from services.gateway.text.model_text import ModelText
 from stoker.ids import ModelName, ReplicaId, SessionId
 from stoker.v1 import controller_pb2, model_pb2, session_pb2

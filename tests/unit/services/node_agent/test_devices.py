@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.node_agent.devices import parse_gpus, parse_memory, visible
-from services.node_agent.forked_child import describe_exit
+from services.node_agent.workers.forked_child import describe_exit
 from stoker.units import MIB
 
 TWO = "0, 81559, NVIDIA H100 80GB HBM3\n1, 143771, NVIDIA H200\n"

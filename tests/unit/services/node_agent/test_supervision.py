@@ -35,7 +35,7 @@ from services.node_agent.host_state import (
     WorkerWarm,
 )
 from services.node_agent.supervision import handle
-from services.node_agent.worker_pool import backoff_seconds
+from services.node_agent.workers.worker_pool import backoff_seconds
 from stoker.errors import CapacityError, Fenced, InvalidRequest, ReplicaBusy, ReplicaGone, StokerError
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest

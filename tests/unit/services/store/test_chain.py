@@ -7,7 +7,7 @@ import os
 import pytest
 
 from services.store.chain import Chain, FarFile, Link, Tier, order_of_sources, run_chunks
-from services.store.integrity import FileDigests
+from services.store.integrity.digests import FileDigests
 from stoker.checkpoint.digests import digest
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed

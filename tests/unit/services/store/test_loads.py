@@ -8,17 +8,17 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.store.arena import open_arena
 from services.store.catalog import Catalog
-from services.store.counters import ReadyCounters
-from services.store.damaged_copies import DamagedCopies
-from services.store.disk_sources import DiskSources
-from services.store.lanes import Lane
+from services.store.integrity.damaged_copies import DamagedCopies
+from services.store.integrity.verified_parts import VerifiedParts
 from services.store.loads import Loads
-from services.store.read_queue import Urgency
-from services.store.resident import Phase
+from services.store.pool.arena import open_arena
+from services.store.pool.counters import ReadyCounters
+from services.store.pool.resident import Phase
+from services.store.reading.disk_sources import DiskSources
+from services.store.reading.lanes import Lane
+from services.store.reading.read_queue import Urgency
 from services.store.settings import StoreSettings, VerifyDisk
-from services.store.verified_parts import VerifiedParts
 from stoker.clock import ManualClock
 from stoker.errors import CapacityError, DoesNotFit, InUse, LoadFailed, PeerError
 from stoker.units import KIB

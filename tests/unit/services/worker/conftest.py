@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from services.worker.engine import EngineLimits
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine.protocol import EngineLimits
+from services.worker.engine.transformers_engine import TransformersEngine
 from tests.unit.services.worker.tiny_models import reference, served
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from services.worker.adapted_rows import AdapterWeights
-from services.worker.engine import EngineLimits, ResumeMode
-from services.worker.takeover import common_tokens
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine.adapted_rows import AdapterWeights
+from services.worker.engine.protocol import EngineLimits, ResumeMode
+from services.worker.engine.takeover import common_tokens
+from services.worker.engine.transformers_engine import TransformersEngine
 from stoker.models.lora import LoraWeights
 from tests.unit.services.worker.tiny_models import VOCAB, ids, numbers, reference, request, run, served
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker.engine import EngineLimits, TokenOut
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.engine.protocol import EngineLimits, TokenOut
+from services.worker.engine.transformers_engine import TransformersEngine
 from stoker.errors import NotFound
 from stoker.ids import SessionId
 from tests.unit.services.worker.tiny_models import numbers, request, run

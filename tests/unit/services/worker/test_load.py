@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from services.worker import load
-from services.worker.device_weights import DeviceWeights
-from services.worker.engine import EngineLimits
-from services.worker.engine_thread import EngineThread
-from services.worker.kv_budget import kv_bytes_per_token
-from services.worker.kv_store import SLOT_TOKENS
+from services.worker.engine.engine_thread import EngineThread
+from services.worker.engine.protocol import EngineLimits
+from services.worker.engine.transformers_engine import TransformersEngine
+from services.worker.kv.kv_budget import kv_bytes_per_token
+from services.worker.kv.kv_store import SLOT_TOKENS
 from services.worker.load import LoadedModel, completed, load_model
 from services.worker.settings import WorkerSettings
-from services.worker.transformers_engine import TransformersEngine
+from services.worker.weights.device_weights import DeviceWeights
 from stoker.attach import Attachment
 from stoker.checkpoint.execution_order import execution_order
 from stoker.errors import DeadlineExceeded, LoadFailed, StokerError
@@ -30,7 +30,7 @@ from stoker.v1.model_pb2 import ModelSpec
 from stoker.v1.start_pb2 import TierTransfer
 from stoker.v1.worker_pb2 import LoadModelRequest
 from tests.copy_engines.fake import FakeCopyEngine
-from tests.unit.services.worker.test_engine_thread import PATIENCE_SECONDS, Collector
+from tests.unit.services.worker.engine.test_engine_thread import PATIENCE_SECONDS, Collector
 from tests.unit.services.worker.tiny_models import config_json, reference, request, run, served
 
 CHUNK = mmap.PAGESIZE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from services.worker.kv_budget import kv_bytes_per_token, max_kv_tokens
+from services.worker.kv.kv_budget import kv_bytes_per_token, max_kv_tokens
 from services.worker.load import dtype_named
 from services.worker.memory import check_room, device_of
 from stoker.errors import CapacityError, DoesNotFit, InvalidRequest

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from services.worker.engine import Finished, FinishReason, SessionTimings, Submit, TokenOut
+from services.worker.engine.protocol import Finished, FinishReason, SessionTimings, Submit, TokenOut
 from services.worker.run_stream import RunStream
 from stoker.errors import AlreadyExists, CheckpointInvalid, QueueFull, WorkerDied
 from stoker.ids import SessionId

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker import engine, wire
+from services.worker import wire
+from services.worker.engine import protocol
 from stoker.errors import InvalidRequest
 from stoker.ids import SessionId
 from stoker.v1 import session_pb2, worker_pb2
@@ -38,12 +39,12 @@ def test_a_request_keeps_every_field() -> None:
         sampling=sampling,
     )
 
-    assert wire.submit(request, ID) == engine.Submit(
+    assert wire.submit(request, ID) == protocol.Submit(
         session_id=ID,
         prompt_token_ids=[1, 2],
         generated_token_ids=[8],
-        resume_mode=engine.ResumeMode.FAST,
-        sampling=engine.Sampling(
+        resume_mode=protocol.ResumeMode.FAST,
+        sampling=protocol.Sampling(
             temperature=0.5,
             top_p=0.25,
             top_k=7,
@@ -74,19 +75,19 @@ def test_a_limit_of_no_tokens_is_refused() -> None:
 
 
 def test_one_step_is_one_event_per_session_with_its_tokens_and_its_end() -> None:
-    timings = engine.SessionTimings(queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0)
-    outputs: list[engine.Output] = [
-        engine.TokenOut(session_id=ID, position=3, token_id=11),
-        engine.TokenOut(
+    timings = protocol.SessionTimings(queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0)
+    outputs: list[protocol.Output] = [
+        protocol.TokenOut(session_id=ID, position=3, token_id=11),
+        protocol.TokenOut(
             session_id=ID,
             position=4,
             token_id=12,
             logprob=-0.5,
-            top_logprobs=(engine.TokenLogprob(token_id=12, logprob=-0.5),),
+            top_logprobs=(protocol.TokenLogprob(token_id=12, logprob=-0.5),),
         ),
-        engine.Finished(
+        protocol.Finished(
             session_id=ID,
-            reason=engine.FinishReason.LENGTH,
+            reason=protocol.FinishReason.LENGTH,
             prompt_token_count=2,
             generated_token_count=5,
             timings=timings,
@@ -104,17 +105,17 @@ def test_one_step_is_one_event_per_session_with_its_tokens_and_its_end() -> None
 
 
 def test_an_end_alone_stands_after_the_tokens_that_were_generated() -> None:
-    finished = engine.Finished(
-        session_id=ID, reason=engine.FinishReason.CANCELLED, prompt_token_count=2, generated_token_count=5
+    finished = protocol.Finished(
+        session_id=ID, reason=protocol.FinishReason.CANCELLED, prompt_token_count=2, generated_token_count=5
     )
 
     assert wire.step_event([finished], OWNERS).sessions[0].event.position == 5
 
 
 def test_a_session_that_the_engine_gave_up_ends_with_an_error() -> None:
-    finished = engine.Finished(
+    finished = protocol.Finished(
         session_id=ID,
-        reason=engine.FinishReason.ERROR,
+        reason=protocol.FinishReason.ERROR,
         prompt_token_count=2,
         generated_token_count=5,
         message="logits are not finite",
@@ -126,6 +127,6 @@ def test_a_session_that_the_engine_gave_up_ends_with_an_error() -> None:
 
 
 def test_outputs_of_sessions_that_nobody_owns_are_left_out() -> None:
-    outputs = [engine.TokenOut(session_id=SessionId("ses-2/1/0"), position=0, token_id=1)]
+    outputs = [protocol.TokenOut(session_id=SessionId("ses-2/1/0"), position=0, token_id=1)]
 
     assert wire.step_event(outputs, OWNERS) == worker_pb2.StepEvent()

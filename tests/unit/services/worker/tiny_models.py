@@ -18,15 +18,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from services.worker.engine import Sampling, Submit, TokenOut
+from services.worker.engine.protocol import Sampling, Submit, TokenOut
 from services.worker.model_loading import build_skeleton
 from stoker.models.weights import assign_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.worker.engine import Finished
-    from services.worker.transformers_engine import TransformersEngine
+    from services.worker.engine.protocol import Finished
+    from services.worker.engine.transformers_engine import TransformersEngine
 
 VOCAB = 512
 SHAPE: dict[str, Any] = {

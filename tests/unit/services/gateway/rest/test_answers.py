@@ -11,7 +11,7 @@ import pytest
 
 from services.gateway.rest.answers import StreamAnswer, WholeAnswer, comment
 from services.gateway.rest.shapes import ChatShape
-from services.gateway.session import Delta
+from services.gateway.sessions.session import Delta
 from services.gateway.text_request import Sink, Waiting
 from services.gateway.trace import Trace
 from stoker.clock import ManualClock

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.completion import Completion
 
 from services.gateway.rest.shapes import ChatShape, Collected, CompletionShape, usage
-from services.gateway.session import Alternative, Delta, ScoredToken
+from services.gateway.sessions.session import Alternative, Delta, ScoredToken
 
 TOKEN = ScoredToken(raw=b"\xf0", logprob=float("-inf"), offset=3, top=(Alternative(raw=b"a", logprob=-0.5),))
 

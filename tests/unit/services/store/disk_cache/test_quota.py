@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.store.disk_cache.quota import Copy, NoRoom, Room, make_room
-from services.store.eviction import Uses
+from services.store.pool.eviction import Uses
 
 
 def copy(key: str, size: int, *, uses: float = 1.0, **facts) -> Copy:

@@ -1,0 +1,219 @@
+"""What can happen to the cluster, as values: the input of `fold`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.controller.cluster_view.view import Model, Node, Refusal, Reservation, Scheduling
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPut:
+    """A model was deployed or changed."""
+
+    model: Model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDeleted:
+    """A model was deleted."""
+
+    name: ModelName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """A reservation was decided, or read from the state."""
+
+    reservation: Reservation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Releasing:
+    """The deletion of a reservation was begun; its slots stay taken until `Released`."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """A reservation is gone."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReported:
+    """An agent reported; `node` is whole."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeDisconnected:
+    """A report stream ended, or an order could not be delivered: suspect, its warm replicas still count."""
+
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeUnreachable:
+    """A node was silent for too long."""
+
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeForgotten:
+    """A node was silent for so long that it is no longer part of the cluster."""
+
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLost:
+    """A reserved replica's node was waited for, and did not come."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopOrdered:
+    """It was decided to stop a replica."""
+
+    replica_id: ReplicaId
+    now_seconds: float
+    for_model: ModelName | None = None
+    node_id: NodeId | None = None
+    """Where it runs; needed when nobody reserved it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveOrdered:
+    """It was decided to move a replica: `to` was reserved for it, its sessions follow once that is ready."""
+
+    replica_id: ReplicaId
+    to: ReplicaId
+    for_model: ModelName | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveGivenUp:
+    """The replica stays: what it was to move to will not come."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastMissed:
+    """A model was not asked for when its history said so; the forecast rests until it is."""
+
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingSet:
+    """An operator opened, cordoned or drained a node."""
+
+    node_id: NodeId
+    scheduling: Scheduling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRefused:
+    """The replica stays: it turned out to be busy, or its agent did not answer."""
+
+    replica_id: ReplicaId
+    busy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demanded:
+    """A request begins to wait for a model."""
+
+    model: ModelName
+    now_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemandEnded:
+    """A request waits no longer: served, refused or gone."""
+
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declined:
+    """A request was refused at once because no start could meet its deadline; forecasts count it."""
+
+    model: ModelName
+    now_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartFailed:
+    """A start failed for a reason that lies in the model or its order."""
+
+    model: ModelName
+    now_seconds: float
+    retry_at_seconds: float
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A wanted replica could not be placed."""
+
+    model: ModelName
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalLifted:
+    """The replica was placed after all, or is no longer wanted."""
+
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoomSettled:
+    """All models that wait were placed again since the view's `room` was this; those left still wait."""
+
+    room: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distrusted:
+    """A gateway found these replicas broken."""
+
+    replica_ids: frozenset[ReplicaId]
+
+
+Event = (
+    ModelPut
+    | ModelDeleted
+    | Reserved
+    | Releasing
+    | Released
+    | NodeReported
+    | NodeDisconnected
+    | NodeUnreachable
+    | NodeForgotten
+    | ReplicaLost
+    | StopOrdered
+    | MoveOrdered
+    | MoveGivenUp
+    | ForecastMissed
+    | SchedulingSet
+    | StopRefused
+    | Demanded
+    | DemandEnded
+    | Declined
+    | StartFailed
+    | Refused
+    | RefusalLifted
+    | RoomSettled
+    | Distrusted
+)

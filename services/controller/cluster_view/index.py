@@ -1,0 +1,366 @@
+"""Summaries that keep decisions fast: made from a view, and kept current by `fold`. Pure.
+
+A decision over thousands of nodes looks at few of them, because nodes are kept sorted by what makes a start
+fast. Rules:
+
+1. An index says nothing that the view does not: `index_of(view)` makes the same one anew (property-tested).
+2. Everything in it is immutable; a change shares all but what it touches with the index before.
+3. It knows no policy and no time, so that neither makes it stale.
+4. A change costs what it changes: of a node's places in the lists only those that differ are moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from immutables import Map
+
+from services.controller.cluster_view.attention import EMPTY, Mark, Tally, due_of, mark_of
+from services.controller.cluster_view.fleet import member
+from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
+from services.controller.cluster_view.summary import ORIGINS, Shape, Summary, summary_of
+from services.controller.cluster_view.view import Checkpoint, Node, Reservation, View
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+T = TypeVar("T")
+K = TypeVar("K")
+Nodes = Ladder[tuple[float, NodeId]]
+"""Nodes in ascending order of a number: the first is the best."""
+Members = Map[NodeId, None]
+
+
+Draft = Any
+"""An index on the way to the next one: its fields may be assigned; what they hold stays immutable."""
+
+
+class Rung(NamedTuple):
+    """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
+
+    Attributes:
+        origin: Where the bytes come from that its rates are about; one of `ORIGINS`.
+        free: Each has at least so many free slots; a power of two.
+        waits: A pre-started worker waits there.
+        shape: What they can ever take.
+    """
+
+    origin: str
+    free: int
+    waits: bool
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """Summaries of a view.
+
+    Attributes:
+        on_node: Reservations of each node, sorted.
+        of_model: Reservations of each model, sorted.
+        summaries: Of every node.
+        holders: Nodes whose stores hold some of a checkpoint.
+        free_holders: Those of them that are open and have free slots.
+        free: Open nodes with free slots, the fastest first; by negative rate.
+        free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
+        marks: What each reserved replica adds to its model's tally.
+        tallies: Of every model with replicas.
+        idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
+        idle_by_worth: The same, by `worth_key` of the replica cheapest to lose.
+        busy_by_rate: Open nodes with a replica that serves sessions, the fastest first, by origin.
+        by_opening: Open nodes by the seconds before the first byte comes, the fewest first, by origin.
+        by_device: Open nodes by the rate to their devices, the slowest first.
+        leaving: Nodes with replicas on their way out, by whom these make room for.
+        orphaned: Nodes with replicas that nobody reserved.
+        homeless: Nodes that have reservations, and are not in the cluster.
+        labelled: Nodes by label.
+        open_nodes: Ids, sorted.
+        last_seen: Every node by the time of its last report.
+        due: When something about a model may have to be done next, by time and name.
+        due_at: The same, by name.
+        shapes: How many nodes there are of each shape.
+    """
+
+    on_node: Map[NodeId, tuple[ReplicaId, ...]] = field(default_factory=Map)
+    of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
+    summaries: Map[NodeId, Summary] = field(default_factory=Map)
+    holders: Map[Checkpoint, Members] = field(default_factory=Map)
+    free_holders: Map[Checkpoint, Members] = field(default_factory=Map)
+    free: Map[Rung, Nodes] = field(default_factory=Map)
+    free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
+    marks: Map[ReplicaId, Mark] = field(default_factory=Map)
+    tallies: Map[ModelName, Tally] = field(default_factory=Map)
+    idle_by_rate: Map[str, Nodes] = field(default_factory=Map)
+    idle_by_worth: Nodes = field(default_factory=Ladder)
+    busy_by_rate: Map[str, Nodes] = field(default_factory=Map)
+    by_opening: Map[str, Nodes] = field(default_factory=Map)
+    by_device: Nodes = field(default_factory=Ladder)
+    leaving: Map[ModelName, Members] = field(default_factory=Map)
+    orphaned: Members = field(default_factory=Map)
+    homeless: Members = field(default_factory=Map)
+    labelled: Map[tuple[str, str], Members] = field(default_factory=Map)
+    open_nodes: Ladder[NodeId] = field(default_factory=Ladder)
+    last_seen: Nodes = field(default_factory=Ladder)
+    due: Ladder[tuple[float, ModelName]] = field(default_factory=Ladder)
+    due_at: Map[ModelName, float] = field(default_factory=Map)
+    shapes: Map[Shape, int] = field(default_factory=Map)
+
+
+def index_of(view: View) -> Index:
+    """Return the view's index, made anew when it has none."""
+    if view.index is not None:
+        return view.index
+    on_node: dict[NodeId, list[ReplicaId]] = {}
+    of_model: dict[ModelName, list[ReplicaId]] = {}
+    for replica_id in sorted(view.reservations):
+        reservation = view.reservations[replica_id]
+        on_node.setdefault(reservation.node_id, []).append(replica_id)
+        of_model.setdefault(reservation.model, []).append(replica_id)
+    draft = draft_of(Index())
+    draft.on_node = Map({key: tuple(found) for key, found in on_node.items()})
+    draft.of_model = Map({key: tuple(found) for key, found in of_model.items()})
+    for replica_id in sorted(view.reservations):
+        _remark(draft, view, replica_id, view.reservations[replica_id].model)
+    for node_id in sorted(view.nodes):
+        _change_node(draft, None, view, node_id)
+    for node_id in sorted(on_node):
+        _rehome(draft, view, node_id)
+    _change_models(draft, view, {*view.models, *of_model, *view.demands})
+    return finished(draft, Index)
+
+
+def indexed(view: View) -> View:
+    """Return the view with its index."""
+    return view if view.index is not None else changed(view, index=index_of(view))
+
+
+def reindexed(
+    before: View,
+    after: View,
+    *,
+    nodes: AbstractSet[NodeId],
+    models: AbstractSet[ModelName],
+    reservations: AbstractSet[ReplicaId],
+) -> View:
+    """Return `after` with the index of `before` brought up to date.
+
+    Args:
+        before: With its index.
+        after: What an event made of it.
+        nodes: Those that may have changed, or whose replicas or reservations may have.
+        models: Those whose definition, demand, failures or replicas may have changed.
+        reservations: Those that may have come or gone.
+    """
+    draft = draft_of(index_of(before))
+    for replica_id in reservations:
+        _change_reservation(draft, before, after, replica_id)
+    for node_id in nodes:
+        _change_node(draft, before, after, node_id)
+    _change_models(draft, after, models)
+    return changed(after, index=finished(draft, Index))
+
+
+def reservations_on(view: View, index: Index, node_id: NodeId) -> tuple[Reservation, ...]:
+    """Return a node's reservations, by replica id."""
+    return tuple(view.reservations[replica_id] for replica_id in index.on_node.get(node_id, ()))
+
+
+def reservations_of(view: View, index: Index, name: ModelName) -> tuple[Reservation, ...]:
+    """Return a model's reservations, by replica id."""
+    return tuple(view.reservations[replica_id] for replica_id in index.of_model.get(name, ()))
+
+
+def _change_reservation(draft: Draft, before: View, after: View, replica_id: ReplicaId) -> None:
+    was, now = before.reservations.get(replica_id), after.reservations.get(replica_id)
+    found = was or now
+    if found is None:
+        return
+    _remark(draft, after, replica_id, found.model)
+    if (was is None) == (now is None):
+        return  # neither its node nor its model ever changes
+    draft.on_node = _listed(draft.on_node, found.node_id, replica_id, present=now is not None)
+    draft.of_model = _listed(draft.of_model, found.model, replica_id, present=now is not None)
+    _rehome(draft, after, found.node_id)
+
+
+def _remark(draft: Draft, view: View, replica_id: ReplicaId, name: ModelName) -> None:
+    reservation = view.reservations.get(replica_id)
+    was = draft.marks.get(replica_id)
+    now = mark_of(view, member(view, reservation)) if reservation is not None else None
+    if was == now:
+        return
+    tally: Tally = draft.tallies.get(name, EMPTY).after(was, now)
+    draft.marks = _put(draft.marks, replica_id, now)
+    draft.tallies = _put(draft.tallies, name, tally if tally.replicas else None)
+
+
+def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
+    is_homeless = node_id in draft.on_node and node_id not in view.nodes
+    draft.homeless = _marked(draft.homeless, node_id, present=is_homeless)
+
+
+def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId) -> None:
+    was, now = before.nodes.get(node_id) if before else None, after.nodes.get(node_id)
+    was_summary: Summary | None = draft.summaries.get(node_id)
+    was_held = was.held.keys() if was else frozenset()
+    now_held = now.held.keys() if now else frozenset()
+    if was is not now:
+        _rehome(draft, after, node_id)
+        _resee(draft, was, now)
+        if was_held != now_held:
+            draft.holders = _regrouped(draft.holders, was_held, now_held, node_id)
+        if was is None or now is None or was.labels != now.labels:
+            draft.labelled = _regrouped(
+                draft.labelled, was.labels if was else (), now.labels if now else (), node_id
+            )
+    now_summary = None
+    if now is not None:
+        same = (
+            before is not None
+            and was is now
+            and before.models is after.models
+            and before.distrusted is after.distrusted
+        )
+        reservations = tuple(after.reservations[found] for found in draft.on_node.get(node_id, ()))
+        now_summary = summary_of(after, node_id, reservations, was_summary if same else None)
+    was_free, now_free = _has_free(was_summary), _has_free(now_summary)
+    if was_free != now_free or (now_free and was is not now and was_held != now_held):
+        draft.free_holders = _regrouped(
+            draft.free_holders, was_held if was_free else (), now_held if now_free else (), node_id
+        )
+    if was_summary == now_summary:
+        return
+    draft.summaries = _put(draft.summaries, node_id, now_summary)
+    _recount(draft, was_summary, now_summary)
+    had = set(_places(was_summary, node_id)) if was_summary else set()
+    has = set(_places(now_summary, node_id)) if now_summary else set()
+    for place in had - has:
+        _place(draft, place, present=False)
+    for place in has - had:
+        _place(draft, place, present=True)
+    was_leaving = was_summary.leaving_for if was_summary else ()
+    now_leaving = now_summary.leaving_for if now_summary else ()
+    if was_leaving != now_leaving:
+        draft.leaving = _regrouped(draft.leaving, was_leaving, now_leaving, node_id)
+    draft.orphaned = _marked(
+        draft.orphaned, node_id, present=now_summary is not None and now_summary.has_orphans
+    )
+
+
+def _has_free(summary: Summary | None) -> bool:
+    return summary is not None and summary.is_open and bool(summary.free)
+
+
+_Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
+"""One of a node's places: the list's name, its key where there are several, and the item."""
+
+
+def _places(summary: Summary, node_id: NodeId) -> Iterator[_Place]:
+    """Yield the sorted lists a node belongs into."""
+    if not summary.is_open:
+        return
+    yield "open_nodes", None, node_id
+    yield "by_device", None, (summary.device_rate, node_id)
+    for origin, opening_seconds in zip(ORIGINS, summary.openings, strict=True):
+        yield "by_opening", origin, (opening_seconds, node_id)
+    waits = not summary.worker_seconds
+    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+        rank = (-rate, node_id)
+        for free in _steps(len(summary.free)):
+            yield "free", Rung(origin, free, waits, summary.shape), rank
+        if summary.worth_keys:
+            yield "idle_by_rate", origin, rank
+        if summary.busy:
+            yield "busy_by_rate", origin, rank
+    if not waits:
+        for free in _steps(len(summary.free)):
+            by_worker = (summary.worker_seconds, node_id)
+            yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
+    if summary.worth_keys:
+        yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
+
+
+def _steps(count: int) -> Iterator[int]:
+    """Yield the powers of two that are no more than `count`."""
+    step = 1
+    while step <= count:
+        yield step
+        step *= 2
+
+
+def _place(draft: Draft, place: _Place, *, present: bool) -> None:
+    name, key, item = place
+    lists = getattr(draft, name)
+    ladder = lists if key is None else lists.get(key, _NOBODY)
+    ladder = ladder.added(item) if present else ladder.removed(item)
+    setattr(draft, name, ladder if key is None else _put(lists, key, ladder or None))
+
+
+_NOBODY: Ladder[NodeId] = Ladder()
+
+
+def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
+    if was is not None and now is not None and was.last_seen_seconds == now.last_seen_seconds:
+        return
+    if was is not None:
+        draft.last_seen = draft.last_seen.removed((was.last_seen_seconds, was.node_id))
+    if now is not None:
+        draft.last_seen = draft.last_seen.added((now.last_seen_seconds, now.node_id))
+
+
+def _recount(draft: Draft, was: Summary | None, now: Summary | None) -> None:
+    if was is not None and now is not None and was.shape == now.shape:
+        return
+    for summary, change in ((now, 1), (was, -1)):
+        if summary is not None:
+            count = draft.shapes.get(summary.shape, 0) + change
+            draft.shapes = _put(draft.shapes, summary.shape, count or None)
+
+
+def _change_models(draft: Draft, view: View, names: Iterable[ModelName]) -> None:
+    for name in names:
+        was = draft.due_at.get(name)
+        now = due_of(view, name, draft.tallies.get(name, EMPTY))
+        if was == now:
+            continue
+        if was is not None:
+            draft.due = draft.due.removed((was, name))
+        if now is not None:
+            draft.due = draft.due.added((now, name))
+        draft.due_at = _put(draft.due_at, name, now)
+
+
+def _listed(
+    lists: Map[K, tuple[ReplicaId, ...]], key: K, item: ReplicaId, *, present: bool
+) -> Map[K, tuple[ReplicaId, ...]]:
+    items = lists.get(key, ())
+    items = item_added(items, item) if present else item_removed(items, item)
+    return _put(lists, key, items or None)
+
+
+def _regrouped(
+    groups: Map[K, Members], had: Iterable[K], has: Iterable[K], node_id: NodeId
+) -> Map[K, Members]:
+    """Return the groups with a node taken out of those it was in and put into those it is in."""
+    had, has = set(had), set(has)
+    for key in has - had:
+        groups = groups.set(key, groups.get(key, Map()).set(node_id, None))
+    for key in had - has:
+        left = groups[key].delete(node_id)
+        groups = groups.set(key, left) if left else groups.delete(key)
+    return groups
+
+
+def _marked(members: Members, node_id: NodeId, *, present: bool) -> Members:
+    if present == (node_id in members):
+        return members
+    return members.set(node_id, None) if present else members.delete(node_id)
+
+
+def _put(mapping: Map[K, T], key: K, value: T | None) -> Map[K, T]:
+    """Return the mapping with this value; without the key where there is none."""
+    if value is not None:
+        return mapping.set(key, value)
+    return mapping.delete(key) if key in mapping else mapping

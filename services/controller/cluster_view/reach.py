@@ -1,0 +1,159 @@
+"""What an event may change: one table for the index that `fold` keeps and for who watches models. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from enum import Enum
+
+from services.controller.cluster_view.events import (
+    Declined,
+    Demanded,
+    DemandEnded,
+    Distrusted,
+    Event,
+    ForecastMissed,
+    ModelDeleted,
+    ModelPut,
+    MoveGivenUp,
+    MoveOrdered,
+    NodeDisconnected,
+    NodeForgotten,
+    NodeReported,
+    NodeUnreachable,
+    RefusalLifted,
+    Refused,
+    Released,
+    Releasing,
+    ReplicaLost,
+    Reserved,
+    RoomSettled,
+    SchedulingSet,
+    StartFailed,
+    StopOrdered,
+    StopRefused,
+)
+from services.controller.cluster_view.index import index_of
+from services.controller.cluster_view.view import Model, Node, View
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+
+class Watched(Enum):
+    """Of which models those who watch are told."""
+
+    THESE = "these"
+    """Of those that the event reaches."""
+    ALL = "all"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """What an event may change.
+
+    Attributes:
+        replicas: Reserved ones that may come, go, or stand otherwise.
+        models: Those whose definition, demand, failures or replicas may change.
+        nodes: Those whose report, replicas or reservations may change.
+        watched: Whose state, replicas or stores may be other than those who watch were told.
+    """
+
+    replicas: frozenset[ReplicaId] = frozenset()
+    models: frozenset[ModelName] = frozenset()
+    nodes: frozenset[NodeId] = frozenset()
+    watched: Watched = Watched.THESE
+
+
+NOWHERE = Reach(watched=Watched.NONE)
+
+
+def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911 - one line per event: a table
+    """Return what `event` may change, given the view before it."""
+    match event:
+        case Reserved(reservation=reservation):
+            return Reach(
+                replicas=frozenset({reservation.replica_id}),
+                models=frozenset({reservation.model}),
+                nodes=frozenset({reservation.node_id}),
+            )
+        case StopOrdered(replica_id=replica_id, node_id=node_id):
+            return _of_replicas(before, (replica_id,), nodes=() if node_id is None else (node_id,))
+        case (
+            Releasing(replica_id=replica_id)
+            | Released(replica_id=replica_id)
+            | ReplicaLost(replica_id=replica_id)
+            | StopRefused(replica_id=replica_id)
+            | MoveOrdered(replica_id=replica_id)
+            | MoveGivenUp(replica_id=replica_id)
+        ):
+            return _of_replicas(before, (replica_id,))
+        case Distrusted(replica_ids=replica_ids):
+            return _of_replicas(before, replica_ids)
+        case NodeReported(node=node):
+            return _of_report(before, node)
+        case NodeDisconnected(node_id=node_id):
+            return _of_node(before, node_id)
+        case NodeUnreachable(node_id=node_id) | NodeForgotten(node_id=node_id):
+            return _of_node(before, node_id, watched=Watched.ALL)
+        case SchedulingSet(node_id=node_id):
+            return _of_node(before, node_id, watched=Watched.NONE)
+        case ModelPut(model=Model(name=name)) | ModelDeleted(name=name):
+            return _of_replicas(before, index_of(before).of_model.get(name, ()), models=(name,))
+        case (
+            StartFailed(model=name)
+            | Refused(model=name)
+            | RefusalLifted(model=name)
+            | ForecastMissed(model=name)
+        ):
+            return Reach(models=frozenset({name}))
+        case Demanded(model=name) | DemandEnded(model=name) | Declined(model=name):
+            return Reach(models=frozenset({name}), watched=Watched.NONE)
+        case RoomSettled():
+            return NOWHERE
+
+
+def touched(before: View, event: Event) -> AbstractSet[ModelName]:
+    """Return the models of which those who watch are to be told, given the view before the event."""
+    reach = reach_of(before, event)
+    if reach.watched is Watched.ALL:
+        return set(before.models)
+    return reach.models if reach.watched is Watched.THESE else frozenset()
+
+
+def _of_replicas(
+    before: View,
+    replicas: Iterable[ReplicaId],
+    *,
+    models: Iterable[ModelName] = (),
+    nodes: Iterable[NodeId] = (),
+    watched: Watched = Watched.THESE,
+) -> Reach:
+    """Return the reach of an event about reserved replicas: their models and nodes, and those named."""
+    replicas = frozenset(replicas)
+    found = [before.reservations[each] for each in replicas if each in before.reservations]
+    return Reach(
+        replicas=replicas,
+        models=frozenset([*(each.model for each in found), *models]),
+        nodes=frozenset([*(each.node_id for each in found), *nodes]),
+        watched=watched,
+    )
+
+
+def _of_node(before: View, node_id: NodeId, *, watched: Watched = Watched.THESE) -> Reach:
+    replicas = index_of(before).on_node.get(node_id, ())
+    return _of_replicas(
+        before, replicas, nodes=(node_id,) if node_id in before.nodes else (), watched=watched
+    )
+
+
+def _of_report(before: View, node: Node) -> Reach:
+    was = before.nodes.get(node.node_id)
+    is_new = was is None or not was.reachable or was.store_address != node.store_address
+    return _of_replicas(
+        before,
+        index_of(before).on_node.get(node.node_id, ()),
+        models=[each.model for found in (was, node) if found for each in found.replicas.values()],
+        nodes=(node.node_id,),
+        watched=Watched.ALL if is_new else Watched.THESE,  # a store came or moved: every model may use it
+    )

@@ -1,0 +1,198 @@
+"""What a decision needs to know of one node before it looks closer, computed once per change. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from services.controller.cluster_view.estimate import (
+    NOTHING,
+    bytes_per_second,
+    has_own_memory,
+    opening_seconds,
+    worker_wait_seconds,
+)
+from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.traits import Trait, trait_of
+from services.controller.cluster_view.view import (
+    Checkpoint,
+    Device,
+    Held,
+    Node,
+    Reservation,
+    Scheduling,
+    View,
+)
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+ORIGINS = ("disk", "peer", "remote")
+"""Tiers that the bytes of a checkpoint come from where a node's memory lacks them."""
+
+
+class Shape:
+    """What a node can ever take: architectures, devices, and the pool's bytes. Hashed once: it is a key.
+
+    Attributes:
+        architectures: What its engines serve; empty = it did not say.
+        devices: Its slots.
+        pool_bytes: Of its store's pool; 0 = not known.
+    """
+
+    __slots__ = ("_hash", "architectures", "devices", "pool_bytes")
+
+    def __init__(self, architectures: frozenset[str], devices: tuple[Device, ...], pool_bytes: int) -> None:
+        self.architectures = architectures
+        self.devices = devices
+        self.pool_bytes = pool_bytes
+        self._hash = hash((architectures, devices, pool_bytes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Shape)
+            and self._hash == other._hash
+            and self.pool_bytes == other.pool_bytes
+            and self.architectures == other.architectures
+            and self.devices == other.devices
+        )
+
+
+_shape_of = lru_cache(maxsize=4096)(Shape)
+"""Equal shapes are one object where this remembers them: cheap to compare."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A node, as far as the search for the best one needs it.
+
+    Attributes:
+        shape: What it can ever take.
+        rates: Slowest stage from each of `ORIGINS` to the device, in bytes per second, nothing queued.
+        openings: Before the first byte from each of `ORIGINS` comes, in seconds.
+        device_rate: To its devices, in bytes per second; infinity where weights are not copied.
+        occupied: Slots of replicas that run there.
+        stages_queue: Bytes wait before some stage, as its store says.
+        traits: Of its reservations, by replica id.
+        is_open: It takes new replicas.
+        free: Slots that nobody occupies or has reserved, sorted.
+        loading_bytes: What starts under way there still read, each checkpoint once.
+        loading: The checkpoints that those are of; who starts another replica of one reads nothing more.
+        starting_workers: Starts that may take a warm worker first.
+        worker_seconds: Until a worker would take an order; 0 = one waits.
+        queued: Bytes wait before some stage, so that loads take longer than `rates` say.
+        worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
+        busy: Replicas that serve sessions now and may be moved, or drained; by id.
+        busy_tokens: The fewest that the sessions of one of them have together; 0 = there is none.
+        busy_bytes: The fewest that the checkpoint of one of them has; 0 = there is none.
+        settling: When each of the idle and busy ones became ready, if its weights are all there.
+        leaving_for: Whom replicas on their way out make room for, `ANYBODY` among them; sorted.
+        coming: Checkpoints that replicas just ordered will lease and the store does not show yet, with bytes.
+        has_orphans: Replicas run there that nobody reserved.
+    """
+
+    shape: Shape
+    rates: tuple[float, ...]
+    openings: tuple[float, ...]
+    device_rate: float
+    occupied: frozenset[int] = frozenset()
+    stages_queue: bool = False
+    traits: tuple[Trait, ...] = field(default=(), compare=False, repr=False)
+    is_open: bool = False
+    free: tuple[int, ...] = ()
+    loading_bytes: int = 0
+    loading: frozenset[Checkpoint] = frozenset()
+    starting_workers: int = 0
+    worker_seconds: float = 0.0
+    queued: bool = False
+    worth_keys: tuple[tuple[float, ReplicaId], ...] = ()
+    busy: tuple[ReplicaId, ...] = ()
+    busy_tokens: int = 0
+    busy_bytes: int = 0
+    settling: tuple[float, ...] = ()
+    leaving_for: tuple[ModelName, ...] = ()
+    coming: tuple[tuple[Checkpoint, int], ...] = ()
+    has_orphans: bool = False
+
+
+def is_open(view: View, node: Node) -> bool:
+    """Tell whether replicas may be placed on the node now."""
+    scheduling = view.scheduling.get(node.node_id, Scheduling.OPEN)
+    return node.connected and node.reachable and not node.draining and scheduling is Scheduling.OPEN
+
+
+def summary_of(
+    view: View, node_id: NodeId, reservations: tuple[Reservation, ...], known: Summary | None = None
+) -> Summary:
+    """Return the summary of a node with its reservations.
+
+    Args:
+        view: The cluster.
+        node_id: Which node.
+        reservations: All of those on it, by replica id.
+        known: An earlier summary of the very same report and models, while the same replicas were distrusted:
+            spares most of the work.
+    """
+    node = view.nodes[node_id]
+    known = known or _of_report(node)
+    traits = _traits(view, node, reservations, known)
+    taken = {device for trait in traits for device in trait.reservation.devices}
+    taken |= known.occupied
+    loading = dict([trait.loading for trait in traits if trait.loading is not None])
+    loading_bytes = sum(loading.values())
+    starting_workers = sum([trait.takes_worker for trait in traits])
+    busy = [trait for trait in traits if trait.busy is not None]
+    return changed(
+        known,
+        traits=traits,
+        is_open=is_open(view, node),
+        free=tuple([device.index for device in node.devices if device.index not in taken]),
+        loading_bytes=loading_bytes,
+        loading=frozenset(loading),
+        starting_workers=starting_workers,
+        worker_seconds=worker_wait_seconds(node, starting_workers),
+        queued=known.stages_queue or loading_bytes > 0,
+        worth_keys=tuple(sorted([trait.worth_key for trait in traits if trait.worth_key is not None])),
+        busy=tuple([trait.reservation.replica_id for trait in busy]),
+        busy_tokens=min([trait.busy[0] for trait in busy if trait.busy], default=0),
+        busy_bytes=min([trait.busy[1] for trait in busy if trait.busy], default=0),
+        settling=tuple([at for trait in traits if (at := trait.settled_at_seconds) is not None]),
+        leaving_for=tuple(sorted({whom for trait in traits if (whom := trait.leaving_for) is not None})),
+        coming=tuple(sorted({trait.coming for trait in traits if trait.coming is not None})),
+        has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
+    )
+
+
+def _traits(
+    view: View, node: Node, reservations: tuple[Reservation, ...], known: Summary
+) -> tuple[Trait, ...]:
+    """Return the traits of a node's reservations; those already known of reservations that did not change."""
+    before = {id(trait.reservation): trait for trait in known.traits}  # kept alive by their traits
+    return tuple(
+        [before.get(id(reservation)) or trait_of(view, node, reservation) for reservation in reservations]
+    )
+
+
+def _of_report(node: Node) -> Summary:
+    """Return what a node's report alone says; the rest empty."""
+    device_rate, rates = _rates(node)
+    return Summary(
+        shape=_shape_of(node.architectures, node.devices, node.pool.total_bytes),
+        rates=rates,
+        openings=tuple(opening_seconds(node, origin) for origin in ORIGINS),
+        device_rate=device_rate,
+        occupied=frozenset(device for replica in node.replicas.values() for device in replica.devices),
+        stages_queue=any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
+    )
+
+
+def _rates(node: Node) -> tuple[float, tuple[float, ...]]:
+    device_rate = bytes_per_second(node, "device") if has_own_memory(node) else math.inf
+    return device_rate, tuple(min(bytes_per_second(node, origin), device_rate) for origin in ORIGINS)
+
+
+def holds_all(view_held: Held | None, file_bytes: int) -> bool:
+    """Tell whether a store can give all of a checkpoint to a peer."""
+    return view_held is not None and max(view_held.dram_bytes, view_held.disk_bytes) >= file_bytes

@@ -1,0 +1,241 @@
+"""What a start of a model costs at least, on a node and on those not looked at yet. Pure.
+
+Rules:
+1. A bound is never above the rank of what a closer look finds there; it may be below.
+2. What is the same for every node is worked out once: a decision asks for some sixty bounds.
+3. Sums are those of `estimate` and `options`, from the summary's numbers wherever nothing is queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, inf
+
+from services.controller.cluster_view.estimate import (
+    NOTHING_HELD,
+    bytes_per_second,
+    load_seconds,
+    opening_seconds,
+    source_of,
+)
+from services.controller.cluster_view.index import Index, Nodes, Rung
+from services.controller.cluster_view.moves import least_move
+from services.controller.cluster_view.summary import ORIGINS, Shape, Summary
+from services.controller.cluster_view.traits import WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT
+from services.controller.cluster_view.view import Node
+from services.controller.placement.options import Rank
+from services.controller.placement.room import Situation, Wanted
+from stoker.ids import NodeId
+
+Bounded = tuple[Rank, NodeId]
+ROUNDING = 1 - 1e-9
+"""Sums of the same terms in another order may differ by a rounding; a bound must not be above its node."""
+
+
+def copy_seconds(index: Index, file_bytes: int) -> float:
+    """Return what it takes at least to copy so many bytes to a device, on any node."""
+    return file_bytes / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
+
+
+def rungs_of(index: Index, wanted: Wanted) -> Iterator[tuple[Rung, Nodes]]:
+    """Yield where free nodes are listed that could take the model, by the rate it would load at."""
+    free = 1 << (wanted.slots.bit_length() - 1)
+    for shape in index.shapes:
+        if wanted.slots_that_fit(shape):
+            for waits in (True, False):
+                rung = Rung(wanted.origin, free, waits, shape)
+                nodes = index.free.get(rung)
+                if nodes is not None:
+                    yield rung, nodes
+
+
+class Bounds:
+    """The ranks that starts of one model can't beat.
+
+    Args:
+        situation: What the decision is about.
+        wanted: What is to start: the situation's model, or one that has to move.
+        may_disturb: Others may be stopped or moved for it.
+    """
+
+    def __init__(self, situation: Situation, wanted: Wanted, *, may_disturb: bool) -> None:
+        policy, index, parts = situation.policy, situation.index, wanted.parts
+        self.wanted = wanted
+        self.limit_seconds = inf
+        """Whoever disturbs others and costs more is out: something better was found."""
+        self.disturbs_busy = may_disturb and (policy.may_migrate or situation.waited_too_long)
+        self._may_disturb = may_disturb
+        self._slots = wanted.slots
+        self._shape: Shape | None = None
+        self._shape_fits = False
+        self._index = index
+        self._least_opening: float | None = None
+        self._slowest_device = 0.0
+        self._summaries = index.summaries
+        self._nodes = situation.view.nodes
+        self._file_bytes = wanted.model.file_bytes
+        self._checkpoint = wanted.model.checkpoint
+        self._origin = ORIGINS.index(wanted.origin)
+        self._beside_seconds = parts.skeleton_seconds + parts.first_forward_seconds
+        self._overhead_seconds = parts.overhead_seconds
+        self._tie_seconds = policy.tie_seconds
+        self._weight = 1.0 if situation.waited_too_long else policy.hysteresis_ratio
+        self._stop_seconds = policy.stop_seconds
+        self._faded = situation.now_seconds / WORTH_DECAY_SECONDS
+        if not self.disturbs_busy:
+            return
+        if policy.may_migrate:
+            move_per_token, move = least_move(situation.view, policy)
+            self._per_byte = copy_seconds(index, 1)
+            self._per_token, self._per_move = move_per_token * ROUNDING, move * ROUNDING
+        else:
+            self._per_byte = self._per_token = 0.0
+            self._per_move = policy.drain_grace_seconds
+
+    def sorted_on(self, nodes: Iterable[NodeId]) -> list[Bounded]:
+        """Return the bounds of these nodes, the lowest first; those that are out are left out."""
+        found = [(bound, node_id) for node_id in nodes if (bound := self.on(node_id)) is not None]
+        found.sort()
+        return found
+
+    def on(self, node_id: NodeId) -> Rank | None:
+        """Return the lowest rank of a start on the node; None = there is no room, and nobody to make some."""
+        summary = self._summaries[node_id]
+        if not summary.is_open or not self._fits(summary.shape):
+            return None
+        preferred = 0
+        if self.wanted.model.preferred_labels:
+            preferred = len(self.wanted.model.preferred_labels & self._nodes[node_id].labels)
+        if len(summary.free) >= self._slots:
+            # with a pool that is full somebody may have to go all the same: that costs no less
+            return self._rank(self.start_seconds(node_id, summary), -preferred)
+        disturbing = self._least_disturbing(summary) if self._may_disturb else None
+        if disturbing is None:
+            return None
+        cost_seconds, worth = disturbing
+        seconds = self.start_seconds(node_id, summary) + cost_seconds
+        return self._rank(seconds, -preferred, victims=1, worth=worth)
+
+    def idle_on(self, node_id: NodeId) -> Rank | None:
+        """Return the same where an idle replica goes and nothing of the checkpoint is held; None = no.
+
+        Where only busy ones go is not counted: another stream has those nodes. The search asks for this more
+        than for anything else: nothing is called that can be written out.
+        """
+        summary = self._summaries[node_id]
+        rate = summary.rates[self._origin]
+        if len(summary.free) >= self._slots or not self._fits(summary.shape):
+            return None
+        if summary.queued or rate >= summary.device_rate:
+            load = self.load_seconds(node_id, summary)
+        else:
+            load = summary.openings[self._origin] + self._file_bytes / rate
+        worth = exp(min(summary.worth_keys[0][0] - self._faded, WORTH_LOG_LIMIT))
+        cost_seconds = self._stop_seconds + self._weight * worth
+        seconds = cost_seconds + summary.worker_seconds + self._overhead_seconds
+        seconds = (seconds + max(load, self._beside_seconds)) * ROUNDING
+        if seconds > self.limit_seconds:
+            return None
+        return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
+
+    def _fits(self, shape: Shape) -> bool:
+        """Tell whether nodes of a shape can ever take the model; most ask about the one just asked about."""
+        if shape is not self._shape:
+            self._shape, self._shape_fits = shape, bool(self.wanted.slots_that_fit(shape))
+        return self._shape_fits
+
+    def beyond(self, rate: float, worker_seconds: float) -> Rank:
+        """Return the rank that free nodes can't beat with at most this rate, and no less for the worker."""
+        return self._rank(self._least_start(rate, worker_seconds))
+
+    def idle_beyond(self, rate: float, worth_key: float) -> Rank:
+        """Return the rank that nodes can't beat with at most this rate, and idle replicas worth no less."""
+        worth = exp(min(worth_key - self._faded, WORTH_LOG_LIMIT))
+        seconds = self._stop_seconds + self._weight * worth + self._least_start(rate, 0.0)
+        return self._rank(seconds, victims=1, worth=worth)
+
+    def busy_beyond(self, rate: float) -> Rank:
+        """Return the rank that nodes with no more than this rate, and busy replicas, can't beat."""
+        return self._rank(self._least_start(rate, 0.0), victims=1)
+
+    def least_free_seconds(self, known: Sequence[float]) -> float | None:
+        """Return what a start takes at least on any node with room; None = no node has any.
+
+        Args:
+            known: What it takes on each node that holds some of the checkpoint, in seconds.
+        """
+        index, least = self._index, list(known)
+        if not self.wanted.model.required_labels:
+            for rung, nodes in rungs_of(index, self.wanted):
+                waits = 0.0 if rung.waits else index.free_by_worker[rung._replace(origin="")].first[0]
+                least.append(self._least_start(-nodes.first[0], waits) * ROUNDING)
+        return min(least) if least else None
+
+    def start_seconds(self, node_id: NodeId, summary: Summary) -> float:
+        """Return how long a start takes on the node, once there is room."""
+        load = self.load_seconds(node_id, summary)
+        return self.wanted.parts.start_seconds(summary.worker_seconds, load)
+
+    def load_seconds(self, node_id: NodeId, summary: Summary) -> float:
+        """Return how long a load takes on the node."""
+        wanted, node = self.wanted, self._nodes[node_id]
+        if not summary.queued:
+            return self._unqueued_seconds(node, summary)
+        return load_seconds(
+            wanted.model,
+            node,
+            loading_bytes=summary.loading_bytes,
+            has_peer=wanted.has_peer(node_id),
+            is_coming=self._checkpoint in summary.loading,
+        )
+
+    def _unqueued_seconds(self, node: Node, summary: Summary) -> float:
+        """Return how long a load takes where nothing is queued: `load_seconds` from the summary's rates."""
+        wanted, file_bytes = self.wanted, self._file_bytes
+        held = node.held.get(self._checkpoint)
+        if held is None:
+            rate = summary.rates[self._origin]
+            if rate < summary.device_rate:
+                return summary.openings[self._origin] + file_bytes / rate
+            held = NOTHING_HELD
+        missing_bytes = file_bytes - held.dram_bytes
+        device_seconds = file_bytes / summary.device_rate
+        if missing_bytes <= 0:
+            return device_seconds
+        source = source_of(wanted.model, held, has_peer=wanted.has_peer(node.node_id))
+        seconds = opening_seconds(node, source) + missing_bytes / bytes_per_second(node, source)
+        return max(seconds, device_seconds)
+
+    def _least_disturbing(self, summary: Summary) -> tuple[float, float] | None:
+        """Return what making room costs at least (wait and weighted disturbance), and disturbs at least.
+
+        Any set of victims costs no less than the cheapest single one. None = nobody could go.
+        """
+        idle = self._least_idle(summary) if summary.worth_keys else None
+        if not summary.busy or not self.disturbs_busy:
+            return idle
+        busy = self._least_busy(summary)
+        return busy if idle is None else (min(idle[0], busy[0]), min(idle[1], busy[1]))
+
+    def _least_idle(self, summary: Summary) -> tuple[float, float]:
+        worth = exp(min(summary.worth_keys[0][0] - self._faded, WORTH_LOG_LIMIT))
+        return self._stop_seconds + self._weight * worth, worth
+
+    def _least_busy(self, summary: Summary) -> tuple[float, float]:
+        seconds = self._per_token * summary.busy_tokens + self._per_move
+        return self._per_byte * summary.busy_bytes + (1 + self._weight) * seconds, seconds
+
+    def _least_start(self, rate: float, worker_seconds: float) -> float:
+        """Return how long a start takes at least where nothing is held, at no more than a rate."""
+        if self._least_opening is None:
+            self._least_opening = self._index.by_opening[self.wanted.origin].first[0]
+            self._slowest_device = self._index.by_device.first[0]
+        load = self._file_bytes / rate
+        if self._slowest_device > rate:  # else a slow device may hide the opening behind its copy
+            load += self._least_opening
+        return worker_seconds + max(load, self._beside_seconds) + self._overhead_seconds
+
+    def _rank(self, seconds: float, less_preferred: int = 0, *, victims: int = 0, worth: float = 0.0) -> Rank:
+        """Return the lowest rank of an option that costs no less than this."""
+        seconds *= ROUNDING
+        return (int(seconds / self._tie_seconds), victims, worth * ROUNDING, less_preferred, seconds, "")

@@ -1,0 +1,209 @@
+"""The cheapest way to start a model on one node, if need be by making room there. Pure.
+
+Victims are chosen jointly and exactly: of all sets of replicas on the node that make enough room, the one
+that costs least. A set is as slow as its slowest member (they go at the same time) and disturbs by their sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from services.controller.cluster_view.estimate import make_estimate
+from services.controller.cluster_view.view import Node
+from services.controller.placement.options import (
+    Move,
+    Option,
+    Rank,
+    estimate_on,
+    free_option,
+    make_move,
+    make_option,
+)
+from services.controller.placement.room import (
+    Situation,
+    can_ever,
+    free_slots,
+    live_replicas,
+    pool_has_room,
+    wanted_of,
+)
+from services.controller.placement.victims import Destinations, Victim, victims_on
+
+
+def best_on(
+    situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
+) -> Option | None:
+    """Return the best way to start the model on this node now; None where there is none below `limit`."""
+    if not can_ever(situation.wanted, node, situation.index.summaries[node.node_id]):
+        return None
+    free = free_option(situation, node, situation.wanted)
+    if free is not None or not situation.may_disturb:
+        return free
+    search = Cheapest(situation, node, destinations, limit)
+    search.run()
+    return search.best
+
+
+class Cheapest:
+    """Branch and bound over sets of victims; a set's cost never falls as it grows, so large ones are cut."""
+
+    def __init__(
+        self, situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
+    ) -> None:
+        self.best: Option | None = None
+        self._limit = limit
+        self._situation = situation
+        self._node = node
+        self._victims = victims = victims_on(situation, node, destinations)
+        self._destinations = destinations
+        self._spare = {
+            name: live_replicas(situation, name) - situation.view.models[name].min_replicas
+            for name in {victim.name for victim in victims}
+        }
+        wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
+        self._fitting = frozenset(wanted.slots_that_fit(summary.shape))
+        self._missing_slots = wanted.slots - len(self._fitting.intersection(summary.free))
+        self._pool_has_room = pool_has_room(situation, node, (), (wanted.model,))
+        self._estimate = estimate_on(situation, node, wanted)
+        self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
+        self._preferred = len(situation.model.preferred_labels & node.labels)
+
+    def run(self) -> None:
+        """Find the best set, if any."""
+        if self._victims and self._is_enough(self._victims):
+            self._grow((), 0)
+
+    def _is_enough(self, chosen: Sequence[Victim]) -> bool:
+        """Tell whether slots and pool suffice without these; must agree with `enough`."""
+        slots = sum(len(self._fitting.intersection(victim.member.reservation.devices)) for victim in chosen)
+        return slots >= self._missing_slots and (
+            self._pool_has_room
+            or pool_has_room(
+                self._situation,
+                self._node,
+                tuple(victim.member for victim in chosen),
+                (self._situation.model,),
+            )
+        )
+
+    def _grow(self, chosen: tuple[Victim, ...], begin: int) -> None:
+        if chosen:
+            if not self._could_win(chosen):
+                return
+            if self._is_enough(chosen):
+                self._take(chosen)
+                return
+        taken = Counter(victim.name for victim in chosen if not victim.moves)
+        for place in range(begin, len(self._victims)):
+            victim = self._victims[place]
+            if victim.moves or taken[victim.name] < self._spare[victim.name]:
+                self._grow((*chosen, victim), place + 1)
+
+    def _could_win(self, chosen: tuple[Victim, ...]) -> bool:
+        return self._limit is None or self._rank(chosen, ()) < self._limit
+
+    def _rank(self, chosen: tuple[Victim, ...], moves: tuple[Move, ...], moves_seconds: float = 0.0) -> Rank:
+        """Return the rank of an option of these victims, without making it; must agree with `rank`."""
+        disturbance_seconds = sum(sorted(victim.disturbance_seconds for victim in chosen))
+        total_seconds = self._total_seconds(max(_wait_seconds(chosen, moves), moves_seconds))
+        cost_seconds = total_seconds + self._weight * disturbance_seconds
+        return (
+            int(cost_seconds / self._situation.policy.tie_seconds),
+            len(chosen),
+            disturbance_seconds,
+            -self._preferred,
+            cost_seconds,
+            self._node.node_id,
+        )
+
+    def _total_seconds(self, wait_seconds: float) -> float:
+        estimate = self._estimate
+        return (
+            wait_seconds
+            + estimate.worker_seconds
+            + max(estimate.load_seconds, estimate.skeleton_seconds + estimate.first_forward_seconds)
+            + estimate.overhead_seconds
+        )
+
+    def _take(self, chosen: tuple[Victim, ...]) -> None:
+        movers = [victim for victim in chosen if victim.moves]
+        if movers:
+            moves_seconds = 0.0
+            for mover in movers:
+                least_seconds = self._destinations.least_seconds(mover.name)
+                if least_seconds is None:
+                    return
+                moves_seconds = max(moves_seconds, least_seconds + mover.disturbance_seconds)
+            if self._limit is not None and self._rank(chosen, (), moves_seconds) >= self._limit:
+                return
+        self._assign(chosen, movers, ())
+
+    def _assign(self, chosen: tuple[Victim, ...], movers: list[Victim], moves: tuple[Move, ...]) -> None:
+        """Give each mover a destination that no other mover takes, over all combinations that could win."""
+        ranked = self._rank(chosen, moves)
+        if self._limit is not None and ranked >= self._limit:
+            return
+        if len(moves) == len(movers):
+            self.best, self._limit = self._option(chosen, moves), ranked
+            return
+        mover = movers[len(moves)]
+        for destination in self._destinations.best(mover.name, self._node.node_id, len(movers)):
+            move = self._move(mover, destination, moves)
+            if move is not None:
+                self._assign(chosen, movers, (*moves, move))
+
+    def _move(self, mover: Victim, destination: Option, moves: tuple[Move, ...]) -> Move | None:
+        situation = self._situation
+        model, node = situation.view.models[mover.name], situation.view.nodes[destination.node_id]
+        others = [move for move in moves if move.to_node_id == node.node_id]
+        devices = destination.devices
+        if others:
+            wanted = wanted_of(situation.view, situation.index, mover.name)
+            taken = {device for move in others for device in move.to_devices}
+            free = free_slots(wanted, situation.index.summaries[node.node_id])
+            devices = tuple(sorted([slot for slot in free if slot not in taken][: wanted.slots]))
+            coming = (model, *(situation.view.models[move.model] for move in others))
+            if len(devices) < wanted.slots or not pool_has_room(situation, node, (), coming):
+                return None
+        return make_move(
+            replica_id=mover.member.reservation.replica_id,
+            model=model.name,
+            to_node_id=node.node_id,
+            to_devices=devices,
+            estimate=destination.estimate,
+            seconds=mover.disturbance_seconds,
+        )
+
+    def _option(self, chosen: tuple[Victim, ...], moves: tuple[Move, ...]) -> Option:
+        """Return the option of these victims; movers without a destination yet count their least."""
+        situation, node = self._situation, self._node
+        members = tuple(victim.member for victim in chosen)
+        wanted = situation.wanted
+        free = free_slots(wanted, situation.index.summaries[node.node_id], members)
+        estimate = self._estimate
+        return make_option(
+            node_id=node.node_id,
+            devices=tuple(sorted(free[: wanted.slots])),
+            victims=tuple(sorted(found.reservation.replica_id for found in members)),
+            estimate=make_estimate(
+                worker_seconds=estimate.worker_seconds,
+                stage_seconds=estimate.stage_seconds,
+                skeleton_seconds=estimate.skeleton_seconds,
+                first_forward_seconds=estimate.first_forward_seconds,
+                stop_seconds=_wait_seconds(chosen, moves),
+                overhead_seconds=estimate.overhead_seconds,
+                tier=estimate.tier,
+            ),
+            disturbance_seconds=sum(sorted(victim.disturbance_seconds for victim in chosen)),
+            moves=tuple(sorted(moves, key=lambda move: move.replica_id)),
+            drained=frozenset(victim.member.reservation.replica_id for victim in chosen if victim.drains),
+            preferred=self._preferred,
+            weight=self._weight,
+        )
+
+
+def _wait_seconds(chosen: tuple[Victim, ...], moves: tuple[Move, ...]) -> float:
+    """Return when the last of the victims is gone: they go at the same time."""
+    moving = (move.estimate.total_seconds + move.seconds for move in moves)
+    return max(*(victim.wait_seconds for victim in chosen), *moving, 0.0)

@@ -1,0 +1,83 @@
+"""Where replicas that make room for another could go, and what that takes at least. Pure."""
+
+from __future__ import annotations
+
+from bisect import insort
+from operator import itemgetter
+
+from services.controller.cluster_view.lessons import parts_like
+from services.controller.placement.bounds import Bounds, copy_seconds
+from services.controller.placement.options import Option, Rank, free_option, rank
+from services.controller.placement.room import Situation, can_ever, wanted_of
+from services.controller.placement.streams import NOBODY, free_streams, known_nodes
+from stoker.ids import ModelName, NodeId
+
+
+class Destinations:
+    """Where replicas could move to; remembers what it has found, for one decision."""
+
+    def __init__(self, situation: Situation) -> None:
+        self._situation = situation
+        self._swiftest: dict[ModelName, float] = {}
+        self._elsewhere: dict[ModelName, _Elsewhere] = {}
+
+    def swiftest_seconds(self, name: ModelName) -> float:
+        """Return what starting the model takes at least, were there a free node with all of it in memory."""
+        if name not in self._swiftest:
+            view = self._situation.view
+            model = view.models[name]
+            copying = copy_seconds(self._situation.index, model.file_bytes)
+            self._swiftest[name] = parts_like(view, model).start_seconds(0.0, copying)
+        return self._swiftest[name]
+
+    def least_seconds(self, name: ModelName) -> float | None:
+        """Return what starting the model on free slots takes at least, anywhere; None = nowhere."""
+        return self._of(name).least_seconds
+
+    def best(self, name: ModelName, not_on: NodeId, count: int) -> tuple[Option, ...]:
+        """Return the best `count` ways to start a model that disturb nobody, on nodes other than `not_on`."""
+        return self._of(name).best(not_on, count)
+
+    def _of(self, name: ModelName) -> _Elsewhere:
+        found = self._elsewhere.get(name)
+        if found is None:
+            found = self._elsewhere[name] = _Elsewhere(self._situation, name)
+        return found
+
+
+class _Elsewhere:
+    """Where one model could be started on free slots."""
+
+    def __init__(self, situation: Situation, name: ModelName) -> None:
+        self._situation = situation
+        self._wanted = wanted = wanted_of(situation.view, situation.index, name)
+        self._bounds = Bounds(situation, wanted, may_disturb=False)
+        self._known = known_nodes(situation, wanted, free=True)
+        self._bounded = self._bounds.sorted_on(self._known)
+        self._options: tuple[Option, ...] = ()
+        self._count = 0
+        self.least_seconds = self._bounds.least_free_seconds([rank[4] for rank, _ in self._bounded])
+
+    def best(self, not_on: NodeId, count: int) -> tuple[Option, ...]:
+        """Return the best ways that disturb nobody, on nodes other than `not_on`, at most `count`."""
+        has_room_itself = len(self._situation.index.summaries[not_on].free) >= self._wanted.slots
+        needed = count + has_room_itself
+        if self._count < needed:
+            self._count, self._options = needed, self._look(needed)
+        return tuple(option for option in self._options if option.node_id != not_on)[:count]
+
+    def _look(self, count: int) -> tuple[Option, ...]:
+        situation, wanted = self._situation, self._wanted
+        found: list[tuple[Rank, Option]] = []
+        looked: set[NodeId] = set()
+        for bound, node_id in free_streams(situation, self._bounds, self._bounded, self._known):
+            if len(found) >= count and bound > found[count - 1][0]:
+                break
+            if node_id == NOBODY or node_id in looked:
+                continue
+            looked.add(node_id)
+            node, summary = situation.view.nodes[node_id], situation.index.summaries[node_id]
+            option = free_option(situation, node, wanted) if can_ever(wanted, node, summary) else None
+            if option is not None:
+                insort(found, (rank(option, situation.policy), option), key=itemgetter(0))
+        return tuple(option for _, option in found[:count])

@@ -1,0 +1,288 @@
+"""Can a node take a model: never, not now, or now? Pure questions about slots and the store's pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+
+from services.controller.cluster_view.attention import EMPTY
+from services.controller.cluster_view.estimate import NOTHING_HELD, LearntParts
+from services.controller.cluster_view.fleet import Member, Standing, member
+from services.controller.cluster_view.frozen import maker_of
+from services.controller.cluster_view.index import Index, index_of, reservations_on
+from services.controller.cluster_view.lessons import parts_like
+from services.controller.cluster_view.summary import Shape, Summary, holds_all
+from services.controller.cluster_view.view import Checkpoint, Device, Model, Node, Policy, View
+from stoker.ids import ModelName, NodeId
+from stoker.units import format_bytes
+
+SOURCES = 2
+"""Nodes remembered that could send a checkpoint: with two there is one beside any node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Never:
+    """Why a node can never take a model."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a start of a model takes, wherever it may be.
+
+    Attributes:
+        model: What is to start.
+        parts: What a start of it takes on any node.
+        slots: How many slots of one node it occupies.
+        sources: Nodes that could send all of the checkpoint, `SOURCES` at most.
+        origin: Where a node that holds nothing gets the bytes from.
+        fitting: Per shape of nodes, the slots large enough, the smallest first; filled as it is asked for.
+    """
+
+    model: Model
+    parts: LearntParts
+    slots: int
+    sources: tuple[NodeId, ...]
+    origin: str
+    fitting: dict[Shape, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def has_peer(self, node_id: NodeId) -> bool:
+        """Tell whether another reachable node holds all of the checkpoint."""
+        return any(source != node_id for source in self.sources)
+
+    def slots_that_fit(self, shape: Shape) -> tuple[int, ...]:
+        """Return the slots of such a node that are large enough, whoever occupies them, smallest first.
+
+        Empty where the node can never take the model: its engines, its pool or its devices don't suit.
+        """
+        known = self.fitting.get(shape)
+        if known is None:
+            known = self.fitting[shape] = _slots_that_fit(self.model, shape)
+        return known
+
+
+_make_wanted = maker_of(Wanted)
+
+
+def _slots_that_fit(model: Model, shape: Shape) -> tuple[int, ...]:
+    if shape.architectures and model.architecture not in shape.architectures:
+        return ()
+    if 0 < shape.pool_bytes < model.file_bytes:
+        return ()
+    found = _large_enough(shape, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+    return found if len(found) >= devices_needed(model) else ()
+
+
+@lru_cache(maxsize=4096)
+def _large_enough(shape: Shape, on_cpu_bytes: int, on_other_bytes: int) -> tuple[int, ...]:
+    found = large_enough(shape.devices, on_cpu_bytes, on_other_bytes)
+    return tuple(
+        device.index for device in sorted(found, key=lambda device: (device.memory_bytes, device.index))
+    )
+
+
+def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
+    """Return what a start of a deployed model takes."""
+    model = view.models[name]
+    sources = () if model.origin == "disk" else tuple(islice(_sources(view, index, model), SOURCES))
+    return _make_wanted(
+        model=model,
+        parts=parts_like(view, model),
+        slots=devices_needed(model),
+        sources=sources,
+        origin="disk" if model.origin == "disk" else "peer" if sources else "remote",
+    )
+
+
+def _sources(view: View, index: Index, model: Model) -> Iterator[NodeId]:
+    for node_id in index.holders.get(model.checkpoint, ()):
+        node = view.nodes[node_id]
+        if node.reachable and holds_all(node.held.get(model.checkpoint), model.file_bytes):
+            yield node_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What is the same for every node of one decision.
+
+    Attributes:
+        view: The cluster.
+        index: Its summaries.
+        model: What is to start.
+        wanted: What a start of it takes.
+        now_seconds: The view's clock.
+        policy: Constants.
+        may_disturb: Replicas of other models may be stopped or moved for it.
+        waited_too_long: Nobody may hold it back any more.
+    """
+
+    view: View
+    index: Index
+    model: Model
+    wanted: Wanted
+    now_seconds: float
+    policy: Policy
+    may_disturb: bool = True
+    waited_too_long: bool = False
+
+
+_make_situation = maker_of(Situation)
+
+
+def situation_of(
+    view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
+) -> Situation:
+    """Return what every node of a decision about `name` shares."""
+    demand, index = view.demands.get(name), index_of(view)
+    return _make_situation(
+        view=view,
+        index=index,
+        model=view.models[name],
+        wanted=wanted_of(view, index, name),
+        now_seconds=now_seconds,
+        policy=policy,
+        may_disturb=may_disturb,
+        waited_too_long=demand is not None
+        and now_seconds - demand.since_seconds > policy.waiting_bound_seconds,
+    )
+
+
+def devices_needed(model: Model) -> int:
+    """Return how many slots of one node a replica occupies."""
+    return max(1, model.devices)
+
+
+def never_fits(model: Model, node: Node) -> Never | None:
+    """Return why this node can never take the model; None when it can, sooner or later."""
+    if not model.required_labels <= node.labels:
+        missing = ", ".join(f"{key}={value}" for key, value in sorted(model.required_labels - node.labels))
+        return Never(code="does_not_fit", reason=f"{node.node_id}: it does not carry the label {missing}")
+    if node.architectures and model.architecture not in node.architectures:
+        return Never(
+            code="checkpoint_invalid",
+            reason=f"{node.node_id}: its engines don't serve {model.architecture}",
+        )
+    if 0 < node.pool.total_bytes < model.file_bytes:
+        return Never(
+            code="does_not_fit",
+            reason=(
+                f"{node.node_id}: the checkpoint has {format_bytes(model.file_bytes)}, the store's pool "
+                f"{format_bytes(node.pool.total_bytes)}"
+            ),
+        )
+    fitting = large_enough(node.devices, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+    if len(fitting) < devices_needed(model):
+        return Never(code="does_not_fit", reason=_too_small(model, node))
+    return None
+
+
+def _too_small(model: Model, node: Node) -> str:
+    if not node.devices:
+        return f"{node.node_id}: it has no device"
+    if len(node.devices) < devices_needed(model):
+        return f"{node.node_id}: a replica needs {devices_needed(model)} devices, it has {len(node.devices)}"
+    largest_bytes = max(device.memory_bytes for device in node.devices)
+    return (
+        f"{node.node_id}: a replica needs {format_bytes(device_bytes(model, 'cuda'))} on a device, "
+        f"the largest has {format_bytes(largest_bytes)}"
+    )
+
+
+def device_bytes(model: Model, kind: str) -> int:
+    """Return what one replica needs on each of its devices: on a CPU the weights are the pool's memory."""
+    weight_bytes = 0 if kind == "cpu" else model.weight_bytes
+    return -(-(model.kv_cache_bytes + weight_bytes) // devices_needed(model))
+
+
+def large_enough(devices: Iterable[Device], on_cpu_bytes: int, on_other_bytes: int) -> list[Device]:
+    """Return the devices that could hold a replica's share, whoever occupies them; see `device_bytes`."""
+    return [
+        device
+        for device in devices
+        if not device.memory_bytes
+        or device.memory_bytes >= (on_cpu_bytes if device.kind == "cpu" else on_other_bytes)
+    ]
+
+
+def can_ever(wanted: Wanted, node: Node, summary: Summary) -> bool:
+    """Tell whether the node can take the model, sooner or later: `never_fits` without the reason."""
+    return bool(wanted.slots_that_fit(summary.shape)) and wanted.model.required_labels <= node.labels
+
+
+def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Member] = ()) -> list[int]:
+    """Return the free slots that are large enough, once `given_up` are gone; the smallest devices first."""
+    free = {*summary.free, *(slot for victim in given_up for slot in victim.reservation.devices)}
+    return [slot for slot in wanted.slots_that_fit(summary.shape) if slot in free]
+
+
+def pool_has_room(
+    situation: Situation, node: Node, given_up: tuple[Member, ...], coming: Iterable[Model]
+) -> bool:
+    """Tell whether the pool can take the checkpoints by evicting what nobody leases.
+
+    Args:
+        situation: What the decision is about.
+        node: Whose pool.
+        given_up: Replicas that end before.
+        coming: What is to be taken, each checkpoint once.
+    """
+    if not node.pool.total_bytes:
+        return True
+    wanted: dict[Checkpoint, int] = {}
+    for model in coming:
+        if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
+            wanted[model.checkpoint] = model.file_bytes
+    if not wanted:
+        return True
+    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - sum(wanted.values())
+    for checkpoint, byte_count in situation.index.summaries[node.node_id].coming:
+        if checkpoint not in wanted:  # two replicas of one checkpoint share its place
+            free_bytes -= byte_count
+    return free_bytes >= 0 or free_bytes + _freed_pool_bytes(situation, node, given_up) >= 0
+
+
+def enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:
+    """Tell whether slots and pool suffice, once `given_up` are gone."""
+    wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
+    return len(free_slots(wanted, summary, given_up)) >= wanted.slots and pool_has_room(
+        situation, node, given_up, (wanted.model,)
+    )
+
+
+def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
+    """Return the reserved replicas of a node, by id."""
+    found = reservations_on(situation.view, situation.index, node.node_id)
+    return tuple(member(situation.view, reservation) for reservation in found)
+
+
+def room_is_being_made(situation: Situation, node: Node) -> bool:
+    """Tell whether replicas on their way out will leave enough room, and for this model."""
+    leaving = tuple(
+        found
+        for found in on_node(situation, node)
+        if (found.standing is Standing.STOPPING or found.reservation.moving_to is not None)
+        and found.reservation.stopping_for in (None, situation.model.name)
+        and found.reservation.model in situation.view.models
+    )
+    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)
+
+
+def live_replicas(situation: Situation, name: ModelName) -> int:
+    """Return how many replicas of a model are ready or starting, those that move away not counted."""
+    return situation.index.tallies.get(name, EMPTY).live
+
+
+def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> int:
+    leaving: Mapping[Checkpoint, int] = Counter(
+        situation.view.models[found.reservation.model].checkpoint for found in given_up
+    )
+    return sum(
+        held.dram_bytes
+        for checkpoint, count in leaving.items()
+        if (held := node.held.get(checkpoint)) and 0 < held.leases <= count
+    )

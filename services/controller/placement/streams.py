@@ -1,0 +1,184 @@
+"""Nodes for a model, best first, in streams that can be left as soon as no later node can win. Pure.
+
+Each stream gives nodes in ascending order of a bound (`bounds`) that none of its later nodes can beat, and in
+between says how far it has come:
+
+1. Nodes that hold some of the checkpoint, and those with a preferred label: by what they cost at least.
+2. Open nodes with enough free slots, by rung (`index.Rung`), the fastest first. Where no worker waits, two
+   lists are read, by rate and by the worker's time: unseen nodes take at least the rate of the one cursor and
+   the worker of the other (Fagin's threshold algorithm, PODS '01). The next rows come from the list that
+   raises this bound more by them.
+3. Open nodes with idle replicas, likewise by rate and by worth.
+4. Open nodes with busy replicas that may be moved or drained, the fastest first, at most
+   `migration_candidates` of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from itertools import islice
+from typing import Final
+
+from services.controller.placement.bounds import Bounded, Bounds, rungs_of
+from services.controller.placement.options import Rank
+from services.controller.placement.room import Situation, Wanted
+from stoker.ids import NodeId
+
+NOBODY = NodeId("")
+"""In place of a node: whatever the stream gives next is not below this rank."""
+MOST_ROWS = 8
+"""Rows of a list read between two looks at what those that follow cost at least."""
+_SECONDS: Final = 4
+"""Where a rank has its seconds."""
+
+
+def streams(situation: Situation, bounds: Bounds) -> Iterator[Bounded]:
+    """Yield bounds of nodes for the situation's model, the lowest first; maybe a node twice."""
+    wanted = bounds.wanted
+    known = known_nodes(situation, wanted)
+    found = [iter(bounds.sorted_on(known))]
+    if not wanted.model.required_labels:
+        found += _free_streams(situation, bounds, known)
+        if situation.may_disturb:
+            found += [_idle_stream(situation, bounds, known), _busy_stream(situation, bounds, known)]
+    return heapq.merge(*found)
+
+
+def free_streams(
+    situation: Situation, bounds: Bounds, bounded: list[Bounded], known: AbstractSet[NodeId]
+) -> Iterator[Bounded]:
+    """Yield the same for any model, where it disturbs nobody; `bounded` are the bounds of `known_nodes`."""
+    if bounds.wanted.model.required_labels:
+        return iter(bounded)
+    return heapq.merge(bounded, *_free_streams(situation, bounds, known))
+
+
+def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> AbstractSet[NodeId]:
+    """Return the nodes that are special for the model; those with all required labels where it needs some.
+
+    With `free` those that hold the checkpoint are in it only if they have free slots.
+    """
+    index, model = situation.index, wanted.model
+    if model.required_labels:
+        carriers = [index.labelled.get(label, {}).keys() for label in model.required_labels]
+        return set(carriers[0]).intersection(*carriers[1:])
+    holders = index.free_holders if free else index.holders
+    nodes = set(holders.get(model.checkpoint, ()))
+    for label in model.preferred_labels:
+        nodes.update(index.labelled.get(label, ()))
+    return nodes
+
+
+def _free_streams(
+    situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]
+) -> list[Iterator[Bounded]]:
+    by_worker = situation.index.free_by_worker
+    return [
+        _threshold_search(
+            by_rate,
+            None if rung.waits else by_worker[rung._replace(origin="")],
+            known,
+            bounds.beyond,
+            bounds.on,
+        )
+        for rung, by_rate in rungs_of(situation.index, bounds.wanted)
+    ]
+
+
+def _idle_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]) -> Iterator[Bounded]:
+    by_rate = situation.index.idle_by_rate.get(bounds.wanted.origin)
+    if by_rate is None:
+        return iter(())
+    by_worth = situation.index.idle_by_worth
+    return _threshold_search(by_rate, by_worth, known, bounds.idle_beyond, bounds.idle_on)
+
+
+def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]) -> Iterator[Bounded]:
+    policy, index = situation.policy, situation.index
+    by_rate = index.busy_by_rate.get(bounds.wanted.origin)
+    if by_rate is None or not bounds.disturbs_busy:
+        return iter(())
+    if policy.may_migrate and not index.free:
+        return iter(())  # nowhere to move to
+
+    def beyond(rate: float, _: float) -> Rank:
+        return bounds.busy_beyond(rate)
+
+    candidates = tuple(islice(by_rate, policy.migration_candidates))
+    return _threshold_search(candidates, None, known, beyond, bounds.on)
+
+
+def _threshold_search(
+    by_rate: Iterable[tuple[float, NodeId]],
+    by_other: Iterable[tuple[float, NodeId]] | None,
+    known: AbstractSet[NodeId],
+    beyond: Callable[[float, float], Rank],
+    bound_on: Callable[[NodeId], Rank | None],
+) -> Iterator[Bounded]:
+    """Yield nodes of two lists by their own bounds, reading each list only as far as that takes.
+
+    Args:
+        by_rate: Nodes by negative rate.
+        by_other: The same nodes by another number that costs; None = it is 0 for all of them.
+        known: Nodes to leave out, for another stream has them.
+        beyond: The rank that nodes behind both cursors can't beat.
+        bound_on: The rank that one node can't beat; None = it is out.
+    """
+    seen = set(known)
+    ready: list[Bounded] = []
+    rates, others, count = _Cursor(by_rate), _Cursor(by_other or ()), 1
+    while True:
+        reached = beyond(-rates.reached, others.reached)
+        while ready and ready[0][0] <= reached:
+            yield heapq.heappop(ready)
+        yield reached, NOBODY
+        faster = rates
+        if by_other is not None:
+            by_rate_reached = beyond(-rates.ahead(count), others.reached)
+            if beyond(-rates.reached, others.ahead(count))[_SECONDS] > by_rate_reached[_SECONDS]:
+                faster = others
+        rows = faster.read(count)
+        if not rows:
+            break
+        for _, node_id in rows:
+            if node_id not in seen:
+                seen.add(node_id)
+                bound = bound_on(node_id)
+                if bound is not None:
+                    heapq.heappush(ready, (bound, node_id))
+        count = min(2 * count, MOST_ROWS)
+    while ready:
+        yield heapq.heappop(ready)
+
+
+class _Cursor:
+    """How far a list has been read."""
+
+    __slots__ = ("_ahead", "_rows", "reached")
+
+    def __init__(self, rows: Iterable[tuple[float, NodeId]]) -> None:
+        self._rows = iter(rows)
+        self._ahead: list[tuple[float, NodeId]] = []
+        self.reached = 0.0
+        """The number of the next row, which no later one is below."""
+        self.read(0)
+
+    def ahead(self, count: int) -> float:
+        """Return what would be reached `count` rows further; what is reached now where the list ends."""
+        self._fill(count + 1)
+        return self._ahead[-1][0] if self._ahead else self.reached
+
+    def read(self, count: int) -> list[tuple[float, NodeId]]:
+        """Return the next rows, at most `count`."""
+        self._fill(count + 1)
+        rows, self._ahead = self._ahead[:count], self._ahead[count:]
+        last = self._ahead or rows
+        if last:
+            self.reached = last[0][0] if self._ahead else last[-1][0]
+        return rows
+
+    def _fill(self, count: int) -> None:
+        if len(self._ahead) < count:
+            self._ahead.extend(islice(self._rows, count - len(self._ahead)))

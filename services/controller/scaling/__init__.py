@@ -1,0 +1,1 @@
+"""What must start, stop or be prepared, and when: rules over the cluster view. Pure."""

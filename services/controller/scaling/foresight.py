@@ -1,0 +1,347 @@
+"""What forecasts are for: checkpoints in memory and workers pre-started before anybody asks. Pure.
+
+`foresee(view, before, now_seconds, limits) -> Foreseen`, from the models' arrival histories (`forecast`).
+
+Prefetch, in this order, so that it never thrashes and never is in the way:
+1. Wanted are cold models that no node holds in memory, likely to be asked for within the horizon, for which
+   memory saves time; those that save most first (likelihood times seconds).
+2. A node qualifies that is open, could run the model, loads nothing, and has no prefetch under way.
+3. There must be room: free chunks, or checkpoints that nobody holds, whose models are less likely by
+   `hysteresis_ratio`; those are named, and dropped before. What nobody holds stays within `memory_fraction`
+   of the pool, so that demand finds room without dropping anything.
+4. The node that drops least wins, then the one from which it comes soonest. A prefetch that failed rests.
+5. What memory is free after that is filled from disk (`spare_memory`).
+
+Workers: as many as starts come while one worker starts, with `confidence` (Poisson), shared by the open
+nodes; at least one where replicas may start, none where they may not, at most what the memory budget and the
+slots allow. The number rises at once and falls when it was too high for `hold_seconds`. Without any history
+the agents do as they are configured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from services.controller.cluster_view.estimate import has_own_memory, start_estimate, worker_start_seconds
+from services.controller.cluster_view.fleet import Standing, members_of
+from services.controller.cluster_view.forecast import expected_rate_per_second, likelihood
+from services.controller.cluster_view.index import index_of
+from services.controller.cluster_view.lessons import parts_like
+from services.controller.cluster_view.view import Checkpoint, Held, Model, Node, View
+from services.controller.placement.room import never_fits
+from services.controller.scaling.spare_memory import POOL_SLACK, fill
+from stoker.ids import ModelName, NodeId
+from stoker.units import GB, MB
+
+LIVE = (Standing.STARTING, Standing.READY)
+MAX_CANDIDATES = 32
+"""Models looked at per look, those that promise most first."""
+MAX_WORKERS = 64
+"""Of one node, whatever is forecast."""
+MAX_NODES = 64
+"""Nodes looked at per model."""
+RESTS_SECONDS = 60.0
+"""A prefetch that failed is not tried again on that node before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What forecasts may do.
+
+    Attributes:
+        memory_fraction: Of a node's pool, what unused checkpoints may fill by prefetching; 0 = no prefetches.
+        worker_memory_bytes: Per node, for pre-started workers; 0 = agents do as they are configured.
+        bytes_per_worker: What one takes.
+        horizon_seconds: How far ahead a model's next request is looked for.
+        least_likelihood: Of that request; below it nothing is prefetched.
+        least_gain_seconds: What memory must save of the start.
+        fill_fraction: Of a pool, what `spare_memory` may fill, likely to be used or not; 0 = nothing.
+        hysteresis_ratio: A checkpoint makes room only for one this many times as likely.
+        at_once: Prefetches under way, over all nodes.
+        confidence: That a start finds a pre-started worker.
+        hold_seconds: A number of workers that is too high stays this long.
+    """
+
+    memory_fraction: float = 0.5
+    worker_memory_bytes: int = 4 * GB
+    bytes_per_worker: int = 600 * MB
+    horizon_seconds: float = 300.0
+    least_likelihood: float = 0.3
+    least_gain_seconds: float = 0.1
+    fill_fraction: float = 0.9
+    hysteresis_ratio: float = 2.0
+    at_once: int = 4
+    confidence: float = 0.95
+    hold_seconds: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetch:
+    """Bring a model's checkpoint into a node's memory.
+
+    Attributes:
+        model: Whose.
+        node_id: Where.
+        drop: Models whose checkpoints are dropped there before: less likely, and held by nobody.
+        likelihood: That it is asked for within the horizon.
+        gain_seconds: What its start is expected to save then.
+    """
+
+    model: ModelName
+    node_id: NodeId
+    drop: tuple[ModelName, ...]
+    likelihood: float
+    gain_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Warm workers wanted on a node, and until when at least."""
+
+    count: int
+    until_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreseen:
+    """What is wanted as of one look, and what the next one must know.
+
+    Attributes:
+        prefetches: To begin now.
+        pools: Warm workers wanted, by node; a node that is not in it does as it is configured.
+        under_way: Nodes a prefetch is under way on.
+        rests: Until when a failed prefetch is not tried again, by node and model.
+    """
+
+    prefetches: tuple[Prefetch, ...] = ()
+    pools: Mapping[NodeId, Pool] = field(default_factory=dict)
+    under_way: frozenset[NodeId] = frozenset()
+    rests: Mapping[tuple[NodeId, ModelName], float] = field(default_factory=dict)
+
+
+def foresee(view: View, before: Foreseen, now_seconds: float, limits: Limits) -> Foreseen:
+    """Decide what to prepare now.
+
+    Args:
+        view: The cluster.
+        before: The last look's result, with what has ended since taken out of `under_way`.
+        now_seconds: The view's clock.
+        limits: What is allowed.
+    """
+    rests = {key: until for key, until in before.rests.items() if until > now_seconds}
+    prefetches = _prefetches(view, before.under_way, rests, now_seconds, limits)
+    return Foreseen(
+        prefetches=prefetches,
+        pools=_pools(view, before.pools, now_seconds, limits),
+        under_way=before.under_way | {found.node_id for found in prefetches},
+        rests=rests,
+    )
+
+
+# --- checkpoints ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What is the same for every model and node of one look; `names` has a checkpoint's most likely model."""
+
+    view: View
+    limits: Limits
+    chances: Mapping[ModelName, float]
+    names: Mapping[Checkpoint, ModelName]
+
+
+def _prefetches(
+    view: View,
+    under_way: frozenset[NodeId],
+    rests: Mapping[tuple[NodeId, ModelName], float],
+    now_seconds: float,
+    limits: Limits,
+) -> tuple[Prefetch, ...]:
+    if limits.memory_fraction <= 0:
+        return ()
+    chances = {
+        name: likelihood(arrivals, now_seconds, limits.horizon_seconds)
+        for name, arrivals in view.arrivals.items()
+        if name in view.models
+    }
+    by_chance = sorted(view.models, key=lambda name: chances.get(name, 0.0))
+    look = _Look(
+        view=view,
+        limits=limits,
+        chances=chances,
+        names={view.models[name].checkpoint: name for name in by_chance},
+    )
+    chosen: list[Prefetch] = []
+    busy = set(under_way)
+    for name in _candidates(look):
+        if len(busy) >= limits.at_once:
+            break
+        found = [
+            option
+            for node in _nodes_for(view, view.models[name], busy)
+            if (node.node_id, name) not in rests and (option := _on_node(look, name, node)) is not None
+        ]
+        if found:
+            best = min(found, key=lambda option: (len(option.drop), option.gain_seconds, option.node_id))
+            chosen.append(best)
+            busy.add(best.node_id)
+    return (*chosen, *_filling(look, busy, rests))
+
+
+def _filling(
+    look: _Look, busy: set[NodeId], rests: Mapping[tuple[NodeId, ModelName], float]
+) -> Iterable[Prefetch]:
+    view, limits = look.view, look.limits
+    if limits.fill_fraction <= 0:
+        return
+    for name, node_id in fill(
+        view,
+        look.names,
+        look.chances,
+        taken=busy,
+        rests=rests,
+        at_once=limits.at_once - len(busy),
+        fill_fraction=limits.fill_fraction,
+        least_likelihood=limits.least_likelihood,
+    ):
+        yield Prefetch(
+            model=name,
+            node_id=node_id,
+            drop=(),
+            likelihood=look.chances.get(name, 0.0),
+            gain_seconds=_gain_seconds(view, view.models[name], view.nodes[node_id]),
+        )
+
+
+def _candidates(look: _Look) -> list[ModelName]:
+    """Return the models worth having in memory, those that promise most first."""
+    view = look.view
+    promising = [
+        (-chance * view.models[name].file_bytes, name)
+        for name, chance in look.chances.items()
+        if chance >= look.limits.least_likelihood
+        and not _is_in_memory(view, view.models[name])
+        and not any(found.standing in LIVE for found in members_of(view, name))
+    ]
+    return [name for _, name in sorted(promising)[:MAX_CANDIDATES]]
+
+
+def _is_in_memory(view: View, model: Model) -> bool:
+    holders = index_of(view).holders.get(model.checkpoint, ())
+    return any(
+        view.nodes[node_id].reachable
+        and view.nodes[node_id].held.get(model.checkpoint, Held()).dram_bytes >= model.file_bytes
+        for node_id in holders
+    )
+
+
+def _nodes_for(view: View, model: Model, busy: set[NodeId]) -> Iterable[Node]:
+    """Return the nodes that may take a prefetch, those that hold the checkpoint on disk first."""
+    index = index_of(view)
+    holders = index.holders.get(model.checkpoint, ())
+
+    def promises(node_id: NodeId) -> tuple[bool, int, NodeId]:
+        return (node_id not in holders, -view.nodes[node_id].pool.free_bytes, node_id)
+
+    open_nodes = [node_id for node_id in index.open_nodes if node_id not in busy]
+    for node_id in sorted(open_nodes, key=promises)[:MAX_NODES]:
+        node, summary = view.nodes[node_id], index.summaries[node_id]
+        if not summary.queued and never_fits(model, node) is None and node.pool.total_bytes:
+            yield node
+
+
+def _on_node(look: _Look, name: ModelName, node: Node) -> Prefetch | None:
+    """Return the prefetch of a model to a node; None where there is no room for it, or it saves nothing."""
+    model, limits = look.view.models[name], look.limits
+    gain_seconds = _gain_seconds(look.view, model, node)
+    if gain_seconds < limits.least_gain_seconds:
+        return None
+    missing_bytes = int(model.file_bytes * POOL_SLACK) - node.held.get(model.checkpoint, Held()).dram_bytes
+    idle_bytes = sum(found.dram_bytes for found in node.held.values() if not found.leases)
+    over_bytes = max(
+        missing_bytes - node.pool.free_bytes,
+        idle_bytes + missing_bytes - int(limits.memory_fraction * node.pool.total_bytes),
+    )
+    drop: list[ModelName] = []
+    for dropped, dram_bytes in _droppable(look, node, name):
+        if over_bytes <= 0:
+            break
+        drop.append(dropped)
+        over_bytes -= dram_bytes
+    if over_bytes > 0:
+        return None
+    return Prefetch(
+        model=name,
+        node_id=node.node_id,
+        drop=tuple(drop),
+        likelihood=look.chances[name],
+        gain_seconds=gain_seconds,
+    )
+
+
+def _droppable(look: _Look, node: Node, name: ModelName) -> list[tuple[ModelName, int]]:
+    """Return the models whose checkpoints may be dropped for this one, the least likely first."""
+    idle = [
+        (look.chances.get(other, 0.0), other, held.dram_bytes)
+        for checkpoint, held in node.held.items()
+        if (other := look.names.get(checkpoint)) is not None
+        and checkpoint != look.view.models[name].checkpoint
+        and held.dram_bytes
+        and not held.leases
+    ]
+    most = look.chances[name] / look.limits.hysteresis_ratio
+    return [(other, dram_bytes) for chance, other, dram_bytes in sorted(idle) if chance <= most]
+
+
+def _gain_seconds(view: View, model: Model, node: Node) -> float:
+    """Return what a start there takes less once the checkpoint is in memory."""
+    parts = parts_like(view, model)
+    estimate = start_estimate(model, node, parts=parts, loading_bytes=0, starting_workers=0)
+    on_device = estimate.stage_seconds.get("device", 0.0) if has_own_memory(node) else 0.0
+    return parts.start_seconds(0.0, estimate.load_seconds) - parts.start_seconds(0.0, on_device)
+
+
+# --- workers ---
+
+
+def _pools(
+    view: View, before: Mapping[NodeId, Pool], now_seconds: float, limits: Limits
+) -> dict[NodeId, Pool]:
+    if limits.worker_memory_bytes <= 0 or not view.arrivals:
+        return {}
+    open_nodes = index_of(view).open_nodes
+    starts_per_second = sum(
+        expected_rate_per_second(arrivals, now_seconds)
+        for name, arrivals in view.arrivals.items()
+        if name in view.models and not any(found.standing in LIVE for found in members_of(view, name))
+    )
+    pools: dict[NodeId, Pool] = {}
+    for node_id, node in view.nodes.items():
+        mean = starts_per_second * worker_start_seconds(node) / max(1, len(open_nodes))
+        wanted = _workers(mean, limits.confidence) if index_of(view).summaries[node_id].is_open else 0
+        wanted = min(wanted, len(node.devices), limits.worker_memory_bytes // limits.bytes_per_worker)
+        pools[node_id] = _held_up(before.get(node_id), wanted, now_seconds, limits)
+    return pools
+
+
+def _held_up(before: Pool | None, wanted: int, now_seconds: float, limits: Limits) -> Pool:
+    """Return the wanted number, or the one before while that is higher and its time is not over."""
+    if before is None or wanted >= before.count:
+        return Pool(count=wanted, until_seconds=now_seconds + limits.hold_seconds)
+    if now_seconds < before.until_seconds:
+        return before
+    return Pool(count=wanted, until_seconds=now_seconds + limits.hold_seconds)
+
+
+def _workers(mean: float, confidence: float) -> int:
+    """Return the least number, at least 1, that a Poisson variable does not exceed, with this confidence."""
+    term = share = math.exp(-mean)
+    count = 0
+    while share < confidence and count < MAX_WORKERS:
+        count += 1
+        term *= mean / count
+        share += term
+    return max(1, count)

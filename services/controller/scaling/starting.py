@@ -1,0 +1,253 @@
+"""Rules for what must come: who wants a replica, in which order, and what is done to get it one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from services.controller.cluster_view.attention import asked_for
+from services.controller.cluster_view.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
+from services.controller.cluster_view.fleet import Member, Standing, is_leaving, members_of
+from services.controller.cluster_view.forecast import prewarm_window_seconds
+from services.controller.cluster_view.view import Model, Policy, Reservation
+from services.controller.placement.options import Move
+from services.controller.placement.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
+from services.controller.placement.together import order_together
+from services.controller.scaling.actions import Migrate as MigrateAction
+from services.controller.scaling.actions import Start, Stop
+from services.controller.scaling.planner import Planner
+from services.controller.scaling.stopping import LIVE
+from stoker.ids import ModelName, NodeId, ReplicaId
+
+
+def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
+    """Give each of these models the replica it wants, who waits longest first."""
+    looked = set(names)
+    wanting = [name for name in sorted(looked) if _wants(planner, name) and not _rests(planner, name)]
+    cold = {name for name in wanting if not _is_warm(planner, name)}
+    wanting.sort(key=lambda name: (*_urgency(planner, name, cold), name))
+    asked = [name for name in wanting if _urgency(planner, name, cold)[0] == 0]
+    others = wanting[len(asked) :]
+    for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
+        _start_unless_it_still_waits(planner, name, cold)
+    _start_more(planner, asked, cold)
+    for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
+        planner.lift(name)
+
+
+def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelName]) -> None:
+    """Give models that requests wait for one more replica each, in turn, while there is room.
+
+    Nobody gets a second one before everybody was looked at for a first one.
+    """
+    names = list(names)
+    while names:
+        started = []
+        for name in names:
+            actions = len(planner.actions)
+            if _wants(planner, name):
+                _start_unless_it_still_waits(planner, name, cold)
+                if any(isinstance(action, Start) for action in planner.actions[actions:]):
+                    started.append(name)
+        names = started
+
+
+def _start_unless_it_still_waits(planner: Planner, name: ModelName, cold: set[ModelName]) -> None:
+    """Start one more, unless nothing has changed since that was refused.
+
+    Sessions that wait for a place in a batch may have idle replicas stopped at once: nobody uses them.
+    Running ones are disturbed only for who has no replica, or has waited for `queue_age_seconds`.
+    """
+    starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
+    starved = starved or _loses_its_node(planner, name)
+    since_seconds = _waiting_since_seconds(planner, name)
+    may_disturb = starved or since_seconds is not None
+    if planner.still_waits(name, may_disturb=may_disturb):
+        return
+    policy = planner.policy
+    again_seconds = None
+    if since_seconds is not None and not starved:
+        policy = replace(policy, may_migrate=False)
+        again_seconds = since_seconds + policy.queue_age_seconds
+    _start(planner, name, policy, may_disturb=may_disturb, again_seconds=again_seconds)
+
+
+def _wants(planner: Planner, name: ModelName) -> bool:
+    """Tell whether the model wants one more replica than it has or is getting."""
+    model = planner.view.models.get(name)
+    if model is None:
+        return False
+    return _live(planner, name) < _desired(planner, model, members_of(planner.view, name))
+
+
+def _live(planner: Planner, name: ModelName) -> int:
+    """Return how many replicas the model has or is getting."""
+    return sum(
+        found.standing in LIVE
+        and not found.stale
+        and found.reservation.moving_to is None
+        and not is_leaving(planner.view, found)
+        for found in members_of(planner.view, name)
+    )
+
+
+def _desired(planner: Planner, model: Model, members: Iterable[Member]) -> int:
+    asked = max(asked_for(planner.view, model), int(_is_expected(planner, model)))
+    ready = [found.replica for found in members if found.replica and found.standing is Standing.READY]
+    sessions = sum(replica.sessions for replica in ready)
+    loaded = -(-sessions // model.concurrency)
+    queued = len(ready) + 1 if _queues(planner, model.name) else 0
+    return min(model.max_replicas, max(model.min_replicas, asked, loaded, queued))
+
+
+def _queues(planner: Planner, name: ModelName) -> bool:
+    """Tell whether sessions wait too long for a place in a ready replica's batch."""
+    since_seconds = _waiting_since_seconds(planner, name)
+    return since_seconds is not None and planner.is_over(since_seconds + planner.policy.queue_age_seconds)
+
+
+def _waiting_since_seconds(planner: Planner, name: ModelName) -> float | None:
+    """Return since when sessions wait for a place in a ready replica's batch; None = none does."""
+    since = [
+        found.replica.waiting_since_seconds
+        for found in members_of(planner.view, name)
+        if found.standing is Standing.READY
+        and found.replica is not None
+        and found.replica.waiting_since_seconds is not None
+    ]
+    return min(since, default=None)
+
+
+def _is_expected(planner: Planner, model: Model) -> bool:
+    """Tell whether the model's history says that it is asked for about now."""
+    expected = prewarm_window_seconds(model, planner.view.arrivals.get(model.name))
+    if expected is None or not planner.is_over(expected[0]):
+        return False
+    if planner.is_over(expected[1]):
+        planner.note(ForecastMissed(model=model.name))
+        return False
+    return True
+
+
+def _loses_its_node(planner: Planner, name: ModelName) -> bool:
+    """Tell whether sessions run where no replica may stay: they need another one to move to."""
+    return any(
+        is_leaving(planner.view, found) and found.replica is not None and found.replica.sessions > 0
+        for found in members_of(planner.view, name)
+    )
+
+
+def _is_asked_for(planner: Planner, name: ModelName) -> bool:
+    return name in planner.view.demands or name in planner.view.always
+
+
+def _is_warm(planner: Planner, name: ModelName) -> bool:
+    return any(found.standing is Standing.READY for found in members_of(planner.view, name))
+
+
+def _rests(planner: Planner, name: ModelName) -> bool:
+    failure = planner.view.failures.get(name)
+    return failure is not None and not planner.is_over(failure.retry_at_seconds)
+
+
+def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[int, float]:
+    """Return a model's class (0 = requests wait for it) and since when it waits, seconds."""
+    demand = planner.view.demands.get(name)
+    if demand is not None and name in cold:
+        return (0, demand.since_seconds)
+    since_seconds = _waiting_since_seconds(planner, name)
+    if since_seconds is not None:
+        return (0, since_seconds)
+    return (1 if name in planner.view.always else 2, 0.0)
+
+
+def _start(
+    planner: Planner, name: ModelName, policy: Policy, *, may_disturb: bool, again_seconds: float | None
+) -> None:
+    decision = place(planner.view, name, planner.now_seconds, policy, may_disturb=may_disturb)
+    planner.decisions.append((name, decision))
+    match decision:
+        case Placed():
+            planner.lift(name)
+            _reserve(planner, name, decision)
+        case StopIdle(node_id=node_id, victims=victims, drained=drained):
+            for replica_id in victims:
+                _stop_for(planner, replica_id, node_id, name, drained=replica_id in drained)
+            planner.refuse(name, f"{node_id} is stopping a replica to make room", disturbs=may_disturb)
+        case Migrate(node_id=node_id, moves=moves, victims=victims):
+            for move in moves:
+                _move_for(planner, move, node_id, name)
+            for replica_id in victims:
+                _stop_for(planner, replica_id, node_id, name, drained=False)
+            planner.refuse(name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb)
+        case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
+            moments = [moment for moment in (retry_at_seconds, again_seconds) if moment is not None]
+            planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=min(moments, default=None))
+        case Unplaceable(code=code, reasons=reasons):
+            planner.refuse(name, "; ".join(reasons), code, disturbs=may_disturb)
+
+
+def _stop_for(
+    planner: Planner, replica_id: ReplicaId, node_id: NodeId, name: ModelName, *, drained: bool
+) -> None:
+    planner.fold(StopOrdered(replica_id=replica_id, now_seconds=planner.now_seconds, for_model=name))
+    planner.actions.append(
+        Stop(
+            replica_id=replica_id,
+            node_id=node_id,
+            only_if_idle=not drained,
+            reason=f"{name} has waited too long for its room" if drained else f"makes room for {name}",
+            for_model=name,
+        )
+    )
+
+
+def _move_for(planner: Planner, move: Move, node_id: NodeId, name: ModelName) -> None:
+    """Start the replica anew where it goes to; its sessions follow once that is ready."""
+    runtime = planner.view.models[move.model].runtime
+    planner.actions.append(
+        MigrateAction(
+            replica_id=move.replica_id,
+            model=move.model,
+            node_id=node_id,
+            to_node_id=move.to_node_id,
+            to_devices=move.to_devices,
+            runtime=runtime,
+            estimate=move.estimate,
+            move_seconds=move.seconds,
+            for_model=name,
+        )
+    )
+    tentative = Reservation(
+        replica_id=planner.tentative_id(),
+        model=move.model,
+        node_id=move.to_node_id,
+        devices=move.to_devices,
+        runtime=runtime,
+        seen_seconds=planner.now_seconds,
+    )
+    planner.fold(Reserved(reservation=tentative))
+    planner.fold(MoveOrdered(replica_id=move.replica_id, to=tentative.replica_id, for_model=name))
+
+
+def _reserve(planner: Planner, name: ModelName, placed: Placed) -> None:
+    runtime = planner.view.models[name].runtime
+    planner.actions.append(
+        Start(
+            model=name,
+            node_id=placed.node_id,
+            devices=placed.devices,
+            runtime=runtime,
+            estimate=placed.estimate,
+            options=placed.options,
+        )
+    )
+    tentative = Reservation(
+        replica_id=planner.tentative_id(),
+        model=name,
+        node_id=placed.node_id,
+        devices=placed.devices,
+        runtime=runtime,
+        seen_seconds=planner.now_seconds,
+    )
+    planner.fold(Reserved(reservation=tentative))

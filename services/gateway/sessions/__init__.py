@@ -1,0 +1,1 @@
+"""Sessions: from tokens to text, and on elsewhere when a replica ends."""

@@ -1,0 +1,1 @@
+"""Sessions on this node: relayed, kept, fenced, moved."""

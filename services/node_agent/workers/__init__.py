@@ -1,0 +1,1 @@
+"""Workers as the agent has them: processes, links, logs, the pool of pre-started ones."""

@@ -1,0 +1,1 @@
+"""Integrity: what disks give, checked against what was written."""

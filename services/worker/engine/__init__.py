@@ -1,0 +1,1 @@
+"""The engine: sessions, forward passes, attention, sampling; one step at a time."""

@@ -1,0 +1,1 @@
+"""Keys and values: kept per session, shipped out of an engine and into another."""

@@ -1,0 +1,74 @@
+"""Which reads fill a checkpoint's chunks."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.store.pool.resident import ResidentFile
+from services.store.reading.lanes import Lane
+from services.store.reading.read_plan import FIRST_CHUNKS, MAX_RUN_CHUNKS, chunks_per_read, plan_reads
+from stoker.units import GB, MIB
+
+CHUNK = 4096
+
+
+class NeverRead:
+    """A source that is only named."""
+
+    name = "a"
+
+    def read(self, chunk, *, offset, length):
+        """Refuse."""
+        raise AssertionError
+
+    def close(self):
+        """Refuse."""
+        raise AssertionError
+
+
+def file_of(chunks: int, *, lane: Lane = Lane.DISK, together: int = 1, short: int = 1) -> ResidentFile:
+    return ResidentFile(
+        size_bytes=chunks * CHUNK - short,
+        chunk_bytes=CHUNK,
+        chunks=tuple(range(chunks)),
+        slot=0,
+        source=NeverRead(),
+        lane=lane,
+        together=together,
+    )
+
+
+def plan(*files: ResidentFile, per_read: int, ranks: bool = False):
+    memory = memoryview(bytearray(CHUNK))
+    return plan_reads(files, load=1, ranks=ranks, memory=lambda _chunk: memory, per_read=per_read)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 4, 5, 11, 12])
+@pytest.mark.parametrize("per_read", [1, 3, 4])
+def test_reads_cover_a_file_once_and_to_its_last_byte(chunks, per_read):
+    reads = plan(file_of(chunks), per_read=per_read)
+
+    assert [at for read in reads for at in range(read.index, read.index + len(read.chunks))] == list(
+        range(chunks)
+    )
+    assert sum(read.length for read in reads) == chunks * CHUNK - 1
+    assert [read.offset for read in reads] == [read.index * CHUNK for read in reads]
+
+
+def test_the_first_chunks_come_one_by_one_and_the_others_in_runs():
+    reads = plan(file_of(FIRST_CHUNKS + 7), per_read=3)
+
+    assert [len(read.chunks) for read in reads] == [1] * FIRST_CHUNKS + [3, 3, 1]
+
+
+def test_what_comes_from_afar_is_not_read_in_longer_runs():
+    reads = plan(file_of(6, lane=Lane.FAR, together=2), per_read=4)
+
+    assert [len(read.chunks) for read in reads] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(None, 1), (0.15 * GB, 1), (2 * GB, 3), (100 * GB, MAX_RUN_CHUNKS)]
+)
+def test_a_fast_disk_is_read_in_longer_runs_and_an_unknown_or_slow_one_is_not(rate, expected):
+    assert chunks_per_read(rate, threads=4, chunk_bytes=16 * MIB) == expected
