@@ -15,6 +15,7 @@ from services.node_agent.servicer import Servicer
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.store_peers import StorePeers
 from services.node_agent.store_watch import StoreWatch
+from services.node_agent.workers import session_socket
 from stoker import __version__, log
 from stoker.errors import ConfigError
 from stoker.ids import new_id
@@ -97,7 +98,7 @@ class NodeAgentService:
 
 
 def prepare_run_dir(run_dir: Path) -> None:
-    """Make the folder, and remove sockets that nobody listens on: of workers that were killed.
+    """Make the folder, and remove sockets that nobody listens on: of agents and workers that were killed.
 
     Raises:
         ConfigError: It can't be made, or its path is too long for a unix socket.
@@ -114,5 +115,6 @@ def prepare_run_dir(run_dir: Path) -> None:
                 probe.connect(str(path))
             except (ConnectionRefusedError, FileNotFoundError):
                 path.unlink(missing_ok=True)
+                path.with_suffix(session_socket.SUFFIX).unlink(missing_ok=True)
             except OSError:
                 continue  # somebody else's, or busy: not ours to remove

@@ -10,6 +10,8 @@ from typing import Self
 
 from stoker.errors import PeerError
 
+SUFFIX = ".run"
+"""Of its file, which else has the name of the worker's own socket."""
 ACCEPT_SECONDS = 5.0
 """A worker connects before it says that its model is loaded."""
 

@@ -22,6 +22,7 @@ from services.node_agent.host_state import (
     WorkerWarm,
 )
 from services.node_agent.sessions.relay import SessionRelay
+from services.node_agent.workers import session_socket
 from services.node_agent.workers.session_socket import SessionSocket
 from services.node_agent.workers.worker_process import WorkerProcess
 from stoker import log
@@ -152,7 +153,7 @@ class WorkerLink:
         Raises:
             StokerError: It could not be loaded.
         """
-        path = self.process.socket.with_suffix(".run")
+        path = self.process.socket.with_suffix(session_socket.SUFFIX)
         with SessionSocket(path) as awaited, translated(f"worker {self.worker_id}"):
             request.session_socket = str(path)
             response = await self._stub.LoadModel(request, timeout=self._options.load_timeout_seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.node_agent.workers.session_socket import SUFFIX
 from stoker.errors import WorkerDied
 from stoker.rpc import translated
 from stoker.v1.node_agent_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY, REPLICA_STATE_STARTING
@@ -131,8 +132,11 @@ async def test_workers_die_with_an_agent_that_is_killed_and_the_next_agent_remov
     shared_node.agent.send(signal.SIGKILL)
     await shared_node.agent.ended()
     await asyncio.to_thread(until_ended, processes)
+    sockets = list(shared_node.run_dir.glob("worker-*.sock"))
+    assert sockets
+    for path in sockets:
+        path.with_suffix(SUFFIX).touch()  # as if each had been killed while it loaded a model
     stale = list(shared_node.run_dir.glob("worker-*"))
-    assert stale
     settings = {"address": "127.0.0.1:0", "run_dir": shared_node.run_dir, "log_dir": tmp_path / "logs"}
     async with ServiceProcess("node_agent", **settings, controllers=[], prestarted_workers=0):
         assert not any(path.exists() for path in stale)
