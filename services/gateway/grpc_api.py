@@ -1,4 +1,8 @@
-"""gRPC `stoker.v1.Inference`: the same requests as REST, for typed clients."""
+"""gRPC `stoker.v1.Inference`: the same requests as REST, for typed clients.
+
+What REST takes as the headers `Idempotency-Key` and `Last-Event-ID` comes as metadata of the same names: it
+says how a request is sent, not what is asked. So the key's fingerprint is of the whole message.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,15 @@ from services.gateway.api_keys import ApiKeys
 from services.gateway.routing.route_watch import RouteWatch
 from services.gateway.runner import Runner
 from services.gateway.sampling import SamplingRequest
+from services.gateway.sessions.request_key import (
+    KEY_HEADER,
+    LAST_EVENT_HEADER,
+    RequestKey,
+    after_delta,
+    event_ids,
+    read_key,
+    revision_tag,
+)
 from services.gateway.sessions.session import Alternative, Delta, ScoredToken
 from services.gateway.text_request import Conversation, Prompts, TextRequest, Waiting
 from services.gateway.trace import Trace
@@ -68,7 +81,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
                     f"role {message.role!r} is not one of {', '.join(sorted(_ROLES))}", param="messages"
                 )
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        await self._answer(request.model, Conversation(messages=messages), request.sampling, context)
+        await self._answer("Chat", request, Conversation(messages=messages), context)
 
     async def Complete(  # type: ignore[override]  # noqa: N802 - the rpc's name; this handler writes to the context
         self,
@@ -77,7 +90,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Continue a text."""
         self._admit(context)
-        await self._answer(request.model, Prompts(prompts=[request.prompt]), request.sampling, context)
+        await self._answer("Complete", request, Prompts(prompts=[request.prompt]), context)
 
     async def ListDeployedModels(  # noqa: N802 - the rpc's name
         self,
@@ -90,35 +103,47 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListDeployedModelsResponse(names=names)
 
     def _admit(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        sent = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-        self._api_keys.check(sent[0] if sent and isinstance(sent[0], str) else "")
+        self._api_keys.check(_sent(context, "authorization") or "")
 
     async def _answer(
         self,
-        model: str,
+        method: str,
+        asked: inference_pb2.ChatRequest | inference_pb2.CompleteRequest,
         content: Conversation | Prompts,
-        sampling: inference_pb2.TextSampling,
         context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent],
     ) -> None:
         request = TextRequest(
             request_id=new_id("req"),
-            model=model,
+            model=asked.model,
             content=content,
-            sampling=read_sampling(sampling),
+            sampling=read_sampling(asked.sampling),
             deadline_seconds=_deadline_seconds(context),
+            key=_key(method, asked, context),
         )
         trace = self._runner.start_trace(request)
-        sink = _ContextSink(trace, context)
+        sink = _ContextSink(trace, context, request.key)
         await self._runner.run(request, trace, sink)
         await sink.finish()
 
 
 class _ContextSink:
-    """Writes an answer to a call; the last delta is kept until the usage is known."""
+    """Writes an answer to a call; the last delta is kept until the usage is known.
 
-    def __init__(self, trace: Trace, context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent]) -> None:
+    Args:
+        trace: Of the request.
+        context: Of the call.
+        key: Its reader may come back, so that its events have ids; None = it may not.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        context: grpc.aio.ServicerContext[Any, inference_pb2.TextEvent],
+        key: RequestKey | None,
+    ) -> None:
         self._trace = trace
         self._context = context
+        self._has_key = key is not None
         self._last: inference_pb2.TextEvent | None = None
         self._is_first = True
 
@@ -135,6 +160,8 @@ class _ContextSink:
         if self._is_first and self._trace.start is not None:
             event.start.CopyFrom(self._trace.start)
         self._is_first = False
+        if self._has_key:
+            event.event_id = event_ids(revision_tag(self._trace.revision), [after_delta(1, 0, delta)])
         if delta.finish_reason is not None:
             event.finish_reason = _REASONS[delta.finish_reason]
             self._last = event
@@ -164,6 +191,29 @@ def read_sampling(asked: inference_pb2.TextSampling) -> SamplingRequest:
     if len(stops) > MAX_STOPS or not all(stops):
         raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings, none of them empty", param="stop")
     return SamplingRequest(**given, stop=tuple(stops))
+
+
+def _key(
+    method: str,
+    asked: inference_pb2.ChatRequest | inference_pb2.CompleteRequest,
+    context: grpc.aio.ServicerContext[Any, Any],
+) -> RequestKey | None:
+    """Return what the call's idempotency key makes of it; None = it has none."""
+    return read_key(
+        _sent(context, KEY_HEADER),
+        _sent(context, LAST_EVENT_HEADER),
+        owner=_sent(context, "authorization") or "",
+        path=f"/{SERVICE_NAME}/{method}",
+        body=asked.SerializeToString(deterministic=True),
+    )
+
+
+def _sent(context: grpc.aio.ServicerContext[Any, Any], name: str) -> str | None:
+    """Return the first entry of the call's metadata with this name, None = there is none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name and isinstance(value, str):
+            return value
+    return None
 
 
 def _token(token: ScoredToken) -> inference_pb2.TextToken:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stoker.client.connection import find_controller, find_gateway
+from stoker.client.resuming import resuming
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1 import (
     controller_pb2,
@@ -64,6 +65,8 @@ class AsyncClient:
         messages: Sequence[tuple[str, str]],
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        idempotency_key: str | None = None,
+        last_event_id: str | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[inference_pb2.TextEvent, None]:
         """Yield the assistant's answer as it is generated.
@@ -72,30 +75,52 @@ class AsyncClient:
             model: A deployed model; a cold one is started.
             messages: (role, content) pairs, oldest first.
             timeout_seconds: For the whole answer, a start included.
+            idempotency_key: 1 to 255 visible ASCII characters, new for each request. When the connection or
+                the gateway is lost, ask again with the same arguments, of any gateway: it goes on.
+            last_event_id: The `event_id` of the last event that came, when going on: what follows it is
+                yielded. None = all of the answer.
             **sampling: Fields of `TextSampling`, e.g. `temperature=0.0`, `max_tokens=64`.
+
+        Raises:
+            InvalidRequest: Key or event id are none, or the event is of another request.
+            IdempotencyKeyReused: The key began with other arguments.
+            StreamLost: What came so far was made by weights that are not served any more.
         """
         request = inference_pb2.ChatRequest(
             model=model,
             messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in messages],
             sampling=inference_pb2.TextSampling(**sampling),
         )
+        metadata = resuming(idempotency_key, last_event_id)
         with (
             translated(f"gateway {self.gateway}"),
-            cancelled_after(self._inference.Chat(request, timeout=timeout_seconds)) as events,
+            cancelled_after(
+                self._inference.Chat(request, timeout=timeout_seconds, metadata=metadata)
+            ) as events,
         ):
             async for event in events:
                 yield event
 
     async def complete(
-        self, model: str, prompt: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, **sampling: Any
+        self,
+        model: str,
+        prompt: str,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        idempotency_key: str | None = None,
+        last_event_id: str | None = None,
+        **sampling: Any,
     ) -> AsyncGenerator[inference_pb2.TextEvent, None]:
-        """Yield the continuation of `prompt` as it is generated; arguments as in `chat`."""
+        """Yield the continuation of `prompt` as it is generated; arguments and errors as in `chat`."""
         request = inference_pb2.CompleteRequest(
             model=model, prompt=prompt, sampling=inference_pb2.TextSampling(**sampling)
         )
+        metadata = resuming(idempotency_key, last_event_id)
         with (
             translated(f"gateway {self.gateway}"),
-            cancelled_after(self._inference.Complete(request, timeout=timeout_seconds)) as events,
+            cancelled_after(
+                self._inference.Complete(request, timeout=timeout_seconds, metadata=metadata)
+            ) as events,
         ):
             async for event in events:
                 yield event

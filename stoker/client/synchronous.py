@@ -50,17 +50,42 @@ class Client:
         messages: Sequence[tuple[str, str]],
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        idempotency_key: str | None = None,
+        last_event_id: str | None = None,
         **sampling: Any,
     ) -> Iterator[inference_pb2.TextEvent]:
         """See `AsyncClient.chat`."""
-        return self._iterate(self._client.chat(model, messages, timeout_seconds=timeout_seconds, **sampling))
+        return self._iterate(
+            self._client.chat(
+                model,
+                messages,
+                timeout_seconds=timeout_seconds,
+                idempotency_key=idempotency_key,
+                last_event_id=last_event_id,
+                **sampling,
+            )
+        )
 
     def complete(
-        self, model: str, prompt: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, **sampling: Any
+        self,
+        model: str,
+        prompt: str,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        idempotency_key: str | None = None,
+        last_event_id: str | None = None,
+        **sampling: Any,
     ) -> Iterator[inference_pb2.TextEvent]:
         """See `AsyncClient.complete`."""
         return self._iterate(
-            self._client.complete(model, prompt, timeout_seconds=timeout_seconds, **sampling)
+            self._client.complete(
+                model,
+                prompt,
+                timeout_seconds=timeout_seconds,
+                idempotency_key=idempotency_key,
+                last_event_id=last_event_id,
+                **sampling,
+            )
         )
 
     def deploy(

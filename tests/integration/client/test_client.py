@@ -12,7 +12,7 @@ import pytest
 
 from stoker import rpc
 from stoker.client import AsyncClient, Client
-from stoker.errors import AlreadyExists, ModelNotFound, PeerError, QueueFull, StokerError
+from stoker.errors import AlreadyExists, InvalidRequest, ModelNotFound, PeerError, QueueFull, StokerError
 from stoker.v1 import (
     controller_pb2,
     controller_pb2_grpc,
@@ -35,12 +35,14 @@ class FakeCluster(
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.sent: dict[str, Any] = {}
         self.error: StokerError | None = None
         self.left = threading.Event()
 
     async def Chat(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.TextEvent]:  # noqa: N802 - named by the proto
         """Say two words, one event each; wait for ever for the model `endless`."""
         self.asked.append(request)
+        self.sent = dict(context.invocation_metadata())
         try:
             for word in ("Hello", " there"):
                 yield inference_pb2.TextEvent(text=word)
@@ -54,6 +56,7 @@ class FakeCluster(
     async def Complete(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.TextEvent]:  # noqa: N802 - named by the proto
         """Repeat the prompt."""
         self.asked.append(request)
+        self.sent = dict(context.invocation_metadata())
         yield inference_pb2.TextEvent(text=request.prompt)
 
     async def Deploy(self, request: Any, context: Any) -> controller_pb2.DeployResponse:  # noqa: N802 - named by the proto
@@ -166,6 +169,32 @@ async def test_sampling_that_was_not_given_is_left_to_the_gateway(
     assert [event.text async for event in client.complete("tiny", "Once")] == ["Once"]
 
     assert not running.cluster.asked[0].sampling.HasField("temperature")
+
+
+async def test_a_key_and_the_last_event_are_sent_beside_the_request(
+    client: AsyncClient, blocking: Client, running: Running
+) -> None:
+    again = {"idempotency_key": "k1", "last_event_id": "01234567:2"}
+    sent = []
+    assert [event async for event in client.chat("tiny", [("user", "Hi")], **again)]
+    sent.append(running.cluster.sent)
+    assert await asyncio.to_thread(lambda: list(blocking.complete("tiny", "Once", **again)))
+    sent.append(running.cluster.sent)
+
+    assert [(each["idempotency-key"], each["last-event-id"]) for each in sent] == [("k1", "01234567:2")] * 2
+    assert running.cluster.asked[1] == inference_pb2.CompleteRequest(
+        model="tiny", prompt="Once", sampling=inference_pb2.TextSampling()
+    )
+
+
+@pytest.mark.parametrize("key", ["käse", "a\nb"])
+async def test_a_key_that_cannot_be_sent_is_refused_before_anything_is(
+    client: AsyncClient, running: Running, key: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="idempotency-key"):
+        await anext(client.chat("tiny", [], idempotency_key=key))
+
+    assert running.cluster.asked == []
 
 
 async def test_a_sampling_field_nobody_knows_is_refused_before_anything_is_sent(

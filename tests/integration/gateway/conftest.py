@@ -37,6 +37,7 @@ def cluster(shared_cluster: FakeCluster) -> Iterator[FakeCluster]:
     """Return the cluster as if nothing had happened yet."""
     shared_cluster.agent.orders.clear()
     shared_cluster.agent.cancelled.clear()
+    shared_cluster.agent.kept.clear()
     shared_cluster.agent.script = says("Hello!")
     shared_cluster.controller.acquired.clear()
     shared_cluster.controller.acquire_error = None

@@ -15,6 +15,7 @@ from stoker.v1 import (
     controller_pb2,
     controller_pb2_grpc,
     model_pb2,
+    node_agent_pb2,
     node_agent_pb2_grpc,
     session_pb2,
     start_pb2,
@@ -50,16 +51,39 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
         self.cancelled = asyncio.Event()
         self.script: Script = says("Hello!")
         self.attended = 0
+        self.kept: dict[str, node_agent_pb2.KeptSession] = {}
 
     async def Generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:  # noqa: N802 - the rpc's name
         """Play the script."""
         self.orders.append(request)
+        kept = self._keep(request)
         try:
             async for event in self.script(request):
+                kept.tokens.extend(event.tokens)
+                kept.finish_reason = event.finish_reason or kept.finish_reason
                 yield event
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+
+    def _keep(self, request: session_pb2.GenerateRequest) -> node_agent_pb2.KeptSession:
+        """Begin to keep a session's tokens, as a node agent does where that is asked for."""
+        kept = node_agent_pb2.KeptSession(
+            session_id=request.session_id,
+            epoch=request.epoch,
+            replica_id=request.replica_id,
+            revision=f"r-{request.model}",
+            fingerprint=request.fingerprint,
+            tokens=[session_pb2.Token(id=token) for token in request.generated_token_ids],
+        )
+        if request.keep_seconds:
+            self.kept[request.session_id] = kept
+        return kept
+
+    async def FindSessions(self, request: Any, context: Any) -> Any:  # noqa: N802 - the rpc's name
+        """Give what has been kept."""
+        found = [self.kept[name] for name in request.session_ids if name in self.kept]
+        return node_agent_pb2.FindSessionsResponse(sessions=found)
 
     async def Attend(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
         """Play the script once somebody asks."""
@@ -236,6 +260,20 @@ def says(text: str) -> Script:
 
     async def play(request: session_pb2.GenerateRequest) -> AsyncIterator[session_pb2.GenerateEvent]:
         for event in token_events(request, token_ids, stops=True):
+            yield event
+
+    return play
+
+
+def goes_on_with(text: str, *, stands_still_at: int) -> Script:
+    """Return a script that says the text from where its order ends; the first one stops saying anything."""
+    token_ids = [*tiny_tokenizer().encode(text, add_special_tokens=False).ids, 257]
+
+    async def play(request: session_pb2.GenerateRequest) -> AsyncIterator[session_pb2.GenerateEvent]:
+        has = len(request.generated_token_ids)
+        for event in token_events(request, token_ids, stops=True)[has:]:
+            if event.position == stands_still_at and not has:
+                await asyncio.Event().wait()
             yield event
 
     return play

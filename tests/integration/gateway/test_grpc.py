@@ -9,9 +9,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stoker import rpc
-from stoker.errors import CallerError, ModelNotFound, Unauthenticated
+from stoker.client import AsyncClient
+from stoker.errors import CallerError, IdempotencyKeyReused, InvalidRequest, ModelNotFound, Unauthenticated
 from stoker.v1 import inference_pb2, inference_pb2_grpc, session_pb2
-from tests.integration.gateway.fake_cluster import FakeCluster
+from tests.integration.gateway.fake_cluster import FakeCluster, goes_on_with
 from tests.integration.gateway.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -85,3 +86,41 @@ async def test_models_are_listed_and_health_is_served(cluster: FakeCluster, gate
 
     assert "tiny" in names.names
     assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_client_with_a_key_goes_on_after_the_last_event_it_got(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    cluster.agent.script = goes_on_with("Hello!", stands_still_at=4)
+    async with AsyncClient(gateway=gateway.grpc_address) as client:
+        first = client.complete("tiny", "x", idempotency_key="k1")
+        text = last_id = ""
+        while len(text) < 2:
+            event = await anext(first)
+            text, last_id = text + event.text, event.event_id
+        await first.aclose()
+        await cluster.agent.cancelled.wait()
+        rest = [
+            event async for event in client.complete("tiny", "x", idempotency_key="k1", last_event_id=last_id)
+        ]
+        whole = [event async for event in client.complete("tiny", "x", idempotency_key="k1")]
+
+    assert "".join(event.text for event in rest) == "Hello!"[len(text) :]
+    assert rest[-1].finish_reason == session_pb2.FINISH_REASON_STOP
+    assert rest[-1].usage.completion_tokens == 7
+    assert len(cluster.agent.orders) == 2  # the third call found all of it
+    assert 2 <= len(cluster.agent.orders[1].generated_token_ids) <= 4  # nothing was made twice
+    assert "".join(event.text for event in whole) == "Hello!"
+
+
+async def test_a_key_that_is_used_wrongly_is_refused_as_over_rest(
+    cluster: FakeCluster, gateway: GatewayProcess
+) -> None:
+    async with AsyncClient(gateway=gateway.grpc_address) as client:
+        assert [event async for event in client.complete("tiny", "x", idempotency_key="k2")]
+        with pytest.raises(IdempotencyKeyReused):
+            await anext(client.complete("tiny", "y", idempotency_key="k2"))
+        with pytest.raises(InvalidRequest, match="no id of an event"):
+            await anext(client.complete("tiny", "x", idempotency_key="k2", last_event_id="12"))
+        with pytest.raises(InvalidRequest, match="without Idempotency-Key"):
+            await anext(client.complete("tiny", "x", last_event_id="01234567:1"))
