@@ -102,6 +102,7 @@ def node_of(report: node_agent_pb2.NodeReport, now_seconds: float) -> Node:
             total_bytes=store.pool.total_bytes,
             free_bytes=store.pool.free_bytes,
             leased_bytes=store.pool.leased_bytes,
+            window_bytes=store.pool.window_bytes,
         ),
         architectures=frozenset(report.architectures),
         warm_workers=report.warm_workers,

@@ -1,7 +1,7 @@
 """Brings checkpoints into the pool, once each, and drops them when room is needed.
 
 Theory of operation: everything here runs on the event loop and nothing waits. A request joins the resident
-that is there or on its way (single flight per uri and revision), or makes one. Admission says whether it
+that is there or on its way (single flight per uri and revision), or makes one. `Placing` says whether it
 gets chunks now, after some were given back, or never. Reader threads fill chunks; each comes back as a call
 on the loop that moves the ready counter, wakes who watches and, at the end, settles the load. A load belongs
 to the cluster: it goes on when who asked has left, unless a demand needs its room.
@@ -16,12 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from services.store.catalog import CatalogEntry
-from services.store.origins.source import REMOTE
-from services.store.pool.admission import Admitted, Refused, Waits, admit
 from services.store.pool.arena import Arena
 from services.store.pool.chunk_pool import ChunkPool
 from services.store.pool.counters import ReadyCounters
-from services.store.pool.occupancy import ASSUMED_BYTES_PER_SECOND, pool_as_seen
+from services.store.pool.placing import Placing
 from services.store.pool.resident import Phase, Resident
 from services.store.pool.residents import Residents
 from services.store.pool.window import Window, window_of
@@ -74,6 +72,16 @@ class Loads:
             pace=pace or Pace({}),
         )
         self._residents = Residents(clock)
+        self._placing = Placing(
+            self._residents,
+            self.chunks,
+            chunk_bytes=arena.chunk_bytes,
+            rates=self.transfers.rates,
+            clock=clock,
+            start=self._start,
+            fail=self._fail,
+            drop=self._drop,
+        )
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
 
@@ -120,7 +128,7 @@ class Loads:
             elif resident.phase is Phase.LOADING:
                 self.transfers.go_on(resident)
         self._settle_if_gone(resident)
-        self._admit_waiting()
+        self._placing.go_on()
         self._changed()
 
     async def load(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
@@ -174,7 +182,7 @@ class Loads:
         freed = sum(len(resident.chunk_numbers) for resident in found) * self.arena.chunk_bytes
         for resident in found:
             self._drop(resident, "asked", InUse(f"{uri} was evicted while it was loading"))
-        self._admit_waiting()
+        self._placing.go_on()
         return freed
 
     # --- looking on ---
@@ -182,6 +190,11 @@ class Loads:
     def residents(self) -> list[Resident]:
         """Return what is in the pool or on its way, without what is gone."""
         return self._residents.in_sight()
+
+    def window_leases(self, identity: tuple[str, str]) -> int:
+        """Return how many readers the windows on a checkpoint have."""
+        windows = (each for each in self._residents.everyone() if each.window is not None)
+        return sum(each.leases for each in windows if each.entry.identity == identity)
 
     def loading(self) -> bool:
         """Tell whether any load is under way, or what it brought still on its way to the disk."""
@@ -222,7 +235,7 @@ class Loads:
             need_chunks = chunks_needed(entry, self.arena.chunk_bytes)
             resident = self._residents.add(entry, need_chunks=need_chunks, urgency=urgency)
             resident.free_room_only = free_room_only
-            self._place_or_queue(resident)
+            self._placing.newcomer(resident)
         elif urgency < resident.urgency:
             resident.urgency = urgency
             self.transfers.hurry(resident)
@@ -237,22 +250,12 @@ class Loads:
         if resident is None:
             self._supersede(entry)
             resident = self._residents.add(entry, need_chunks=window.chunks, urgency=urgency, window=window)
-            self._place_or_queue(resident)
+            self._placing.newcomer(resident)
         return resident
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
             raise PeerError(_STOPPING, retry_after_seconds=1.0)
-
-    def _place_or_queue(self, resident: Resident) -> None:
-        """Place a newcomer, unless it would overtake somebody; raises why it gets no room."""
-        waits = self._residents.someone_waits(resident.urgency)
-        if waits and resident.need_chunks <= self.chunks.total:
-            self._residents.queue(resident)
-        else:
-            self._place(resident)
-        if resident.error is not None:
-            raise resident.error
 
     def _supersede(self, entry: CatalogEntry) -> None:
         """Nobody can ask for other revisions of the uri any more: let those go that nobody holds."""
@@ -260,44 +263,6 @@ class Loads:
             other.superseded = True
             if not self._residents.is_held(other):
                 self._drop(other, "superseded", InUse(f"{entry.uri} was changed while it was loading"))
-
-    def _place(self, resident: Resident) -> None:
-        """Start a load, or let it wait for chunks, or fail it."""
-        pool = pool_as_seen(
-            self._residents.everyone(),
-            asking=resident,
-            free_chunks=self.chunks.free_count,
-            total_chunks=self.chunks.total,
-            chunk_bytes=self.arena.chunk_bytes,
-            pinned=self._residents.pinned,
-            bytes_per_second=self._bytes_per_second,
-        )
-        decision = admit(
-            pool,
-            uri=resident.entry.uri,
-            need_chunks=resident.need_chunks,
-            now_seconds=self._clock.now_seconds(),
-        )
-        match decision:
-            case Refused(error=error):
-                self._fail(resident, error)
-            case Waits():
-                self._residents.queue(resident)
-            case Admitted(evict=victims):
-                for key in victims:
-                    gives_way = CapacityError("the prefetch gave way to a request", retry_after_seconds=1.0)
-                    self._drop(self._residents[key], "room", gives_way)
-                if resident.need_chunks <= self.chunks.free_count:
-                    self._start(resident)
-                else:
-                    self._residents.queue(resident)
-
-    def _admit_waiting(self) -> None:
-        """Place those that wait, in order, until one has to wait on."""
-        while (first := self._residents.next_in_line()) is not None:
-            self._place(first)
-            if first.phase is Phase.WAITING:
-                return
 
     def _start(self, resident: Resident) -> None:
         try:
@@ -333,7 +298,7 @@ class Loads:
             self._complete(resident)
         if resident.phase is Phase.GONE:
             self._settle_if_gone(resident)
-            self._admit_waiting()
+            self._placing.go_on()
         elif resident.entry.far is not None:
             self._tell()  # the disk has more of it
 
@@ -396,7 +361,7 @@ class Loads:
     def _sent(self, resident: Resident) -> None:
         """Go on when the last chunk of a resident that is gone has been sent to a peer."""
         self._settle_if_gone(resident)
-        self._admit_waiting()
+        self._placing.go_on()
         self._changed()
 
     def _close_sources(self, resident: Resident) -> None:
@@ -404,12 +369,6 @@ class Loads:
             if file.source is not None:
                 file.source.close()
                 file.source = None
-
-    def _bytes_per_second(self, resident: Resident) -> float:
-        """Return how fast a resident would come back."""
-        far = resident.entry.far
-        tier = DISK if far is None or far.whole else REMOTE
-        return self.transfers.rates.bytes_per_second(tier) or ASSUMED_BYTES_PER_SECOND
 
     def _changed(self) -> None:
         record_pool(

@@ -6,6 +6,7 @@ from services.store.catalog import CatalogEntry
 from services.store.loads import Loads
 from services.store.origins.source import REMOTE
 from services.store.pool.resident import Phase, Resident
+from services.store.pool.window import window_chunks
 from services.store.reading.bandwidth import Moved
 from services.store.reading.lanes import Lane
 from services.store.reading.read_queue import Urgency
@@ -128,6 +129,7 @@ def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
             chunk_bytes=arena.chunk_bytes,
             page_bytes=arena.page_bytes,
             backing=arena.backing,
+            window_bytes=_window_bytes(loads),
         ),
         checkpoints=[_in_pool(loads, resident) for resident in residents] + known,
         bandwidths=[
@@ -139,6 +141,15 @@ def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
             for tier in loads.transfers.rates.tiers()
         ],
     )
+
+
+def _window_bytes(loads: Loads) -> int:
+    """Return what a checkpoint that is larger than the pool takes of it; 0: the pool is too small for one.
+
+    One whose digests cover several chunks of the pool may take more.
+    """
+    chunks = window_chunks(total_chunks=loads.chunks.total, step_chunks=1)
+    return 0 if chunks is None else chunks * loads.arena.chunk_bytes
 
 
 def _in_pool(loads: Loads, resident: Resident) -> pb.StoredCheckpoint:
@@ -157,6 +168,7 @@ def _not_in_pool(loads: Loads, entry: CatalogEntry) -> pb.StoredCheckpoint:
     return pb.StoredCheckpoint(
         checkpoint=entry.info,
         disk_bytes=disk_bytes(entry),
+        leases=loads.window_leases(entry.identity),
         pinned=loads.is_pinned(entry.uri),
     )
 

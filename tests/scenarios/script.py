@@ -79,7 +79,7 @@ def _node(world: World, words: list[str]) -> None:
     settings = _settings(words[1:])
     node_id = NodeId(words[0])
     kind = "cuda" if "device_memory" in settings else "cpu"
-    memory_bytes = int(quantity(settings.get("device_memory", "0")))
+    memory_bytes = int(quantity(settings.get("device_memory") or settings.get("memory", "0")))
     in_memory, on_disk = (settings.get(tier, "").split(",") for tier in ("dram", "disk_holds"))
     held = {
         model.checkpoint: Held(
@@ -109,7 +109,8 @@ def _node(world: World, words: list[str]) -> None:
 
 def _pool(settings: dict[str, str], held_bytes: int) -> Pool:
     total_bytes = int(quantity(settings.get("pool", "100GB")))
-    return Pool(total_bytes=total_bytes, free_bytes=total_bytes - held_bytes)
+    window_bytes = int(quantity(settings.get("window", "0")))
+    return Pool(total_bytes=total_bytes, free_bytes=total_bytes - held_bytes, window_bytes=window_bytes)
 
 
 def _labels(text: str) -> frozenset[tuple[str, str]]:

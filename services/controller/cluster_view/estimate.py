@@ -19,6 +19,7 @@ from statistics import median
 from services.controller.cluster_view.bandwidth import rate_of
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.learnt import StartStages
+from services.controller.cluster_view.streaming import has_own_memory, streams_on
 from services.controller.cluster_view.view import Held, Model, Node, Stage
 from stoker.units import GB
 
@@ -125,10 +126,10 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
         is_coming: Another start on the node reads the checkpoint already: it is in `loading_bytes`, and read
             once for both.
     """
-    source, missing_bytes = _missing(model, node, has_peer=has_peer)
+    source, missing_bytes = _missing(model, node, has_peer=has_peer, is_coming=is_coming)
     return make_estimate(
         worker_seconds=worker_wait_seconds(node, starting_workers),
-        stage_seconds=_load_stages(model, node, source, 0 if is_coming else missing_bytes, loading_bytes),
+        stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
         skeleton_seconds=parts.skeleton_seconds,
         first_forward_seconds=parts.first_forward_seconds,
         stop_seconds=stop_seconds,
@@ -161,9 +162,7 @@ def load_seconds(
     model: Model, node: Node, *, loading_bytes: int, has_peer: bool, is_coming: bool = False
 ) -> float:
     """Return how long a load takes: `load_seconds` of `start_estimate`, without the rest of it."""
-    source, missing_bytes = _missing(model, node, has_peer=has_peer)
-    if is_coming:
-        missing_bytes = 0
+    source, missing_bytes = _missing(model, node, has_peer=has_peer, is_coming=is_coming)
     return max(_load_stages(model, node, source, missing_bytes, loading_bytes).values(), default=0.0)
 
 
@@ -210,11 +209,6 @@ def opening_seconds(node: Node, source: str) -> float:
     return node.opening.get(source, SEED_OPENING_SECONDS.get(source, 0.0))
 
 
-def has_own_memory(node: Node) -> bool:
-    """Tell whether weights must be copied to a device; on a CPU the tensors are the pool's memory."""
-    return any(device.kind != "cpu" for device in node.devices)
-
-
 def unexplained_seconds(start: StartStages) -> float:
     """Return what no stage of a measured start explains."""
     explained = start.worker_seconds + max(
@@ -223,11 +217,17 @@ def unexplained_seconds(start: StartStages) -> float:
     return max(0.0, start.total_seconds - explained)
 
 
-def _missing(model: Model, node: Node, *, has_peer: bool) -> tuple[str, int]:
-    """Return where the bytes that are not in the node's memory come from, and how many; none = ("", 0)."""
+def _missing(model: Model, node: Node, *, has_peer: bool, is_coming: bool) -> tuple[str, int]:
+    """Return where the bytes that are not in the node's memory come from, and how many it still has to read.
+
+    All there = ("", 0). A start that comes to another one's window late reads everything again.
+    """
     held = node.held.get(model.checkpoint, NOTHING_HELD)
+    if streams_on(model, node):
+        return source_of(model, held, has_peer=has_peer), model.file_bytes
     missing_bytes = max(0, model.file_bytes - held.dram_bytes)
-    return (source_of(model, held, has_peer=has_peer) if missing_bytes else "", missing_bytes)
+    source = source_of(model, held, has_peer=has_peer) if missing_bytes else ""
+    return source, 0 if is_coming else missing_bytes
 
 
 def _load_stages(
@@ -239,7 +239,7 @@ def _load_stages(
         stages[source] = opening_seconds(node, source) + (queued_bytes + missing_bytes) / bytes_per_second(
             node, source
         )
-    if has_own_memory(node):
+    if has_own_memory(node) or streams_on(model, node):
         queued_bytes = node.stages.get("device", NOTHING).queued_bytes
         stages["device"] = (queued_bytes + model.file_bytes) / bytes_per_second(node, "device")
     return stages

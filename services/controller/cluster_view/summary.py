@@ -9,11 +9,11 @@ from functools import lru_cache
 from services.controller.cluster_view.estimate import (
     NOTHING,
     bytes_per_second,
-    has_own_memory,
     opening_seconds,
     worker_wait_seconds,
 )
 from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.streaming import has_own_memory
 from services.controller.cluster_view.traits import Trait, trait_of
 from services.controller.cluster_view.view import (
     Checkpoint,
@@ -31,21 +31,25 @@ ORIGINS = ("disk", "peer", "remote")
 
 
 class Shape:
-    """What a node can ever take: architectures, devices, and the pool's bytes. Hashed once: it is a key.
+    """What a node can ever take: architectures, devices, the pool's bytes. Hashed once: it is a key.
 
     Attributes:
         architectures: What its engines serve; empty = it did not say.
         devices: Its slots.
         pool_bytes: Of its store's pool; 0 = not known.
+        window_bytes: Of a window of it, for checkpoints that are larger; 0 = there is none.
     """
 
-    __slots__ = ("_hash", "architectures", "devices", "pool_bytes")
+    __slots__ = ("_hash", "architectures", "devices", "pool_bytes", "window_bytes")
 
-    def __init__(self, architectures: frozenset[str], devices: tuple[Device, ...], pool_bytes: int) -> None:
+    def __init__(
+        self, architectures: frozenset[str], devices: tuple[Device, ...], pool_bytes: int, window_bytes: int
+    ) -> None:
         self.architectures = architectures
         self.devices = devices
         self.pool_bytes = pool_bytes
-        self._hash = hash((architectures, devices, pool_bytes))
+        self.window_bytes = window_bytes
+        self._hash = hash((architectures, devices, pool_bytes, window_bytes))
 
     def __hash__(self) -> int:
         return self._hash
@@ -55,6 +59,7 @@ class Shape:
             isinstance(other, Shape)
             and self._hash == other._hash
             and self.pool_bytes == other.pool_bytes
+            and self.window_bytes == other.window_bytes
             and self.architectures == other.architectures
             and self.devices == other.devices
         )
@@ -179,7 +184,7 @@ def _of_report(node: Node) -> Summary:
     """Return what a node's report alone says; the rest empty."""
     device_rate, rates = _rates(node)
     return Summary(
-        shape=_shape_of(node.architectures, node.devices, node.pool.total_bytes),
+        shape=_shape_of(node.architectures, node.devices, node.pool.total_bytes, node.pool.window_bytes),
         rates=rates,
         openings=tuple(opening_seconds(node, origin) for origin in ORIGINS),
         device_rate=device_rate,

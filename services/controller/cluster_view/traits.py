@@ -16,6 +16,7 @@ from services.controller.cluster_view.estimate import (
     worker_wait_seconds,
 )
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, member
+from services.controller.cluster_view.streaming import pool_bytes_on
 from services.controller.cluster_view.view import Checkpoint, Model, Node, Reservation, View
 from stoker.ids import ModelName, ReplicaId
 
@@ -39,7 +40,7 @@ class Trait(NamedTuple):
         settled_at_seconds: When it became ready, where its weights are all there.
         leaving_for: Whom it makes room for, where it is on its way out.
         loading: What it still reads: its checkpoint, and the bytes that are not in the node's memory.
-        coming: What it will lease and the store does not show yet, with all of its bytes.
+        coming: What it will lease and the store does not show yet, with the bytes of the pool it takes.
     """
 
     reservation: Reservation
@@ -110,4 +111,4 @@ def _loading(node: Node, model: Model | None) -> tuple[Checkpoint, int] | None:
 def _coming(node: Node, model: Model | None) -> tuple[Checkpoint, int] | None:
     if model is None or node.held.get(model.checkpoint, NOTHING_HELD).leases:
         return None
-    return model.checkpoint, model.file_bytes
+    return model.checkpoint, pool_bytes_on(model, node)

@@ -33,7 +33,7 @@ class Model:
         checkpoint_uri: Where its checkpoint comes from.
         revision: What exactly the checkpoint's bytes are.
         architecture: Class an engine must know, e.g. `LlamaForCausalLM`.
-        file_bytes: What a load reads, and what it occupies in a store's pool.
+        file_bytes: What a load reads, and what it occupies in a store's pool that can hold it (`streaming`).
         weight_bytes: What it occupies on a device, without its cache.
         kv_cache_bytes: What its cache adds on a device; 0 = the engine decides.
         layers: Decoder layers; a seed for estimates.
@@ -89,11 +89,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """A store's memory pool, in bytes; `total_bytes` 0 = not known."""
+    """A store's memory pool, in bytes; `total_bytes` 0 = not known.
+
+    `window_bytes` is what a checkpoint that is larger than the pool takes of it; 0 = none can be loaded.
+    """
 
     total_bytes: int = 0
     free_bytes: int = 0
     leased_bytes: int = 0
+    window_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

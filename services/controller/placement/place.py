@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from services.controller.cluster_view.estimate import Estimate
+from services.controller.cluster_view.streaming import copy_bytes_on
 from services.controller.cluster_view.traits import ANYBODY
 from services.controller.cluster_view.view import Model, Node, Policy, View
 from services.controller.placement.options import Move, Option
@@ -30,6 +31,7 @@ from services.controller.placement.room import (
     Situation,
     can_ever,
     free_slots,
+    host_has_room,
     never_fits,
     on_node,
     room_is_being_made,
@@ -235,6 +237,9 @@ def _retry_at_seconds(situation: Situation) -> float | None:
 def _busy(situation: Situation, node: Node) -> str:
     free = free_slots(situation.wanted, situation.index.summaries[node.node_id])
     needed = situation.wanted.slots
+    copied_bytes = copy_bytes_on(situation.model, node)
+    if len(free) >= needed and copied_bytes and not host_has_room(situation, node, (), copied_bytes):
+        return f"{node.node_id}: its memory is taken by its pool, and copies of models larger than that"
     if len(free) >= needed:
         return (
             f"{node.node_id}: {format_bytes(node.pool.leased_bytes)} of the pool's "

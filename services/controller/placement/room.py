@@ -1,4 +1,4 @@
-"""Can a node take a model: never, not now, or now? Pure questions about slots and the store's pool."""
+"""Can a node take a model: never, not now, or now? Pure questions about slots, pools and memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from services.controller.cluster_view.fleet import Member, Standing, member
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.index import Index, index_of, reservations_on
 from services.controller.cluster_view.lessons import parts_like
+from services.controller.cluster_view.streaming import (
+    copy_bytes_on,
+    host_bytes,
+    own_copy_bytes,
+    pool_bytes_on,
+    streams,
+    streams_on,
+)
 from services.controller.cluster_view.summary import Shape, Summary, holds_all
 from services.controller.cluster_view.view import Checkpoint, Device, Model, Node, Policy, View
 from stoker.ids import ModelName, NodeId
@@ -72,9 +80,12 @@ _make_wanted = maker_of(Wanted)
 def _slots_that_fit(model: Model, shape: Shape) -> tuple[int, ...]:
     if shape.architectures and model.architecture not in shape.architectures:
         return ()
+    on_cpu_bytes = device_bytes(model, "cpu")
     if 0 < shape.pool_bytes < model.file_bytes:
-        return ()
-    found = _large_enough(shape, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+        if not streams(model, pool_bytes=shape.pool_bytes, window_bytes=shape.window_bytes):
+            return ()
+        on_cpu_bytes = own_copy_bytes(model) + shape.pool_bytes
+    found = _large_enough(shape, on_cpu_bytes, device_bytes(model, "cuda"))
     return found if len(found) >= devices_needed(model) else ()
 
 
@@ -167,21 +178,32 @@ def never_fits(model: Model, node: Node) -> Never | None:
             code="checkpoint_invalid",
             reason=f"{node.node_id}: its engines don't serve {model.architecture}",
         )
-    if 0 < node.pool.total_bytes < model.file_bytes:
+    on_cpu_bytes, is_streamed = device_bytes(model, "cpu"), streams_on(model, node)
+    if is_streamed:
+        on_cpu_bytes = own_copy_bytes(model) + node.pool.total_bytes
+    elif 0 < node.pool.total_bytes < model.file_bytes:
         return Never(
             code="does_not_fit",
             reason=(
                 f"{node.node_id}: the checkpoint has {format_bytes(model.file_bytes)}, the store's pool "
-                f"{format_bytes(node.pool.total_bytes)}"
+                f"{format_bytes(node.pool.total_bytes)}, too small for a window of it: raise its "
+                "STOKER_STORE_POOL_BYTES"
             ),
         )
-    fitting = large_enough(node.devices, device_bytes(model, "cpu"), device_bytes(model, "cuda"))
+    fitting = large_enough(node.devices, on_cpu_bytes, device_bytes(model, "cuda"))
     if len(fitting) < devices_needed(model):
         return Never(code="does_not_fit", reason=_too_small(model, node))
     return None
 
 
 def _too_small(model: Model, node: Node) -> str:
+    if copy_bytes_on(model, node) and 0 < len(node.devices) >= devices_needed(model):
+        return (
+            f"{node.node_id}: the checkpoint has {format_bytes(model.file_bytes)}, more than the store's "
+            f"pool of {format_bytes(node.pool.total_bytes)}; a copy beside the pool needs "
+            f"{format_bytes(own_copy_bytes(model))}, the host has {format_bytes(host_bytes(node.devices))} "
+            "in all: use a node with more memory"
+        )
     if not node.devices:
         return f"{node.node_id}: it has no device"
     if len(node.devices) < devices_needed(model):
@@ -223,7 +245,7 @@ def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Member] = ()
 def pool_has_room(
     situation: Situation, node: Node, given_up: tuple[Member, ...], coming: Iterable[Model]
 ) -> bool:
-    """Tell whether the pool can take the checkpoints by evicting what nobody leases.
+    """Tell whether the pool can take the checkpoints by evicting what nobody leases, and the host the copies.
 
     Args:
         situation: What the decision is about.
@@ -234,16 +256,36 @@ def pool_has_room(
     if not node.pool.total_bytes:
         return True
     wanted: dict[Checkpoint, int] = {}
+    window_bytes = copied_bytes = 0
     for model in coming:
-        if not node.held.get(model.checkpoint, NOTHING_HELD).leases:
+        if streams_on(model, node):  # whoever comes late to a window gets one of its own
+            window_bytes += pool_bytes_on(model, node)
+            copied_bytes += copy_bytes_on(model, node)
+        elif not node.held.get(model.checkpoint, NOTHING_HELD).leases:
             wanted[model.checkpoint] = model.file_bytes
-    if not wanted:
+    if copied_bytes and not host_has_room(situation, node, given_up, copied_bytes):
+        return False
+    if not wanted and not window_bytes:
         return True
-    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - sum(wanted.values())
+    free_bytes = node.pool.total_bytes - node.pool.leased_bytes - sum(wanted.values()) - window_bytes
     for checkpoint, byte_count in situation.index.summaries[node.node_id].coming:
         if checkpoint not in wanted:  # two replicas of one checkpoint share its place
             free_bytes -= byte_count
     return free_bytes >= 0 or free_bytes + _freed_pool_bytes(situation, node, given_up) >= 0
+
+
+def host_has_room(situation: Situation, node: Node, given_up: tuple[Member, ...], copied_bytes: int) -> bool:
+    """Tell whether the host has memory for so many bytes beside its pool and the copies of other replicas."""
+    total_bytes = host_bytes(node.devices)
+    if not total_bytes:
+        return True
+    models, gone = situation.view.models, {found.reservation.replica_id for found in given_up}
+    taken_bytes = sum(
+        copy_bytes_on(models[found.reservation.model], node)
+        for found in on_node(situation, node)
+        if found.reservation.replica_id not in gone and found.reservation.model in models
+    )
+    return node.pool.total_bytes + taken_bytes + copied_bytes <= total_bytes
 
 
 def enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:

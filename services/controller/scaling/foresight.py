@@ -24,11 +24,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from services.controller.cluster_view.estimate import has_own_memory, start_estimate, worker_start_seconds
+from services.controller.cluster_view.estimate import start_estimate, worker_start_seconds
 from services.controller.cluster_view.fleet import Standing, members_of
 from services.controller.cluster_view.forecast import expected_rate_per_second, likelihood
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.lessons import parts_like
+from services.controller.cluster_view.streaming import has_own_memory, streams_on
 from services.controller.cluster_view.view import Checkpoint, Held, Model, Node, View
 from services.controller.placement.room import never_fits
 from services.controller.scaling.spare_memory import POOL_SLACK, fill
@@ -249,7 +250,8 @@ def _nodes_for(view: View, model: Model, busy: set[NodeId]) -> Iterable[Node]:
     open_nodes = [node_id for node_id in index.open_nodes if node_id not in busy]
     for node_id in sorted(open_nodes, key=promises)[:MAX_NODES]:
         node, summary = view.nodes[node_id], index.summaries[node_id]
-        if not summary.queued and never_fits(model, node) is None and node.pool.total_bytes:
+        fits = never_fits(model, node) is None and not streams_on(model, node)
+        if not summary.queued and fits and node.pool.total_bytes:
             yield node
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from heapq import nlargest
 
-from services.controller.cluster_view.estimate import has_own_memory
 from services.controller.cluster_view.index import index_of
+from services.controller.cluster_view.streaming import has_own_memory, streams_on
 from services.controller.cluster_view.view import Checkpoint, Model, Node, View
 from services.controller.placement.room import never_fits
 from stoker.ids import ModelName, NodeId
@@ -68,6 +68,7 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
             and held.dram_bytes < (model := view.models[name]).file_bytes <= held.disk_bytes
             and model.file_bytes * POOL_SLACK - held.dram_bytes <= room_bytes
             and (node.node_id, name) not in rests
+            and not streams_on(model, node)
             and never_fits(model, node) is None
         ]
         if found:
