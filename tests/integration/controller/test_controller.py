@@ -395,6 +395,7 @@ async def test_more_sessions_than_the_concurrency_start_another_replica(cluster:
     await cluster.client.acquire("m")
 
     node.replicas[node.starts[0]].running_sessions = 2
+    node.replicas[node.starts[0]].waiting_sessions = 1
     node.report()
     await until(lambda: len(node.starts) == 2)
 
