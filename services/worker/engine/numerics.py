@@ -11,6 +11,14 @@ import torch
 
 from stoker import __version__
 
+REVISION = 1
+"""Of this engine's own arithmetic, as long as one version of the package is built more than once.
+
+Raise it with any change after which the same session may give other bits on the same machine: how the rows of
+a product are grouped or its columns cut, the tokens of an attention block, the order of a sum, a dtype in
+between, a kernel in place of another, how a token is drawn. Not for what is proven to keep every bit.
+"""
+
 
 def numerics(  # noqa: PLR0913 - one per thing that decides
     *,
@@ -38,8 +46,8 @@ def numerics(  # noqa: PLR0913 - one per thing that decides
         instructions = "+".join((torch.backends.cpu.get_cpu_capability(), *_small_float_units()))
         place = f"{device.type}:{instructions} threads={torch.get_num_threads()}"
     return (
-        f"{engine} stoker={__version__} torch={torch.__version__} dtype={str(dtype).removeprefix('torch.')} "
-        f"device={place} group_rows={group_rows} prefill_group_rows={prefill_group_rows} "
+        f"{engine} stoker={__version__} arithmetic={REVISION} torch={torch.__version__} "
+        f"dtype={str(dtype).removeprefix('torch.')} device={place} group_rows={group_rows} prefill_group_rows={prefill_group_rows} "
         f"prefill_chunk={prefill_chunk_tokens}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ LENGTH = session_pb2.FINISH_REASON_LENGTH
 TEXT = "abcdefgh"
 Step = Any
 """What a played replica does: gives `n` tokens, raises an error, or sends an event as it is."""
+STANDS_STILL: Step = object()
+"""It does nothing more until its call is ended."""
 
 
 class HastyClock(ManualClock):
@@ -78,6 +81,8 @@ class Played:
         for step in self._scripts.pop(0):
             if isinstance(step, StokerError):
                 raise step
+            if step is STANDS_STILL:
+                await asyncio.Event().wait()
             if not isinstance(step, int):
                 yield step
                 continue
@@ -303,7 +308,22 @@ async def test_a_stream_that_goes_on_with_other_numerics_is_counted() -> None:
     assert numerics_changes() - before == 1  # a to b; b to b is equal, and what is not known counts as equal
 
 
-def numerics_changes() -> float:
-    """Return how many resumed streams have been counted."""
-    labels = {"model_name": "tiny", "way": "resume"}
+@pytest.mark.parametrize(("destination", "counted"), [("b", 1), ("a", 0), ("", 0)])
+async def test_a_stream_that_moves_to_other_numerics_is_counted_once(destination: str, counted: int) -> None:
+    before, resumed = numerics_changes("move"), numerics_changes("resume")
+    asks = session_pb2.GenerateEvent(leave=session_pb2.Leave(to_replica_id="rep-1", reason="drain"))
+    routes = [{"numerics": "a"}, {"numerics": destination}]
+    world = World([3, asks, STANDS_STILL], [5], routes=routes)
+
+    await world.run()
+
+    assert world.seen.text == TEXT
+    assert (world.trace.moves, world.trace.hops) == (1, 0)
+    assert numerics_changes("move") - before == counted
+    assert numerics_changes("resume") == resumed
+
+
+def numerics_changes(way: str = "resume") -> float:
+    """Return how many streams have been counted."""
+    labels = {"model_name": "tiny", "way": way}
     return REGISTRY.get_sample_value("stoker_gateway_numerics_changes_total", labels) or 0.0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.worker.engine import numerics as module
 from services.worker.engine.numerics import numerics
 
 
@@ -35,6 +36,13 @@ def test_whatever_decides_bits_changes_the_line(changes) -> None:
 def test_another_number_of_threads_changes_the_line(monkeypatch) -> None:
     before = line()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+
+    assert line() != before
+
+
+def test_builds_of_one_version_that_compute_otherwise_have_different_lines(monkeypatch) -> None:
+    before = line()
+    monkeypatch.setattr(module, "REVISION", module.REVISION + 1)
 
     assert line() != before
 
