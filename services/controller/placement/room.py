@@ -197,7 +197,7 @@ def never_fits(model: Model, node: Node) -> Never | None:
 
 
 def _too_small(model: Model, node: Node) -> str:
-    if copy_bytes_on(model, node) and 0 < len(node.devices) >= devices_needed(model):
+    if copy_bytes_on(model, node) and len(node.devices) >= devices_needed(model):
         return (
             f"{node.node_id}: the checkpoint has {format_bytes(model.file_bytes)}, more than the store's "
             f"pool of {format_bytes(node.pool.total_bytes)}; a copy beside the pool needs "

@@ -19,6 +19,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StokerUp]:
-    """A cluster shared by a module's tests."""
-    with stoker_up(tmp_path_factory.mktemp("up")) as running:
+    """A cluster shared by a module's tests; its pool holds eight chunks."""
+    with stoker_up(tmp_path_factory.mktemp("up"), "--pool", "0.125") as running:
         yield running

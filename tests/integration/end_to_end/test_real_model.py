@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from stoker.v1 import model_pb2
-from tests.integration.end_to_end.stoker_up import StokerUp
+from tests.integration.end_to_end.stoker_up import StokerUp, stoker_up
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StokerUp]:
+    """A cluster whose pool holds the model whole."""
+    with stoker_up(tmp_path_factory.mktemp("up")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

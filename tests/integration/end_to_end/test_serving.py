@@ -12,7 +12,13 @@ import httpx
 import openai
 import pytest
 
-from stoker.v1 import controller_pb2, controller_pb2_grpc, model_pb2
+from stoker.v1 import (
+    checkpoint_store_pb2,
+    checkpoint_store_pb2_grpc,
+    controller_pb2,
+    controller_pb2_grpc,
+    model_pb2,
+)
 from tests.integration.end_to_end.stoker_up import (
     StokerUp,
     assert_all_ended,
@@ -21,6 +27,7 @@ from tests.integration.end_to_end.stoker_up import (
 )
 from tests.integration.store.origin_server import origin_server
 from tests.integration.tiny_adapter import make_tiny_adapter
+from tests.integration.tiny_model import make_tiny_model
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -86,6 +93,37 @@ def test_streamed_and_whole_answers_are_the_same_text(up: StokerUp, tiny_model: 
 
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == whole
+
+
+def test_a_model_larger_than_the_pool_answers_as_transformers_does_and_leaves_the_pool_free(
+    up: StokerUp, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_tiny_model(tmp_path / "large", hidden=1024)
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = AutoModelForCausalLM.from_pretrained(folder).generate(
+        **prompt, max_new_tokens=8, do_sample=False
+    )
+    expected = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    _deploy(up, "large", folder)
+
+    with up.openai() as client:
+        answer = client.chat.completions.create(model="large", messages=QUESTION, max_tokens=8, temperature=0)
+
+    assert answer.choices[0].message.content == expected
+    with grpc.insecure_channel(up.cluster.store) as channel:
+        store = checkpoint_store_pb2_grpc.CheckpointStoreStub(channel)
+        for status in store.WatchStatus(checkpoint_store_pb2.GetStatusRequest(), timeout=60):
+            held = [each for each in status.checkpoints if each.checkpoint.uri == str(folder)]
+            if held and not held[0].leases:
+                break
+    assert held[0].dram_bytes == 0
+    assert 0 < status.pool.window_bytes < status.pool.total_bytes < file_bytes
 
 
 def test_a_client_that_leaves_does_not_abort_the_load(up: StokerUp, tiny_model: Path) -> None:

@@ -12,6 +12,7 @@ from services.store.catalog import Catalog
 from services.store.integrity.damaged_copies import DamagedCopies
 from services.store.integrity.verified_parts import VerifiedParts
 from services.store.loads import Loads
+from services.store.messages import store_status
 from services.store.pool.arena import open_arena
 from services.store.pool.counters import ReadyCounters
 from services.store.pool.resident import Phase
@@ -279,3 +280,24 @@ async def test_too_many_files_for_the_counters_are_refused_and_leave_nothing(tmp
         with pytest.raises(CapacityError, match="ready counter"):
             await made.load(folder)
         assert made.loads.chunks.free_count == 8
+
+
+async def test_the_status_says_what_a_window_takes_and_who_reads_through_one(tmp_path):
+    async with store(chunks=4) as made:
+        entry = await made.catalog.open(str(write_checkpoint(tmp_path / "m", size=3 * CHUNK)))
+        resident = made.loads.lease(entry, Urgency.DEMAND, window=True)
+        reader = resident.window.join()
+        read_through = store_status(made.loads, made.catalog.entries())
+
+        made.loads.end_lease(resident, reader)
+        left = store_status(made.loads, made.catalog.entries())
+
+        assert read_through.pool.window_bytes == read_through.pool.leased_bytes == 2 * CHUNK
+        assert [(each.leases, each.dram_bytes) for each in read_through.checkpoints] == [(1, 0)]
+        assert [each.leases for each in left.checkpoints] == [0]
+        await settled(made)
+
+
+async def test_a_pool_that_is_too_small_for_a_window_says_so():
+    async with store(chunks=1) as made:
+        assert store_status(made.loads, []).pool.window_bytes == 0

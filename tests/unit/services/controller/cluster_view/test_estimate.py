@@ -13,7 +13,7 @@ from services.controller.cluster_view.estimate import (
     start_estimate,
 )
 from services.controller.cluster_view.learnt import StartStages
-from services.controller.cluster_view.view import Device, Held, Model, Node, Stage
+from services.controller.cluster_view.view import Device, Held, Model, Node, Pool, Stage
 from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_node
 
@@ -51,6 +51,18 @@ def test_only_the_bytes_that_are_not_in_memory_are_read_from_disk() -> None:
 
     assert (estimate(model, half).load_seconds, estimate(model, half).tier) == (6.0, "disk")
     assert (estimate(model, whole).load_seconds, estimate(model, whole).tier) == (0.0, "dram")
+
+
+def test_a_model_larger_than_the_pool_is_always_read_whole_and_copied() -> None:
+    model = a_model(file_bytes=10 * GB)
+    held = {model.checkpoint: Held(dram_bytes=10 * GB)}
+    stages = {"disk": Stage(bytes_per_second=GB), "device": Stage(bytes_per_second=0.5 * GB)}
+    node = a_node(held=held, stages=stages, pool=Pool(total_bytes=4 * GB, window_bytes=GB))
+
+    found = estimate(model, node, loading_bytes=3 * GB, is_coming=True)
+
+    assert found.stage_seconds == {"disk": 13.0, "device": 20.0}
+    assert found.tier == "disk"
 
 
 def test_the_skeleton_is_built_while_the_weights_load() -> None:
