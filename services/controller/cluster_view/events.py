@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.controller.cluster_view.view import Model, Node, Refusal, Reservation, Scheduling
+from services.controller.cluster_view.view import Model, Node, Refusal, Replica, Reservation, Scheduling
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 
@@ -48,6 +48,19 @@ class NodeReported:
     """An agent reported; `node` is whole."""
 
     node: Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReported:
+    """An agent reported, and nothing but the sessions of some replicas is other than before.
+
+    Of a node that is not connected it says nothing: that reports whole first.
+    """
+
+    node_id: NodeId
+    replicas: tuple[Replica, ...]
+    """Those whose sessions changed; nothing else of them is read."""
+    seen_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +211,7 @@ Event = (
     | Releasing
     | Released
     | NodeReported
+    | LoadReported
     | NodeDisconnected
     | NodeUnreachable
     | NodeForgotten

@@ -19,6 +19,7 @@ from services.controller.cluster_view.events import (
     Distrusted,
     Event,
     ForecastMissed,
+    LoadReported,
     ModelDeleted,
     ModelPut,
     MoveGivenUp,
@@ -51,6 +52,7 @@ from services.controller.cluster_view.lessons import (
     lessons_of,
     rates_after,
 )
+from services.controller.cluster_view.load_report import narrowed, remembered, with_load
 from services.controller.cluster_view.moves import learn_move
 from services.controller.cluster_view.reach import reach_of
 from services.controller.cluster_view.view import (
@@ -75,6 +77,8 @@ MEASURED_STARTS = 9
 def fold(view: View, event: Event) -> View:
     """Return the view after `event`, its index current. Events about things that are gone change nothing."""
     before = indexed(view)
+    if isinstance(event, NodeReported):
+        event = narrowed(before, event.node) or event
     after = _after(before, event)
     if after is before:
         return before
@@ -97,6 +101,8 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
             return changed(view, reservations=_without(view.reservations, replica_id))
         case NodeReported(node=node):
             return _node_reported(view, node)
+        case LoadReported():
+            return _load_reported(view, event)
         case NodeDisconnected(node_id=node_id):
             return _node(view, node_id, connected=False)
         case NodeUnreachable(node_id=node_id):
@@ -174,11 +180,11 @@ def _node_reported(view: View, node: Node) -> View:
     before = view.nodes.get(node.node_id)
     seen = before.replicas if before else {}
     replicas = {
-        replica_id: _remembered(replica, seen.get(replica_id), node.last_seen_seconds)
+        replica_id: remembered(replica, seen.get(replica_id), node.last_seen_seconds)
         for replica_id, replica in node.replicas.items()
     }
     lessons = lessons_of(before, replicas)
-    fleet = fleet_after(view.fleet, lessons, node.last_seen_seconds)
+    fleet = fleet_after(view.fleet, lessons, node)
     node = replace(
         node,
         replicas=replicas,
@@ -211,6 +217,18 @@ def _node_reported(view: View, node: Node) -> View:
     return view
 
 
+def _load_reported(view: View, event: LoadReported) -> View:
+    node = view.nodes.get(event.node_id)
+    if node is None or not node.connected or not node.reachable:
+        return view
+    node, woken = with_load(node, event)
+    distrusted = view.distrusted - node.replicas.keys() if view.distrusted else view.distrusted
+    view = changed(view, nodes=_with(view.nodes, node.node_id, node), distrusted=distrusted)
+    for name in woken:
+        view = _arrived(view, name, event.seen_seconds)
+    return view
+
+
 def _new_moves(node: Node, before: Node | None) -> list[Moved]:
     known = {moved.migration_id for moved in before.moved} if before else set()
     return [moved for moved in node.moved if moved.migration_id not in known]
@@ -220,23 +238,6 @@ def _arrived(view: View, name: ModelName, now_seconds: float) -> View:
     if name not in view.models:
         return view
     return changed(view, arrivals=_with(view.arrivals, name, arrived(view.arrivals.get(name), now_seconds)))
-
-
-def _remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
-    """Carry over since when this controller has known what the replica is."""
-    ready_since_seconds = before.ready_since_seconds if before else None
-    if ready_since_seconds is None and is_complete(replica):
-        ready_since_seconds = now_seconds
-    first_seen_seconds = before.first_seen_seconds if before else now_seconds
-    waiting_since_seconds = (
-        before.waiting_since_seconds if before and before.waiting_sessions else now_seconds
-    )
-    return replace(
-        replica,
-        first_seen_seconds=first_seen_seconds,
-        ready_since_seconds=ready_since_seconds,
-        waiting_since_seconds=waiting_since_seconds if replica.waiting_sessions else None,
-    )
 
 
 def _started(view: View, replica: Replica) -> View:

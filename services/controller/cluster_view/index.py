@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from immutables import Map
@@ -22,7 +23,7 @@ from services.controller.cluster_view.attention import EMPTY, Mark, Tally, due_o
 from services.controller.cluster_view.fleet import member
 from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
-from services.controller.cluster_view.summary import ORIGINS, Shape, Summary, summary_of
+from services.controller.cluster_view.summary import ORIGINS, Shape, Summary, only_replicas_differ, summary_of
 from services.controller.cluster_view.view import Checkpoint, Node, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -62,7 +63,6 @@ class Index:
         of_model: Reservations of each model, sorted.
         summaries: Of every node.
         holders: Nodes whose stores hold some of a checkpoint.
-        free_holders: Those of them that are open and have free slots.
         free: Open nodes with free slots, the fastest first; by negative rate.
         free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
         marks: What each reserved replica adds to its model's tally.
@@ -87,7 +87,6 @@ class Index:
     of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
     summaries: Map[NodeId, Summary] = field(default_factory=Map)
     holders: Map[Checkpoint, Members] = field(default_factory=Map)
-    free_holders: Map[Checkpoint, Members] = field(default_factory=Map)
     free: Map[Rung, Nodes] = field(default_factory=Map)
     free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
     marks: Map[ReplicaId, Mark] = field(default_factory=Map)
@@ -206,10 +205,14 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     was_summary: Summary | None = draft.summaries.get(node_id)
     was_held = was.held.keys() if was else frozenset()
     now_held = now.held.keys() if now else frozenset()
+    holds_same = was is now or (
+        was is not None and now is not None and (was.held is now.held or was_held == now_held)
+    )
     if was is not now:
-        _rehome(draft, after, node_id)
+        if was is None or now is None:
+            _rehome(draft, after, node_id)
         _resee(draft, was, now)
-        if was_held != now_held:
+        if not holds_same:
             draft.holders = _regrouped(draft.holders, was_held, now_held, node_id)
         if was is None or now is None or was.labels != now.labels:
             draft.labelled = _regrouped(
@@ -219,27 +222,20 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     if now is not None:
         same = (
             before is not None
-            and was is now
+            and was is not None
+            and (was is now or only_replicas_differ(was, now))
             and before.models is after.models
             and before.distrusted is after.distrusted
         )
-        reservations = tuple(after.reservations[found] for found in draft.on_node.get(node_id, ()))
-        now_summary = summary_of(after, node_id, reservations, was_summary if same else None)
-    was_free, now_free = _has_free(was_summary), _has_free(now_summary)
-    if was_free != now_free or (now_free and was is not now and was_held != now_held):
-        draft.free_holders = _regrouped(
-            draft.free_holders, was_held if was_free else (), now_held if now_free else (), node_id
-        )
+        reservations = tuple([after.reservations[found] for found in draft.on_node.get(node_id, ())])
+        now_summary = summary_of(after, node_id, reservations, was_summary if same else None, was)
+    draft.summaries = _put(draft.summaries, node_id, now_summary)  # equal ones may have other traits
     if was_summary == now_summary:
         return
-    draft.summaries = _put(draft.summaries, node_id, now_summary)
     _recount(draft, was_summary, now_summary)
-    had = set(_places(was_summary, node_id)) if was_summary else set()
-    has = set(_places(now_summary, node_id)) if now_summary else set()
-    for place in had - has:
-        _place(draft, place, present=False)
-    for place in has - had:
-        _place(draft, place, present=True)
+    if was_summary is None or now_summary is None or _PLACED_BY(was_summary) != _PLACED_BY(now_summary):
+        _move(draft, _places(was_summary, node_id), _places(now_summary, node_id))
+    _move(draft, _disturbing_places(was_summary, node_id), _disturbing_places(now_summary, node_id))
     was_leaving = was_summary.leaving_for if was_summary else ()
     now_leaving = now_summary.leaving_for if now_summary else ()
     if was_leaving != now_leaving:
@@ -249,17 +245,26 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     )
 
 
-def _has_free(summary: Summary | None) -> bool:
-    return summary is not None and summary.is_open and bool(summary.free)
-
-
 _Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
 """One of a node's places: the list's name, its key where there are several, and the item."""
 
 
-def _places(summary: Summary, node_id: NodeId) -> Iterator[_Place]:
-    """Yield the sorted lists a node belongs into."""
-    if not summary.is_open:
+_PLACED_BY = attrgetter("is_open", "shape", "rates", "openings", "device_rate", "free", "worker_seconds")
+"""Of a summary, what `_places` reads."""
+
+
+def _move(draft: Draft, had: Iterable[_Place], has: Iterable[_Place]) -> None:
+    """Take a node out of the lists that it does not belong into any more, and put it into the others."""
+    before, now = set(had), set(has)
+    for place in before - now:
+        _place(draft, place, present=False)
+    for place in now - before:
+        _place(draft, place, present=True)
+
+
+def _places(summary: Summary | None, node_id: NodeId) -> Iterator[_Place]:
+    """Yield the sorted lists a node belongs into, whatever may be disturbed there."""
+    if summary is None or not summary.is_open:
         return
     yield "open_nodes", None, node_id
     yield "by_device", None, (summary.device_rate, node_id)
@@ -270,14 +275,21 @@ def _places(summary: Summary, node_id: NodeId) -> Iterator[_Place]:
         rank = (-rate, node_id)
         for free in _steps(len(summary.free)):
             yield "free", Rung(origin, free, waits, summary.shape), rank
-        if summary.worth_keys:
-            yield "idle_by_rate", origin, rank
-        if summary.busy:
-            yield "busy_by_rate", origin, rank
     if not waits:
         for free in _steps(len(summary.free)):
             by_worker = (summary.worker_seconds, node_id)
             yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
+
+
+def _disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[_Place]:
+    """Yield the sorted lists of nodes with replicas that may go, as far as a node belongs into them."""
+    if summary is None or not summary.is_open:
+        return
+    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+        if summary.worth_keys:
+            yield "idle_by_rate", origin, (-rate, node_id)
+        if summary.busy:
+            yield "busy_by_rate", origin, (-rate, node_id)
     if summary.worth_keys:
         yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
 
@@ -345,12 +357,16 @@ def _regrouped(
 ) -> Map[K, Members]:
     """Return the groups with a node taken out of those it was in and put into those it is in."""
     had, has = set(had), set(has)
+    draft = groups.mutate()
     for key in has - had:
-        groups = groups.set(key, groups.get(key, Map()).set(node_id, None))
+        draft[key] = draft.get(key, Map()).set(node_id, None)
     for key in had - has:
-        left = groups[key].delete(node_id)
-        groups = groups.set(key, left) if left else groups.delete(key)
-    return groups
+        left = draft[key].delete(node_id)
+        if left:
+            draft[key] = left
+        else:
+            del draft[key]
+    return draft.finish()
 
 
 def _marked(members: Members, node_id: NodeId, *, present: bool) -> Members:

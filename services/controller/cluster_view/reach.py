@@ -14,6 +14,7 @@ from services.controller.cluster_view.events import (
     Distrusted,
     Event,
     ForecastMissed,
+    LoadReported,
     ModelDeleted,
     ModelPut,
     MoveGivenUp,
@@ -68,7 +69,7 @@ class Reach:
 NOWHERE = Reach(watched=Watched.NONE)
 
 
-def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911 - one line per event: a table
+def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911, PLR0912 - a table of the events
     """Return what `event` may change, given the view before it."""
     match event:
         case Reserved(reservation=reservation):
@@ -92,6 +93,13 @@ def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911 - one 
             return _of_replicas(before, replica_ids)
         case NodeReported(node=node):
             return _of_report(before, node)
+        case LoadReported(node_id=node_id, replicas=replicas):
+            return _of_replicas(
+                before,
+                [each.replica_id for each in replicas],
+                models=[each.model for each in replicas],
+                nodes=(node_id,),
+            )
         case NodeDisconnected(node_id=node_id):
             return _of_node(before, node_id)
         case NodeUnreachable(node_id=node_id) | NodeForgotten(node_id=node_id):

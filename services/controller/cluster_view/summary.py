@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from operator import attrgetter, is_
 
 from services.controller.cluster_view.estimate import (
     NOTHING,
@@ -129,7 +130,11 @@ def is_open(view: View, node: Node) -> bool:
 
 
 def summary_of(
-    view: View, node_id: NodeId, reservations: tuple[Reservation, ...], known: Summary | None = None
+    view: View,
+    node_id: NodeId,
+    reservations: tuple[Reservation, ...],
+    known: Summary | None = None,
+    was: Node | None = None,
 ) -> Summary:
     """Return the summary of a node with its reservations.
 
@@ -137,12 +142,13 @@ def summary_of(
         view: The cluster.
         node_id: Which node.
         reservations: All of those on it, by replica id.
-        known: An earlier summary of the very same report and models, while the same replicas were distrusted:
+        known: An earlier summary of `was` and the very same models, while the same replicas were distrusted:
             spares most of the work.
+        was: What the node was then: the same, or other only in what `only_replicas_differ` allows.
     """
     node = view.nodes[node_id]
     known = known or _of_report(node)
-    traits = _traits(view, node, reservations, known)
+    traits = _traits(view, node, reservations, known, was)
     taken = {device for trait in traits for device in trait.reservation.devices}
     taken |= known.occupied
     loading = dict([trait.loading for trait in traits if trait.loading is not None])
@@ -171,12 +177,32 @@ def summary_of(
 
 
 def _traits(
-    view: View, node: Node, reservations: tuple[Reservation, ...], known: Summary
+    view: View, node: Node, reservations: tuple[Reservation, ...], known: Summary, was: Node | None
 ) -> tuple[Trait, ...]:
-    """Return the traits of a node's reservations; those already known of reservations that did not change."""
+    """Return the traits of a node's reservations; those already known of what did not change."""
     before = {id(trait.reservation): trait for trait in known.traits}  # kept alive by their traits
+    if was is not None and was is not node:
+        for reservation in reservations:
+            replica_id = reservation.replica_id
+            if was.replicas.get(replica_id) is not node.replicas.get(replica_id):
+                before.pop(id(reservation), None)
     return tuple(
         [before.get(id(reservation)) or trait_of(view, node, reservation) for reservation in reservations]
+    )
+
+
+_REST = attrgetter(
+    *(each.name for each in fields(Node) if each.name not in {"replicas", "last_seen_seconds"})
+)
+"""Of a node, all but its replicas and when they were seen."""
+
+
+def only_replicas_differ(was: Node, now: Node) -> bool:
+    """Tell whether what `_of_report` reads of two nodes is the same object; False: it may be equal."""
+    return (
+        all(map(is_, _REST(was), _REST(now)))
+        and was.replicas.keys() == now.replicas.keys()
+        and all(was.replicas[each].devices is replica.devices for each, replica in now.replicas.items())
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from services.controller.placement.bounds import Bounded, Bounds
+from services.controller.placement.bounds import ROUNDING, Bounded, Bounds
 from services.controller.placement.cheapest import best_on
 from services.controller.placement.destinations import Destinations
 from services.controller.placement.options import Option, Rank, rank
@@ -23,6 +23,8 @@ SHOWN = 2
 is worked out only if it could win."""
 LOOKED = 8
 """Nodes looked at for the sake of a runner-up, at most."""
+FIRST_OF_A_RANK = 4
+"""Parts of a rank before its seconds and its node."""
 LOWEST: Rank = (-1, 0, 0.0, 0, 0.0, "")
 
 
@@ -51,6 +53,8 @@ def search(situation: Situation, *, exhaustive: bool = False) -> Found:
             break
         if node_id == NOBODY or node_id in looked:
             continue
+        if len(ranked) >= SHOWN and best_rank is not None and _ties_behind(bound, node_id, best_rank):
+            continue
         looked.add(node_id)
         option = best_on(
             situation, situation.view.nodes[node_id], destinations, None if exhaustive else best_rank
@@ -64,6 +68,19 @@ def search(situation: Situation, *, exhaustive: bool = False) -> Found:
     ranked.sort(key=_rank_of)
     options = tuple([option for _, option in ranked])
     return Found(best=options[0] if options else None, options=options)
+
+
+def _ties_behind(bound: Rank, node_id: NodeId, best: Rank) -> bool:
+    """Tell whether a node is no better than as good as the best one, and its id comes later.
+
+    Of a thousand equal nodes only the first ones are worked out.
+    """
+    seconds, best_node_id = best[FIRST_OF_A_RANK:]
+    return (
+        bound[:FIRST_OF_A_RANK] == best[:FIRST_OF_A_RANK]
+        and bound[FIRST_OF_A_RANK] >= seconds * ROUNDING
+        and node_id > best_node_id
+    )
 
 
 def _rank_of(ranked: tuple[Rank, Option]) -> Rank:

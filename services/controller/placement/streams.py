@@ -64,8 +64,9 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
     if model.required_labels:
         carriers = [index.labelled.get(label, {}).keys() for label in model.required_labels]
         return set(carriers[0]).intersection(*carriers[1:])
-    holders = index.free_holders if free else index.holders
-    nodes = set(holders.get(model.checkpoint, ()))
+    nodes = set(index.holders.get(model.checkpoint, ()))
+    if free:
+        nodes = {each for each in nodes if index.summaries[each].is_open and index.summaries[each].free}
     for label in model.preferred_labels:
         nodes.update(index.labelled.get(label, ()))
     return nodes

@@ -44,6 +44,7 @@ class LookingAhead:
         node = world.nodes[prefetch.node_id]
         for name in prefetch.drop:
             node.dram.pop(name, None)
+            node.moved[name] = None
             node.holdings += 1
         world.prefetch(world.models[prefetch.model], node, lambda _complete: self._ended(prefetch.node_id))
 

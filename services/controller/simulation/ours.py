@@ -8,6 +8,7 @@ agents report every change at once; nothing here decides.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -15,6 +16,7 @@ from services.controller.cluster_view.events import (
     Demanded,
     DemandEnded,
     Event,
+    LoadReported,
     ModelPut,
     MoveOrdered,
     NodeReported,
@@ -108,6 +110,7 @@ class Ours:
         for _ in range(MAX_PASSES):
             self._tell_nodes(world)
             self._tell_waiters(world)
+            world.changes.queues.clear()
             plan = reconcile(self._view, world.now, self._policy)
             for action in plan.actions:
                 self._act(action, world)
@@ -123,7 +126,7 @@ class Ours:
 
     def _tell_waiters(self, world: World) -> None:
         """Requests wait with the controller while no replica is ready, else in the replicas' queues."""
-        for name in {**dict.fromkeys(self._waiters), **world.waiting}:
+        for name in world.changes.queues:
             waiting = 0 if _ready(world, name) else len(world.queues[name])
             known = self._waiters[name]
             for _ in range(waiting - known):
@@ -133,30 +136,62 @@ class Ours:
             if waiting:
                 self._waiters[name] = waiting
             else:
-                del self._waiters[name]
+                self._waiters.pop(name, None)
 
     def _tell_nodes(self, world: World) -> None:
-        for node_id in {**world.changed_nodes, **self._queue_elsewhere(world)}:
+        """Report nodes; of those where nothing but sessions began or ended, no more than these."""
+        changes = world.changes
+        loads: dict[NodeId, dict[SimReplica, None]] = {}
+        for replica in (*changes.replicas, *self._queue_elsewhere(world)):
+            loads.setdefault(replica.node.node_id, {})[replica] = None
+        for node_id in {**changes.nodes, **loads}:
             node = world.nodes[node_id]
             if node.down:
                 self._fold(NodeUnreachable(node_id=node_id))
-            else:
+            elif node_id in changes.nodes or not self._knows_all_but_load(node):
                 self._fold(NodeReported(node=self._node(node, world)))
-        world.changed_nodes.clear()
-        for replica in [each for each in self._reserved if each.phase is Standing.GONE]:
-            del self._replicas[self._reserved.pop(replica)]
+            else:
+                self._fold(self._load(node, loads[node_id], world))
+        for replica in changes.gone:
+            replica_id = self._reserved.pop(replica, None)
+            if replica_id is not None:
+                del self._replicas[replica_id]
             self._targets.pop(replica, None)
+        changes.nodes.clear()
+        changes.replicas.clear()
+        changes.gone.clear()
 
-    def _queue_elsewhere(self, world: World) -> dict[NodeId, None]:
-        """Return the nodes whose ready replicas have other queues than was told."""
-        queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
-        for name in world.waiting:
+    def _queue_elsewhere(self, world: World) -> list[SimReplica]:
+        """Return the replicas of models whose ready ones have other queues than was told."""
+        others: list[SimReplica] = []
+        for name in sorted(world.changes.queues):
             ready = [each for each in world.replicas[name] if each.phase is Standing.READY]
-            if ready:
-                queues[name] = (len(world.queues[name]), *ready)
-        changed = {name for name in {**self._queues, **queues} if queues.get(name) != self._queues.get(name)}
-        self._queues = queues
-        return {replica.node.node_id: None for name in sorted(changed) for replica in world.replicas[name]}
+            queue = (len(world.queues[name]), *ready) if ready and world.queues[name] else None
+            if queue == self._queues.get(name):
+                continue
+            others += world.replicas[name]
+            if queue is None:
+                del self._queues[name]
+            else:
+                self._queues[name] = queue
+        return others
+
+    def _knows_all_but_load(self, node: SimNode) -> bool:
+        """Tell whether a node's last report holds but for sessions: nothing is moving, nothing moved."""
+        known = self._held_by_node.get(node.node_id)
+        is_still = not node.disk.transfers and not node.network.transfers
+        return is_still and known is not None and known[0] == node.holdings
+
+    def _load(self, node: SimNode, changed: Mapping[SimReplica, None], world: World) -> LoadReported:
+        """Return the sessions of these replicas of a node, and of those that serve: their contexts grow."""
+        told = [
+            each for each in node.replicas if (each.sessions or each in changed) and each in self._reserved
+        ]
+        return LoadReported(
+            node_id=node.node_id,
+            replicas=tuple([_replica(self._reserved[each], each, world) for each in told]),
+            seen_seconds=world.now,
+        )
 
     def _node(self, node: SimNode, world: World) -> Node:
         replicas = [each for each in node.replicas if each in self._reserved]
@@ -193,7 +228,9 @@ class Ours:
         """Return what a host holds: the same object as long as that is the same."""
         known = self._held_by_node.get(node.node_id)
         if known is None or known[0] != node.holdings:
-            known = self._held_by_node[node.node_id] = (node.holdings, _held(node))
+            held = _held(node) if known is None else _held_since(node, known[1])
+            known = self._held_by_node[node.node_id] = (node.holdings, held)
+            node.moved.clear()
         return known[1]
 
     # --- what is decided ---
@@ -289,6 +326,17 @@ def _model(spec: ModelSpec, world: World) -> Model:
 def _held(node: SimNode) -> dict[Checkpoint, Held]:
     names = {**node.dram, **node.stored}
     return {_checkpoint(name): _holding(node.dram.get(name, 0), node.stored.get(name, 0)) for name in names}
+
+
+def _held_since(node: SimNode, before: Mapping[Checkpoint, Held]) -> dict[Checkpoint, Held]:
+    """Return what a host holds, from what it held before some checkpoints moved."""
+    held = dict(before)
+    for name in node.moved:
+        if name in node.dram or name in node.stored:
+            held[_checkpoint(name)] = _holding(node.dram.get(name, 0), node.stored.get(name, 0))
+        else:
+            held.pop(_checkpoint(name), None)
+    return held
 
 
 @cache

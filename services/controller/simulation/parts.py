@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class SimNode:
     """Checkpoints on disk, likewise."""
     holdings: int = 0
     """Grows with every change of what its tiers hold."""
+    moved: dict[ModelName, None] = field(default_factory=dict)
+    """Checkpoints that came into or left a tier since a policy last asked what the host holds."""
     down: bool = False
 
     @property
@@ -121,6 +124,27 @@ class Tiers:
     dram: bool = True
     disk: bool = True
     preloaded: bool = True
+
+
+@dataclass(slots=True)
+class Changes:
+    """What has changed since the policy last looked; each a set in the order in which it happened."""
+
+    nodes: dict[NodeId, None] = field(default_factory=dict)
+    """In more than the sessions of their replicas."""
+    replicas: dict[SimReplica, None] = field(default_factory=dict)
+    """Sessions began or ended there."""
+    queues: dict[ModelName, None] = field(default_factory=dict)
+    """Models whose queue, or whose ready replicas, are others."""
+    gone: list[SimReplica] = field(default_factory=list)
+    """Replicas that have left their devices."""
+
+    def clear(self) -> None:
+        """Forget all of it: the policy has looked."""
+        self.nodes.clear()
+        self.replicas.clear()
+        self.queues.clear()
+        self.gone.clear()
 
 
 @dataclass(slots=True)
@@ -158,7 +182,7 @@ def node_of(node_id: NodeId, spec: NodeSpec) -> SimNode:
 
 def fill(node: SimNode, models: Sequence[ModelSpec]) -> None:
     """Put checkpoints on a disk, beginning at another one on each node, as far as they fit."""
-    first = sum(node.node_id.encode()) % max(1, len(models))
+    first = zlib.crc32(node.node_id.encode()) % max(1, len(models))
     left = node.spec.disk_bytes
     for model in (*models[first:], *models[:first]):
         if model.weight_bytes <= left:
@@ -170,7 +194,11 @@ def insert(node: SimNode, kept: OrderedDict[ModelName, int], model: ModelSpec, c
     """Put a checkpoint into one of a host's caches, dropping the least recently used ones for it."""
     if model.name in kept or model.weight_bytes > capacity_bytes:
         return
-    while kept and sum(kept.values()) + model.weight_bytes > capacity_bytes:
-        kept.popitem(last=False)
+    left_bytes = capacity_bytes - sum(kept.values())
+    while left_bytes < model.weight_bytes:
+        dropped, dropped_bytes = kept.popitem(last=False)
+        left_bytes += dropped_bytes
+        node.moved[dropped] = None
     kept[model.name] = model.weight_bytes
+    node.moved[model.name] = None
     node.holdings += 1

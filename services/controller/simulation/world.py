@@ -16,6 +16,7 @@ from services.controller.simulation.flows import Flows, Link
 from services.controller.simulation.hardware import ModelSpec, NodeSpec
 from services.controller.simulation.loads import Loads
 from services.controller.simulation.parts import (
+    Changes,
     Counters,
     Phase,
     Session,
@@ -89,8 +90,7 @@ class World:
         """Models with a queue, in the order in which theirs began."""
         self.sessions: list[Session] = []
         self.counters = Counters()
-        self.changed_nodes: dict[NodeId, None] = dict.fromkeys(self.nodes)
-        """Since the policy last looked; it empties this."""
+        self.changes = Changes(nodes=dict.fromkeys(self.nodes))
         self._ids = itertools.count(1)
         self._asked = False
         self._more_comes = False
@@ -134,6 +134,7 @@ class World:
     def _decide(self) -> None:
         self._asked = False
         again_seconds = self.policy.decide(self)
+        self.changes.clear()
         if again_seconds is None or not self.is_alive:
             return
         if self._wakes_seconds <= self.now or again_seconds < self._wakes_seconds:
@@ -155,6 +156,7 @@ class World:
             queue.appendleft(session)
         else:
             queue.append(session)
+        self.changes.queues[name] = None
         self._serve(name)
         if queue:
             session.cold = session.cold or session in queue
@@ -165,6 +167,7 @@ class World:
         """Give waiting sessions to ready replicas with a place, the fullest first."""
         queue = self.queues[name]
         if queue:
+            self.changes.queues[name] = None
             open_replicas = [each for each in self.replicas[name] if each.free_places > 0]
             while queue and open_replicas:
                 replica = min(open_replicas, key=lambda each: each.free_places)
@@ -194,7 +197,7 @@ class World:
             replica.idle_since_seconds = None
             self.idle.pop(replica, None)
         replica.sessions[session] = None
-        self._touch(replica.node)
+        self.changes.replicas[replica] = None
 
     def _leave(self, replica: SimReplica, session: Session) -> None:
         del replica.sessions[session]
@@ -202,7 +205,7 @@ class World:
             self._busy(replica, begins=False)
             replica.idle_since_seconds = self.now
             self.idle[replica] = None
-        self._touch(replica.node)
+        self.changes.replicas[replica] = None
 
     def _busy(self, replica: SimReplica, *, begins: bool) -> None:
         sign = -1 if begins else 1
@@ -231,6 +234,7 @@ class World:
         session.lost = True
         session.wait_seconds += self.now - session.waiting_since_seconds
         self.queues[name].remove(session)
+        self.changes.queues[name] = None
         if not self.queues[name]:
             self.waiting.pop(name, None)
         self.ask()
@@ -321,6 +325,7 @@ class World:
             self.counters.start_errors.append(error)
         self.idle[replica] = None
         self._touch(replica.node)
+        self.changes.queues[replica.model.name] = None
         if replica.when_ready is not None:
             replica.when_ready()
         self._serve(replica.model.name)
@@ -423,6 +428,8 @@ class World:
         for index in replica.devices:
             replica.node.owners[index] = None
         del self.replicas[replica.model.name][replica]
+        self.changes.queues[replica.model.name] = None
+        self.changes.gone.append(replica)
         self.counters.held_device_seconds += self.now * len(replica.devices)
         self._touch(replica.node)
         self.ask()
@@ -438,6 +445,7 @@ class World:
             else:
                 self._vacate(replica)
         self.loads.give_up_ahead(node.node_id)
+        node.moved.update(dict.fromkeys(node.dram))
         node.dram.clear()
         node.holdings += 1
         self._touch(node)
@@ -450,4 +458,4 @@ class World:
         self.clock.after(for_seconds, back)
 
     def _touch(self, node: SimNode) -> None:
-        self.changed_nodes[node.node_id] = None
+        self.changes.nodes[node.node_id] = None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.controller.cluster_view.events import (
     Demanded,
+    LoadReported,
     NodeDisconnected,
     NodeReported,
     Reserved,
@@ -141,7 +142,7 @@ def test_the_search_chooses_what_a_look_at_every_node_chooses(
 
 
 @settings(max_examples=20, deadline=None)
-@given(views(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 5)), max_size=8))
+@given(views(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 5)), max_size=8))
 def test_an_index_kept_by_fold_is_the_one_made_anew(
     view: View, happenings: list[tuple[int, int, int]]
 ) -> None:
@@ -156,6 +157,12 @@ def test_an_index_kept_by_fold_is_the_one_made_anew(
         elif kind == 2 and replica_ids:
             stop = StopOrdered(replica_id=replica_ids[second % len(replica_ids)], now_seconds=NOW_SECONDS)
             view = fold(view, stop)
+        elif kind == 3:
+            told = [
+                replace(each, sessions=second, context_tokens=9 * second, idle_since_seconds=None)
+                for each in view.nodes[node_id].replicas.values()
+            ][first:]
+            view = fold(view, LoadReported(node_id=node_id, replicas=tuple(told), seen_seconds=NOW_SECONDS))
         else:
             reserved = a_reservation(f"new-{first}-{second}", MODELS[second], node_id, reported=False)
             view = fold(view, Reserved(reservation=reserved))

@@ -1,0 +1,126 @@
+"""Reports that change nothing but the sessions of some replicas: told apart, and cheap to fold. Pure.
+
+Most reports are such: a session began or ended. Whatever else the view says of the node stays the very same
+object, so that `index` need not look at it again.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from services.controller.cluster_view.events import LoadReported
+from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.lessons import is_complete, rates_after
+from services.controller.cluster_view.view import Node, Phase, Replica, View
+from stoker.ids import ModelName
+
+_KEPT = (
+    "agent_address",
+    "store_address",
+    "devices",
+    "stages",
+    "pool",
+    "architectures",
+    "warm_workers",
+    "worker_start_seconds",
+    "next_worker_seconds",
+    "draining",
+    "labels",
+    "moved",
+    "held",
+)
+"""What an agent says of its node beside its replicas; the costliest to compare last."""
+_LOAD = (
+    "sessions",
+    "waiting_sessions",
+    "waiting_since_seconds",
+    "idle_since_seconds",
+    "context_tokens",
+)
+"""Of a replica, what its sessions change."""
+_REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
+"""Of a replica, what no agent says: this controller knows it."""
+
+
+def narrowed(view: View, node: Node) -> LoadReported | None:
+    """Return what a whole report says if that is no more than how many sessions run; None = it says more."""
+    before = view.nodes.get(node.node_id)
+    if before is None or not before.connected or not before.reachable:
+        return None
+    if before.replicas.keys() != node.replicas.keys():
+        return None
+    found = [
+        (was, replica)
+        for replica_id, replica in node.replicas.items()
+        if (was := before.replicas[replica_id]) is not replica
+    ]
+    told = [
+        replica for was, replica in found if any(getattr(was, of) != getattr(replica, of) for of in _LOAD)
+    ]
+    same = (
+        all(_differs_in_load(was, replica) for was, replica in found)
+        and all(_was_reported(view, node, replica) for replica in node.replicas.values())
+        and all(getattr(before, of) == getattr(node, of) for of in _KEPT)
+        and before.learnt == rates_after(node, before, [], view.fleet)
+        and before.opening == {tier: median(seconds) for tier, seconds in view.fleet.openings.items()}
+    )
+    if not same:
+        return None
+    return LoadReported(node_id=node.node_id, replicas=tuple(told), seen_seconds=node.last_seen_seconds)
+
+
+def with_load(node: Node, event: LoadReported) -> tuple[Node, list[ModelName]]:
+    """Return a node after a load report, and the models of its replicas that were idle and serve now.
+
+    Replicas that it has not reported whole stay unknown.
+    """
+    replicas, woken = dict(node.replicas), []
+    for replica in event.replicas:
+        was = replicas.get(replica.replica_id)
+        if was is None:
+            continue
+        if replica.sessions and was.phase is Phase.READY and not was.sessions:
+            woken.append(was.model)
+        replicas[replica.replica_id] = changed(
+            was,
+            sessions=replica.sessions,
+            waiting_sessions=replica.waiting_sessions,
+            waiting_since_seconds=waiting_since(replica, was, event.seen_seconds),
+            idle_since_seconds=replica.idle_since_seconds,
+            context_tokens=replica.context_tokens,
+        )
+    return changed(node, replicas=replicas, last_seen_seconds=event.seen_seconds), woken
+
+
+def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
+    """Return a reported replica with since when this controller has known what it is."""
+    ready_since_seconds = before.ready_since_seconds if before else None
+    if ready_since_seconds is None and is_complete(replica):
+        ready_since_seconds = now_seconds
+    return changed(
+        replica,
+        first_seen_seconds=before.first_seen_seconds if before else now_seconds,
+        ready_since_seconds=ready_since_seconds,
+        waiting_since_seconds=waiting_since(replica, before, now_seconds),
+    )
+
+
+def waiting_since(replica: Replica, before: Replica | None, now_seconds: float) -> float | None:
+    """Return since when sessions have waited in a replica's queue without a break; None = none does."""
+    if not replica.waiting_sessions:
+        return None
+    return before.waiting_since_seconds if before and before.waiting_sessions else now_seconds
+
+
+def _differs_in_load(was: Replica, replica: Replica) -> bool:
+    """Tell whether two reports of a replica differ in its sessions at most."""
+    if was.ready_since_seconds is None and is_complete(replica):
+        return False
+    kept = {of: getattr(was, of) for of in (*_LOAD, *_REMEMBERED)}
+    return changed(replica, **kept) == was
+
+
+def _was_reported(view: View, node: Node, replica: Replica) -> bool:
+    """Tell whether a report of this replica is no news to its reservation."""
+    mine = view.reservations.get(replica.replica_id)
+    return mine is None or (mine.reported and not mine.lost and mine.node_id == node.node_id)
