@@ -8,6 +8,7 @@ samples lose half their weight in `HALF_LIFE_SECONDS`, and into which no sample 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from services.controller.cluster_view.learnt import Learnt, Transferred
 
@@ -24,6 +25,11 @@ LEAST_BYTES = 1_000_000
 def rate_of(learnt: Learnt) -> float:
     """Return the estimate, in bytes per second."""
     return math.exp(learnt.log_rate)
+
+
+def as_said(bytes_per_second: float, now_seconds: float) -> Learnt | None:
+    """Return what somebody says a rate is, with weight 0: a measurement replaces it. None = nothing."""
+    return replace(_first(bytes_per_second, now_seconds), weight=0.0) if bytes_per_second > 0 else None
 
 
 def learn(

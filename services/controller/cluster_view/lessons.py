@@ -4,8 +4,9 @@ Rules:
 1. A start teaches its node a rate only if nothing else loaded there: shared stages are no measure.
 2. What a host's disk gives comes from its page cache, too, and nobody knows before which: both are one stage.
 3. A node that has not used a stage yet counts on what the others of the cluster have learnt about theirs,
-   with weight 0: its own first measurement replaces it. The same for a model that was never started: its
-   skeleton and its overhead are those of the others' last starts.
+   with weight 0: its own first measurement replaces it. Before any start has taught a stage, what the first
+   store says of its own (a store probes its disk) stands in for the others. The same for a model that was
+   never started: its skeleton and its overhead are those of the others' last starts.
 4. A checkpoint from afar is opened before its first byte comes: what such starts take longer than the others.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
 
-from services.controller.cluster_view.bandwidth import learn
+from services.controller.cluster_view.bandwidth import as_said, learn
 from services.controller.cluster_view.estimate import (
     SEED_OVERHEAD_SECONDS,
     LearntParts,
@@ -72,13 +73,20 @@ def rates_after(
     return rates
 
 
-def fleet_after(fleet: Fleet, lessons: list[Transferred], now_seconds: float) -> Fleet:
-    """Return what the whole cluster knows about its stages after these lessons."""
-    if not lessons:
+def fleet_after(fleet: Fleet, lessons: list[Transferred], node: Node) -> Fleet:
+    """Return what the whole cluster knows about its stages after a node's report and its lessons."""
+    said = [stage for stage in node.stages if stage not in fleet.rates]
+    if not lessons and not said:
         return fleet
     rates = dict(fleet.rates)
+    for stage in said:
+        found = as_said(node.stages[stage].bytes_per_second, node.last_seen_seconds)
+        if found is not None:
+            rates[stage] = found
     for lesson in lessons:
-        taught = learn(rates.get(lesson.tier), lesson, now_seconds, seed=0.0)
+        known = rates.get(lesson.tier)
+        own = known if known is not None and known.weight > 0 else None
+        taught = learn(own, lesson, node.last_seen_seconds, seed=0.0)
         if taught is not None:
             rates[lesson.tier] = taught
     return replace(fleet, rates=rates)

@@ -117,3 +117,17 @@ def test_an_order_waits_for_the_rest_of_a_workers_start_that_is_under_way() -> N
 
 def test_now_is_only_used_to_age_what_was_learnt() -> None:
     assert taught(*start("a")).fleet.rates["disk"].at_seconds == NOW_SECONDS
+
+
+def test_before_any_start_what_one_store_says_of_its_disk_stands_for_the_others_too() -> None:
+    probed = node("a", stages={"disk": Stage(bytes_per_second=40 * MB)})
+    view = taught(NodeReported(node=probed), NodeReported(node=node("b")))
+
+    assert bytes_per_second(view.nodes["b"], "disk") == pytest.approx(40 * MB)  # type: ignore[index]
+
+
+def test_what_a_store_said_counts_for_nothing_once_a_start_has_shown_it() -> None:
+    probed = node("c", stages={"disk": Stage(bytes_per_second=4 * GB)})
+    view = taught(NodeReported(node=probed), *start("a"), NodeReported(node=node("b")))
+
+    assert bytes_per_second(view.nodes["b"], "disk") == pytest.approx(50 * MB)  # type: ignore[index]
