@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from services.store.adapters import refuse_adapter
-from services.store.catalog import Catalog
+from services.store.catalog import Catalog, CatalogEntry
 from services.store.copies_service import CopiesService
 from services.store.disk_cache.cache import DiskCache
 from services.store.loads import Loads
@@ -45,6 +45,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         cache: DiskCache | None,
         peers: Peers | None = None,
         attach_socket: str = "",
+        described: Callable[[CatalogEntry], None] | None = None,
     ) -> None:
         """Take what answers.
 
@@ -56,6 +57,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
             cache: The disk cache, if there is one.
             peers: What is shared with other stores, if anything is.
             attach_socket: Path of the attach socket, to be told.
+            described: Told of each checkpoint that is described.
         """
         super().__init__(catalog=catalog, pulls=pulls, cache=cache)
         self._catalog = catalog
@@ -63,6 +65,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         self._clock = clock
         self._peers = peers
         self._attach_socket = attach_socket
+        self._described = described
 
     async def Describe(  # noqa: N802 - the method's name in the contract
         self, request: pb.DescribeRequest, context: Context
@@ -70,6 +73,8 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         """Read headers and config; touch no weights."""
         entry = await self._catalog.open(request.uri)
         refuse_adapter(entry)
+        if self._described is not None:
+            self._described(entry)
         return entry.info
 
     async def DescribeAdapter(  # noqa: N802 - the method's name in the contract

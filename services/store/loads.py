@@ -12,7 +12,7 @@ Chunks go back only when no read may write to them any more (`reads_left == 0`) 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from services.store.catalog import CatalogEntry
@@ -32,7 +32,7 @@ from services.store.reading.read_queue import ChunkRead, Urgency
 from services.store.reading.transfers import Transfers
 from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
 from services.store.sharing import Sharing
-from stoker.checkpoint.reading import DISK
+from stoker.checkpoint.reading import DISK, ReadPart
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
 
@@ -224,6 +224,13 @@ class Loads:
             if resident.phase in {Phase.WAITING, Phase.LOADING}:
                 self._drop(resident, "stopping", PeerError(_STOPPING, retry_after_seconds=1.0))
         await self.transfers.close(grace_seconds=_READER_GRACE_SECONDS)
+
+    def learn(self, parts: Sequence[ReadPart]) -> None:
+        """Seed the rates of tiers with reads that were made to measure them, and tell."""
+        self.transfers.rates.add(parts)
+        self.transfers.rates.flush()
+        record_rates(self.transfers.rates.all())
+        self._tell()
 
     # --- one resident's way ---
 

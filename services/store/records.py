@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.store import metrics
+from services.store.catalog import CatalogEntry
 from services.store.pool.resident import Resident
+from services.store.reading.bandwidth import Moved
 from stoker import log
 from stoker.errors import StokerError
 
@@ -71,6 +75,23 @@ def record_pool(*, total_bytes: int, free_bytes: int, leased_bytes: int, leases:
     metrics.POOL_BYTES.labels(state="leased").set(leased_bytes)
     metrics.POOL_BYTES.labels(state="cached").set(max(0, total_bytes - free_bytes - leased_bytes))
     metrics.LEASES.set(leases)
+
+
+def record_probed(entry: CatalogEntry, moved: Sequence[Moved], *, gave_way: bool, error: str) -> None:
+    """Tell what the probe of a disk came to.
+
+    Args:
+        entry: The checkpoint that was read.
+        moved: By tier; empty = it told nothing.
+        gave_way: A load began while it ran.
+        error: Why reading ended early; empty = it did not.
+    """
+    tiers: dict[str, float] = {}
+    for each in moved:
+        tiers[f"{each.tier}_bytes"] = each.byte_count
+        tiers[f"{each.tier}_seconds"] = round(each.seconds, 4)
+        tiers[f"{each.tier}_bytes_per_second"] = round(each.byte_count / each.seconds)
+    log.get().info("disk.probed", uri=entry.uri, gave_way=gave_way, message=error, **tiers)
 
 
 def record_rates(rates: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from services.store import metrics
 from services.store.attach_server import AttachServer
 from services.store.catalog import Catalog
+from services.store.disk_probe import DiskProbe
 from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.integrity.damaged_copies import DamagedCopies
 from services.store.integrity.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
@@ -52,6 +53,7 @@ class StoreService:
         self._tiers: Tiers | None = None
         self._pulls: Pulls | None = None
         self._peers: Peers | None = None
+        self._probe: DiskProbe | None = None
         self._attach: AttachServer | None = None
         self._attach_task: asyncio.Task[None] | None = None
         self._server: rpc.Server | None = None
@@ -71,6 +73,7 @@ class StoreService:
         self._tiers = tiers = await asyncio.to_thread(
             open_tiers, settings, peers=None if peers is None else peers.source
         )
+        pace = Pace(settings.paced_bytes_per_second)
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
         self._loads = loads = Loads(
             arena,
@@ -87,7 +90,10 @@ class StoreService:
             },
             clock=self._clock,
             sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
-            pace=Pace(settings.paced_bytes_per_second),
+            pace=pace,
+        )
+        self._probe = probe = DiskProbe(
+            loads, pace, byte_count=settings.probe_bytes, threads=settings.read_threads
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])
@@ -100,6 +106,7 @@ class StoreService:
             cache=tiers.cache,
             peers=peers,
             attach_socket=str(folder.socket_path),
+            described=probe.consider,
         )
         checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
         server.bind(settings.address)
@@ -115,6 +122,8 @@ class StoreService:
         self._attach_task.add_done_callback(self._attach_ended)
         await catalog.find_on_disk()
         await server.start()
+        for entry in catalog.entries():
+            probe.consider(entry)
         if settings.fault_in is FaultIn.EAGER:
             self._fault_in(arena, loads)
         log.get().info(
@@ -150,12 +159,10 @@ class StoreService:
         """See `Service`."""
         if self._tiers is not None:
             self._tiers.remote.close()  # first: threads that wait for an origin give up
-        if self._pulls is not None:
-            await self._pulls.close()
-        if self._peers is not None:
-            await self._peers.close()  # those that wait for peers too
-        if self._loads is not None:
-            await self._loads.close()
+        # Peers before loads: threads wait for them, too. The probe last: the loads' pace lets its reads go.
+        for mover in (self._pulls, self._peers, self._loads, self._probe):
+            if mover is not None:
+                await mover.close()
         if self._server is not None:
             await self._server.stop(_GRPC_GRACE_SECONDS if self._attach_task else 0.0)
         if self._attach_task is not None:

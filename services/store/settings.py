@@ -77,6 +77,11 @@ class StoreSettings(ServiceSettings):
     landing_threads: int = Field(default=2, ge=1, le=64)
     """Threads that write what arrives from afar to the store's own disk cache."""
 
+    probe_bytes: int = Field(default=64 * MIB, ge=0)
+    """What is read of a checkpoint on this host to learn the disk's rate before the first load does, in bytes
+    (and at most that much again past the page cache): once, for at most 0.2 s each, while nothing loads; 0 =
+    never. Nothing is written for it: until a checkpoint lies here, the rate is unknown."""
+
     verify_disk: VerifyDisk = VerifyDisk.FIRST
     """When digests of converted checkpoints on disk are checked: `always`; `first`: at the first read of each
     part of a file, again when the file changes or `run_dir` was emptied; `never`."""

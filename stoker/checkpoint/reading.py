@@ -224,9 +224,16 @@ class FileSignature:
 class SourceFile:
     """A weights file being read; opened by the first read, from any thread."""
 
-    def __init__(self, path: Path, expected: FileSignature) -> None:
-        """Args: path: resolved. expected: what the file was when its header was read."""
+    def __init__(self, path: Path, expected: FileSignature, *, past_cache: bool = False) -> None:
+        """Take what is to be read.
+
+        Args:
+            path: Resolved.
+            expected: What the file was when its header was read.
+            past_cache: Direct I/O only, even of what the page cache has: to measure the disk.
+        """
         self.path = path
+        self._past_cache = past_cache
         self._expected = expected
         self._lock = threading.Lock()
         self._ways: Ways | None = None
@@ -297,13 +304,24 @@ class SourceFile:
         with suppress(OSError):  # tmpfs, some network filesystems: buffered only
             direct = os.open(f"/proc/self/fd/{buffered}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             self._descriptors.append(direct)
+        if direct is None and self._past_cache:
+            raise LoadFailed(
+                f"{self.path} cannot be read past the page cache: its file system has no direct I/O"
+            )
         # Random: a probe for one block must not make the kernel read ahead.
         advice = os.POSIX_FADV_SEQUENTIAL if direct is None else os.POSIX_FADV_RANDOM
         os.posix_fadvise(buffered, 0, 0, advice)
         self._ways = Ways(
-            cached=lambda into, at: os.preadv(buffered, [into], at, os.RWF_NOWAIT),
+            cached=_never
+            if self._past_cache
+            else (lambda into, at: os.preadv(buffered, [into], at, os.RWF_NOWAIT)),
             direct=None if direct is None else (lambda into, at: os.preadv(direct, [into], at)),
             direct_run=None if direct is None else (lambda into, at: os.preadv(direct, into, at)),
             buffered=lambda into, at: os.preadv(buffered, [into], at),
         )
         return self._ways
+
+
+def _never(_into: memoryview, _offset: int) -> int:
+    """Answer as a page cache that has nothing."""
+    raise BlockingIOError(errno.EAGAIN, "not asked")

@@ -72,7 +72,7 @@ def spawn(run_dir: Path, *, address: str = "", prefix: Sequence[str] = (), **set
     """
     address = address or f"127.0.0.1:{free_ports(1)[0]}"
     run_dir.mkdir(parents=True, exist_ok=True)
-    defaults: dict[str, object] = {"pool_bytes": 64 * MIB, "drain_seconds": 2.0}
+    defaults: dict[str, object] = {"pool_bytes": 64 * MIB, "drain_seconds": 2.0, "probe_bytes": 0}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
     for name, value in (defaults | settings | {"address": address, "run_dir": run_dir}).items():
         environment[f"STOKER_STORE_{name.upper()}"] = str(value)

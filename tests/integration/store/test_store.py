@@ -252,6 +252,18 @@ def test_a_file_cut_while_it_is_read_is_a_failed_load_for_all_who_wait_and_not_f
         assert contents(load(daemon, other)) == files(other)
 
 
+def test_the_rate_of_the_disk_is_known_before_anything_was_loaded(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", sizes=[9_000_000])
+    paced = {"probe_bytes": 8 * MIB, "paced_bytes_per_second": '{"disk": 40000000}'}
+    with running(tmp_path / "run", **paced) as daemon:
+        with daemon.stub() as stub:
+            stub.Describe(pb.DescribeRequest(uri=str(folder)), timeout=SECONDS)
+        now = wait_for_status(daemon, lambda now: len(now.bandwidths) > 0)
+
+        assert all(0 < each.bytes_per_second <= 40_400_000 for each in now.bandwidths)
+        assert now.pool.free_bytes == now.pool.total_bytes
+
+
 @pytest.mark.parametrize(
     ("uri", "kind"),
     [
