@@ -37,7 +37,7 @@ READ_BYTES = 4 * MIB
 LEAST_BYTES = 4 * MIB
 """Of a tier: less says more about its latency than about its rate."""
 LIMIT_SECONDS = 0.2
-"""After which no read of a pass begins: one pass as loads read, one past the page cache."""
+"""After which no further read of a pass begins: one pass as loads read, one past the page cache."""
 MAX_TRIES = 4
 """Checkpoints that are tried when their disk gave nothing (a file system in memory, a file that is gone)."""
 _GRACE_SECONDS = 2.0
@@ -56,7 +56,8 @@ class Sweep:
         source: The file.
         offsets: Of the reads; an iterator made in C, whose `next` is atomic.
         size_bytes: Of the file.
-        until_seconds: No read begins later, in monotonic seconds.
+        until_seconds: No read but each thread's first begins later, in monotonic seconds: on a busy host a
+            thread may get its turn late.
         stop: Set from outside: read no more, and count nothing that ends from now on.
         hold: Holds reads back to the tiers' paces.
     """
@@ -81,7 +82,7 @@ class Sweep:
         """
         memory = memoryview(mmap.mmap(-1, READ_BYTES, flags=_MEMORY_FLAGS))
         parts: list[ReadPart] = []
-        while not self.stop.is_set() and now() < self.until_seconds:
+        while not self.stop.is_set() and (not parts or now() < self.until_seconds):
             offset = next(self.offsets, None)
             if offset is None:
                 break

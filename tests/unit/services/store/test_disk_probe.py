@@ -68,6 +68,10 @@ def test_no_read_begins_when_the_time_is_over():
     assert len(file.reads) == 2
 
 
+def test_a_thread_that_gets_its_turn_late_still_reads_once():
+    assert len(swept(FakeFile(), until_seconds=-1.0)) == 1
+
+
 def test_a_read_that_ran_beside_a_load_counts_for_nothing():
     stop = threading.Event()
     file = FakeFile(stop, stops_in_read=1)
