@@ -23,8 +23,6 @@ SHOWN = 2
 is worked out only if it could win."""
 LOOKED = 8
 """Nodes looked at for the sake of a runner-up, at most."""
-FIRST_OF_A_RANK = 4
-"""Parts of a rank before its seconds and its node."""
 LOWEST: Rank = (-1, 0, 0.0, 0, 0.0, "")
 
 
@@ -75,12 +73,7 @@ def _ties_behind(bound: Rank, node_id: NodeId, best: Rank) -> bool:
 
     Of a thousand equal nodes only the first ones are worked out.
     """
-    seconds, best_node_id = best[FIRST_OF_A_RANK:]
-    return (
-        bound[:FIRST_OF_A_RANK] == best[:FIRST_OF_A_RANK]
-        and bound[FIRST_OF_A_RANK] >= seconds * ROUNDING
-        and node_id > best_node_id
-    )
+    return bound[:4] == best[:4] and bound[4] >= best[4] * ROUNDING and node_id > best[5]
 
 
 def _rank_of(ranked: tuple[Rank, Option]) -> Rank:
