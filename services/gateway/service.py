@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from services.gateway.api_keys import ApiKeys
@@ -28,7 +28,7 @@ from services.gateway.small_files import ModelTexts
 from services.gateway.trace import Traces
 from stoker import log, rpc
 from stoker.background import Background, background
-from stoker.clock import SystemClock
+from stoker.clock import Clock, SystemClock
 from stoker.ids import new_id
 from stoker.v1 import inference_pb2_grpc
 
@@ -58,6 +58,26 @@ class GatewayService:
         self._tasks = await self._stack.enter_async_context(background())
         controllers = Controllers(settings.controllers)
         self._stack.push_async_callback(controllers.close)
+        self._watch = RouteWatch(
+            controllers,
+            gateway_id=settings.gateway_id or new_id("gateway"),
+            clock=clock,
+            on_route=self._prefetch,
+        )
+        traces = Traces(settings.kept_traces)
+        self._runner = self._new_runner(controllers, traces, executor, clock)
+        api_keys = ApiKeys(settings.api_keys)
+        self._http = self._new_http(controllers, traces, api_keys, clock)
+        grpc_port = await self._serve_grpc(api_keys)
+        self._tasks.start(self._watch.run(), name="routes")
+        self._http_task = self._tasks.start(self._http.run(), name="http")
+        log.get().info("gateway.listening", address=self._http.address, grpc_port=grpc_port)
+
+    def _new_runner(
+        self, controllers: Controllers, traces: Traces, executor: Executor, clock: Clock
+    ) -> Runner:
+        """Return what runs the requests, with all that it asks."""
+        settings = self._settings
         agents = Agents()
         self._stack.push_async_callback(agents.close)
         self._texts = ModelTexts(
@@ -67,12 +87,6 @@ class GatewayService:
             executor=executor,
             start=self._tasks.start,
         )
-        self._watch = RouteWatch(
-            controllers,
-            gateway_id=settings.gateway_id or new_id("gateway"),
-            clock=clock,
-            on_route=self._prefetch,
-        )
         placement = Placement(
             self._watch.table,
             controllers,
@@ -80,8 +94,7 @@ class GatewayService:
             cold_timeout_seconds=settings.cold_timeout_seconds,
             patience_seconds=settings.controller_patience_seconds,
         )
-        traces = Traces(settings.kept_traces)
-        self._runner = Runner(
+        return Runner(
             watch=self._watch,
             placement=placement,
             agents=agents,
@@ -98,6 +111,12 @@ class GatewayService:
                 ships_kv=settings.ship_kv,
             ),
         )
+
+    def _new_http(
+        self, controllers: Controllers, traces: Traces, api_keys: ApiKeys, clock: Clock
+    ) -> HttpServer:
+        """Return the REST face, bound."""
+        settings = self._settings
         handlers = inference_handlers(self._runner, clock, settings.keepalive_seconds)
         app = build_app(
             [
@@ -107,24 +126,24 @@ class GatewayService:
                 admin_router(controllers, self._watch, traces),
             ]
         )
-        api_keys = ApiKeys(settings.api_keys)
         edge = Edge(
             ShortWay(app, handlers),
             max_body_bytes=settings.max_body_bytes,
             api_keys=api_keys,
             max_requests=settings.max_requests,
         )
-        self._http = HttpServer(edge, settings.address)
+        return HttpServer(edge, settings.address)
+
+    async def _serve_grpc(self, api_keys: ApiKeys) -> int:
+        """Serve the gRPC face; return its port."""
         self._grpc = rpc.Server([SERVICE_NAME])
         inference_pb2_grpc.add_InferenceServicer_to_server(
             Inference(self._runner, self._watch, api_keys), self._grpc.grpc_server
         )
-        grpc_port = self._grpc.bind(settings.grpc_address)
+        port = self._grpc.bind(self._settings.grpc_address)
         await self._grpc.start()
         self._stack.push_async_callback(self._grpc.stop)
-        self._tasks.start(self._watch.run(), name="routes")
-        self._http_task = self._tasks.start(self._http.run(), name="http")
-        log.get().info("gateway.listening", address=self._http.address, grpc_port=grpc_port)
+        return port
 
     async def stop_serving(self) -> None:
         """Answer 503 to readiness probes and to new requests."""

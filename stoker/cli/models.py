@@ -87,10 +87,7 @@ def deploy(
             raise InvalidRequest("-f FILE says everything: give no NAME, CHECKPOINT, --wait or --create-only")
         asyncio.run(_apply(read_models(file), controller, prune=prune, dry_run=dry_run, output=output))
         return
-    if not name or not checkpoint:
-        raise InvalidRequest("give NAME and CHECKPOINT, or -f FILE")
-    if prune:
-        raise InvalidRequest("--prune deletes what a file does not list: give -f FILE")
+    _check_named(name, checkpoint, prune=prune)
     spec = model_pb2.ModelSpec(
         name=name,
         checkpoint_uri=checkpoint_uri(checkpoint),
@@ -109,9 +106,22 @@ def deploy(
         asyncio.run(_apply(wanted, controller, prune=False, dry_run=True, output=output))
         return
     answer = asyncio.run(_deploy(spec, controller, timeout if wait else None, create_only=create_only))
+    _print_deployed(answer, output)
+
+
+def _check_named(name: str, checkpoint: str, *, prune: bool) -> None:
+    """Refuse what does not name one model."""
+    if not name or not checkpoint:
+        raise InvalidRequest("give NAME and CHECKPOINT, or -f FILE")
+    if prune:
+        raise InvalidRequest("--prune deletes what a file does not list: give -f FILE")
+
+
+def _print_deployed(answer: controller_pb2.DeployResponse, output: Format) -> None:
     if output is Format.json:
         print_json(as_json(answer))
         return
+    name = answer.model.spec.name
     verb = "deployed" if answer.created else "changed" if answer.changed else "unchanged:"
     info = answer.model.checkpoint
     size = f"{info.architecture}, {format_bytes(info.weight_bytes)} {info.dtype}"

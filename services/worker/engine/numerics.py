@@ -47,8 +47,8 @@ def numerics(  # noqa: PLR0913 - one per thing that decides
         place = f"{device.type}:{instructions} threads={torch.get_num_threads()}"
     return (
         f"{engine} stoker={__version__} arithmetic={REVISION} torch={torch.__version__} "
-        f"dtype={str(dtype).removeprefix('torch.')} device={place} group_rows={group_rows} prefill_group_rows={prefill_group_rows} "
-        f"prefill_chunk={prefill_chunk_tokens}"
+        f"dtype={str(dtype).removeprefix('torch.')} device={place} group_rows={group_rows} "
+        f"prefill_group_rows={prefill_group_rows} prefill_chunk={prefill_chunk_tokens}"
     )
 
 
