@@ -78,6 +78,21 @@ def convert(  # noqa: PLR0913 - what a caller may choose
     rank = 0 if tensor_parallel > 1 else None
     if _holds(destination, source, ranks=tensor_parallel, overwrite=overwrite):
         return open_checkpoint(destination, rank=rank)
+    _write(files, destination, source, target, tensor_parallel, replace=overwrite, progress=progress)
+    return open_checkpoint(destination, rank=rank)
+
+
+def _write(  # noqa: PLR0913 - what `convert` has found out
+    files: SourceFiles,
+    destination: Path,
+    origin: manifest.Source,
+    target: str | None,
+    ranks: int,
+    *,
+    replace: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Read the source and publish it at the destination, unless the source changes meanwhile."""
     stamp = files.stamp()
 
     def check_unchanged() -> None:
@@ -94,19 +109,18 @@ def convert(  # noqa: PLR0913 - what a caller may choose
             opened,
             where=str(files.location),
             target=target,
-            ranks=tensor_parallel,
-            cut_plan=_cut_plan(files, tensor_parallel),
+            ranks=ranks,
+            cut_plan=_cut_plan(files, ranks),
         )
         publish(
             opened,
             content,
             destination,
-            origin=source,
-            replace=overwrite,
+            origin=origin,
+            replace=replace,
             progress=progress,
             check_source=check_unchanged,
         )
-    return open_checkpoint(destination, rank=rank)
 
 
 def _cut_plan(
