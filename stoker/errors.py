@@ -250,7 +250,10 @@ class DeadlineExceeded(PeerError):
 
 
 class Fenced(StokerError):
-    """A write or a token carries an epoch that is over: whoever sent it is no longer the owner."""
+    """A write or a token carries an epoch that is over: whoever sent it is no longer the owner.
+
+    Of a session that came too late, the details have `highest_epoch`: that of the latest owner seen there.
+    """
 
     code = "fenced"
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION

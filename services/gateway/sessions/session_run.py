@@ -24,6 +24,9 @@ from stoker import log
 from stoker.errors import CapacityError, Fenced, StokerError, StreamLost
 from stoker.v1 import session_pb2
 
+MAX_CLAIMS = 8
+"""Earlier owners, unknown to us, that a session may turn out to have had before it begins here."""
+
 
 @dataclass(slots=True, kw_only=True)
 class _Resumption:
@@ -81,6 +84,7 @@ class SessionRun:
         self._switched: _Switched | None = None
         self._mover: Mover | None = None
         self._at: Replica | None = None
+        self._claims_left = MAX_CLAIMS
 
     async def run(self, replica: Replica) -> None:
         """Generate to the end, beginning at `replica`.
@@ -95,6 +99,8 @@ class SessionRun:
                     return  # an earlier gateway had all of it
                 try:
                     await self._stream(replica)
+                except Fenced as error:
+                    self._claim_above(error)
                 except StokerError as error:
                     replica = await self._go_on(error, self._at or replica, origin)
                 else:
@@ -152,6 +158,7 @@ class SessionRun:
         except Fenced as error:
             self._note_fenced(replica, error)
             return
+        self._claims_left = 0
         if self._resumption is not None:
             self._note_resumed(self._resumption, replica)
         if event.tokens:
@@ -159,6 +166,18 @@ class SessionRun:
         if self._choice == 0 and event.HasField("timings"):
             self._job.trace.note_timings(event.timings)
         await self._job.sink.delta(self._choice, delta)
+
+    def _claim_above(self, error: Fenced) -> None:
+        """Own the session after an owner that was not found, its node being away: the client came here last.
+
+        Only before anything of it has come: what another gateway goes on with is not taken back; raises then.
+        """
+        highest = error.details.get("highest_epoch")
+        if self._job.request.key is None or not isinstance(highest, int) or not self._claims_left:
+            raise error
+        self._claims_left -= 1
+        self._session.own_after(max(highest, self._session.epoch))
+        log.get().info("session.claimed", session_id=self._session.session_id, epoch=self._session.epoch)
 
     def _feed(self, event: session_pb2.GenerateEvent) -> Delta:
         key = self._job.request.key

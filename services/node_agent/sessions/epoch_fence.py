@@ -36,7 +36,8 @@ class EpochFence:
         if epoch <= highest:
             raise Fenced(
                 f"session {session_id} has had an owner of epoch {highest} here; "
-                f"a request of epoch {epoch} is late"
+                f"a request of epoch {epoch} is late",
+                details={"highest_epoch": highest},
             )
         if follows:
             return

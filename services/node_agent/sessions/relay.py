@@ -166,7 +166,8 @@ class SessionRelay:
             if request.epoch <= earlier.epoch:
                 raise Fenced(
                     f"session {request.session_id} has epoch {earlier.epoch} here; "
-                    f"a request with epoch {request.epoch} is late"
+                    f"a request with epoch {request.epoch} is late",
+                    details={"highest_epoch": earlier.epoch},
                 )
             # Not cancelled there: the worker goes on from what the earlier owner had computed.
             earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))

@@ -14,6 +14,7 @@ from services.gateway.routing.placement import Placement
 from services.gateway.routing.routes import Replica, RouteTable
 from services.gateway.sampling import SamplingRequest
 from services.gateway.sessions.hops import HopPolicy
+from services.gateway.sessions.request_key import RequestKey
 from services.gateway.sessions.session import Delta
 from services.gateway.sessions.session_run import SessionRun
 from services.gateway.text_request import Prompts, TextRequest, Waiting
@@ -21,6 +22,7 @@ from services.gateway.trace import Trace
 from stoker.clock import ManualClock
 from stoker.errors import (
     DeadlineExceeded,
+    Fenced,
     KvUnavailable,
     LoadFailed,
     PeerError,
@@ -112,6 +114,7 @@ class World:
         policy: HopPolicy | None = None,
         timeout_seconds: float = 600,
         acquire: Callable[..., Replica] | None = None,
+        key: RequestKey | None = None,
     ) -> None:
         self.clock, self.seen, self.agents = HastyClock(), Seen(), Played(scripts)
         table = RouteTable()
@@ -134,7 +137,11 @@ class World:
             unix_seconds=0,
         )
         request = TextRequest(
-            request_id="r", model="tiny", content=Prompts(prompts=["x"]), sampling=SamplingRequest()
+            request_id="r",
+            model="tiny",
+            content=Prompts(prompts=["x"]),
+            sampling=SamplingRequest(),
+            key=key,
         )
         job = Job(
             request=request,
@@ -191,6 +198,52 @@ async def test_tokens_of_an_earlier_owner_are_refused() -> None:
     await world.run()
 
     assert world.seen.text == TEXT
+
+
+KEY = RequestKey(name="key-1", fingerprint=b"f", seed=1)
+
+
+def late(highest_epoch: int) -> Fenced:
+    return Fenced("it has had a later owner here", details={"highest_epoch": highest_epoch})
+
+
+async def test_a_session_with_a_key_is_owned_after_owners_that_were_not_found() -> None:
+    world = World([late(4)], [late(6)], [8], key=KEY)
+
+    await world.run()
+
+    assert world.seen.text == TEXT
+    assert [(order.replica_id, order.epoch) for order in world.agents.orders] == [
+        ("rep-0", 0),
+        ("rep-0", 5),
+        ("rep-0", 7),
+    ]
+
+
+async def test_a_session_without_a_key_takes_nothing_over() -> None:
+    world = World([late(4)], [8])
+
+    with pytest.raises(Fenced):
+        await world.run()
+
+
+async def test_a_session_that_somebody_took_over_is_not_taken_back() -> None:
+    """As by a gateway that was away: its client is another one's by now."""
+    world = World([3, WorkerDied("x")], [late(9)], [8], key=KEY)
+
+    with pytest.raises(Fenced):
+        await world.run()
+    taken = World([Fenced("taken over by epoch 9")], [8], key=KEY)
+    with pytest.raises(Fenced, match="taken over"):
+        await taken.run()
+
+
+async def test_owners_without_end_are_not_followed_without_end() -> None:
+    world = World(*([late(number)] for number in range(1, 20)), key=KEY)
+
+    with pytest.raises(Fenced):
+        await world.run()
+    assert len(world.agents.orders) == 9
 
 
 async def test_the_start_that_ended_with_the_first_token_is_in_the_requests_trace() -> None:

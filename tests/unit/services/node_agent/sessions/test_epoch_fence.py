@@ -21,8 +21,9 @@ def test_an_earlier_owner_is_refused_whatever_it_asks_for() -> None:
     fence.admit("a", 3, follows=False)
 
     for follows in (False, True):
-        with pytest.raises(Fenced, match="had an owner of epoch 3"):
+        with pytest.raises(Fenced, match="had an owner of epoch 3") as refused:
             fence.admit("a", 2, follows=follows)
+        assert refused.value.details == {"highest_epoch": 3}
 
 
 def test_who_only_follows_leaves_the_present_owner_its_session() -> None:
