@@ -84,7 +84,7 @@ class Ours:
         self._ahead = LookingAhead(limits) if limits is not None else None
         self._view = View()
         self._waiters: Counter[ModelName] = Counter()
-        self._queues: dict[ModelName, tuple[SimReplica | int, ...]] = {}
+        self._queues: dict[ModelName, tuple[int, tuple[SimReplica, ...]]] = {}
         """Of models that wait at ready replicas: how many, and at which."""
         self._held_by_node: dict[NodeId, tuple[int, dict[Checkpoint, Held]]] = {}
         self._replicas: dict[ReplicaId, SimReplica] = {}
@@ -166,7 +166,7 @@ class Ours:
         others: list[SimReplica] = []
         for name in sorted(world.changes.queues):
             ready = [each for each in world.replicas[name] if each.phase is Standing.READY]
-            queue = (len(world.queues[name]), *ready) if ready and world.queues[name] else None
+            queue = (len(world.queues[name]), tuple(ready)) if ready and world.queues[name] else None
             if queue == self._queues.get(name):
                 continue
             others += world.replicas[name]
