@@ -75,23 +75,7 @@ class StoreService:
         )
         pace = Pace(settings.paced_bytes_per_second)
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
-        self._loads = loads = Loads(
-            arena,
-            counters,
-            sources=DiskSources(
-                settings.verify_disk,
-                VerifiedParts(settings.run_dir / VERIFIED_FOLDER_NAME),
-                DamagedCopies(None if tiers.cache is None else tiers.cache.root, forget=tiers.forget),
-            ),
-            threads={
-                Lane.DISK: settings.read_threads,
-                Lane.FAR: settings.far_threads,
-                Lane.LANDING: settings.landing_threads,
-            },
-            clock=self._clock,
-            sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
-            pace=pace,
-        )
+        self._loads = loads = self._new_loads(arena, counters, tiers, pace)
         self._probe = probe = DiskProbe(
             loads, pace, byte_count=settings.probe_bytes, threads=settings.read_threads
         )
@@ -134,6 +118,27 @@ class StoreService:
             backing=arena.backing,
             address=settings.address,
             attach_socket=str(folder.socket_path),
+        )
+
+    def _new_loads(self, arena: Arena, counters: ReadyCounters, tiers: Tiers, pace: Pace) -> Loads:
+        """Return what brings checkpoints into the pool, over all tiers that the settings name."""
+        settings, peers = self._settings, self._peers
+        return Loads(
+            arena,
+            counters,
+            sources=DiskSources(
+                settings.verify_disk,
+                VerifiedParts(settings.run_dir / VERIFIED_FOLDER_NAME),
+                DamagedCopies(None if tiers.cache is None else tiers.cache.root, forget=tiers.forget),
+            ),
+            threads={
+                Lane.DISK: settings.read_threads,
+                Lane.FAR: settings.far_threads,
+                Lane.LANDING: settings.landing_threads,
+            },
+            clock=self._clock,
+            sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
+            pace=pace,
         )
 
     async def stop_serving(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from services.controller.simulation import plot, report, scenario, workload
 from services.controller.simulation.world import World
 from stoker.errors import InvalidRequest, StokerError
+from stoker.ids import ModelName
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,21 +59,11 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     for name in chosen:
         if name not in scenario.POLICIES:
             raise InvalidRequest(f"--policy {name!r} is none of {', '.join(scenario.POLICIES)}")
-    if trace is not None:
-        requests = workload.read_requests(trace, names)
-    else:
-        drawn = workload.Lengths.constant(64, 96)
-        if lengths is not None:
-            drawn = workload.read_lengths(lengths, context_tokens=context)
-        if invocations is not None:
-            minutes = range(1, 1 + max(1, round(seconds / 60)))
-            requests = workload.read_invocations(
-                invocations, names, drawn, minutes=minutes, requests_per_second=rate, seed=seed
-            )
-        else:
-            requests = workload.gamma_requests(
-                names, requests_per_second=rate, seconds=seconds, cv=cv, lengths=drawn, seed=seed
-            )
+    requests = (
+        _generated(names, lengths, invocations, rate=rate, cv=cv, seconds=seconds, context=context, seed=seed)
+        if trace is None
+        else workload.read_requests(trace, names)
+    )
     spec = scenario.host(scenario.HARDWARE[hardware], devices=devices)
     waits: dict[str, list[float]] = {}
 
@@ -98,6 +90,31 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
         json_file.write_text(report.to_json(summaries) + "\n")
     if plot_file is not None:
         plot.draw(waits, plot_file)
+
+
+def _generated(  # noqa: PLR0913 - what a generated trace is made of
+    names: Sequence[ModelName],
+    lengths: Path | None,
+    invocations: Path | None,
+    *,
+    rate: float,
+    cv: float,
+    seconds: float,
+    context: int,
+    seed: int,
+) -> list[workload.Request]:
+    """Return requests at the moments of an invocations file, or else of a Gamma process."""
+    drawn = workload.Lengths.constant(64, 96)
+    if lengths is not None:
+        drawn = workload.read_lengths(lengths, context_tokens=context)
+    if invocations is None:
+        return workload.gamma_requests(
+            names, requests_per_second=rate, seconds=seconds, cv=cv, lengths=drawn, seed=seed
+        )
+    minutes = range(1, 1 + max(1, round(seconds / 60)))
+    return workload.read_invocations(
+        invocations, names, drawn, minutes=minutes, requests_per_second=rate, seed=seed
+    )
 
 
 if __name__ == "__main__":
