@@ -116,7 +116,9 @@ class KeptConnection:
         self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ends(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Return where to read and write; connects at the first call."""
+        """Return where to read and write; connects at the first call, and when the gateway closed it idle."""
+        if self._ends is not None and self._ends[0].at_eof():
+            self.close()
         if self._ends is None:
             self._ends = await asyncio.open_connection(self.host, self._port)
         return self._ends
