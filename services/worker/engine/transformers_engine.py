@@ -38,26 +38,24 @@ from services.worker.engine.protocol import (
     Sampling,
     Snapshot,
     Submit,
-    TokenOut,
 )
-from services.worker.engine.sampling import LogitsNotFinite, TokenChooser, log_probabilities
-from services.worker.engine.session import Session, prefill_token_count
+from services.worker.engine.requests import accepted
+from services.worker.engine.sampling import TokenChooser
+from services.worker.engine.session_passes import SessionPasses
 from services.worker.kv.kv_exchange import KvReader, StagedKv, layout_of
 from services.worker.kv.kv_store import SLOT_TOKENS, KvBudget, SessionKv
 from services.worker.weights.weights_gate import PassInterrupted
-from stoker.errors import ContextLengthExceeded, InvalidRequest, KvUnavailable, NotFound, QueueFull
+from stoker.errors import InvalidRequest, KvUnavailable, NotFound, QueueFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from services.worker.engine.protocol import KvExport, Output
-    from services.worker.engine.sampling import Floats
+    from services.worker.engine.session import Session
     from services.worker.kv.kv_format import KvLayout
     from stoker.ids import SessionId
 
 ENGINE = "transformers"
-REPLAY_ROWS = 12
-"""Tokens of one resuming session fed in one decode pass; bounds what a replay adds to the others' steps."""
 
 
 class TransformersEngine:
@@ -99,6 +97,13 @@ class TransformersEngine:
         self._live: dict[SessionId, Session] = {}
         self._cancelled: set[SessionId] = set()
         self._stats = EngineStats(max_kv_tokens=limits.max_kv_tokens)
+        self._passes = SessionPasses(
+            self._runner,
+            self._stats,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            clock=clock,
+            finish=self._finish,
+        )
 
     @property
     def limits(self) -> EngineLimits:
@@ -182,8 +187,8 @@ class TransformersEngine:
             ]
         )
         with suppress(PassInterrupted), torch.inference_mode():  # what was given up, a later step does again
-            self._decode(decoding, outputs)
-            self._prefill(outputs)
+            self._passes.decode(decoding, outputs)
+            self._passes.prefill(self._running, outputs)
         self._stats.step_count += 1
         return outputs
 
@@ -257,7 +262,14 @@ class TransformersEngine:
     # --- queueing ------------------------------------------------------------------------------------------
 
     def _enqueue(self, request: Submit, kv: KvExport | None) -> None:
-        session = self._session(request, kv)
+        session = accepted(
+            request,
+            kv,
+            vocab_size=self._runner.vocab_size,
+            context_tokens=self._limits.max_context_tokens,
+            budget=self._budget,
+            now_seconds=self._clock(),
+        )
         limits = self._limits
         with self._lock:
             if session.session_id in self._live:
@@ -269,40 +281,6 @@ class TransformersEngine:
                 )
             self._live[session.session_id] = session
             self._waiting.append(session)
-
-    def _session(self, request: Submit, kv: KvExport | None) -> Session:
-        """Check a request and return its session."""
-        prompt, generated = list(request.prompt_token_ids), list(request.generated_token_ids)
-        tokens, sampling = prompt + generated, request.sampling
-        vocab, context = self._runner.vocab_size, self._limits.max_context_tokens
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
-        if min(tokens) < 0 or max(tokens) >= vocab:
-            wrong = next(token for token in tokens if not 0 <= token < vocab)
-            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary of {vocab}")
-        wanted = len(prompt) + (1 if sampling.max_tokens is None else sampling.max_tokens)
-        if wanted > context or len(tokens) > context:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(prompt)} tokens and {wanted - len(prompt)} are to be generated, but "
-                f"the context holds {context}; shorten the prompt or lower max_tokens",
-                details={"prompt_tokens": len(prompt), "context_tokens": context},
-            )
-        room = context - len(prompt)
-        staged = request.staged
-        return Session(
-            session_id=request.session_id,
-            sampling=sampling,
-            prompt_token_count=len(prompt),
-            tokens=tokens,
-            prefill_tokens=prefill_token_count(request),
-            max_output_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
-            chooser=TokenChooser(sampling, prompt, generated, vocab),
-            kv=SessionKv(self._budget) if staged is None else staged.kv,
-            cached=0 if staged is None else staged.tokens,
-            submitted_seconds=self._clock(),
-            adapter=request.adapter,
-            shipped_kv=kv,
-        )
 
     def _cancel(self, outputs: list[Output]) -> None:
         with self._lock:
@@ -363,84 +341,3 @@ class TransformersEngine:
             if session in self._waiting:
                 self._waiting.remove(session)
         outputs.append(finished)
-
-    # --- passes --------------------------------------------------------------------------------------------
-
-    def _decode(self, sessions: Sequence[Session], outputs: list[Output]) -> None:
-        """Feed each session's next tokens; choose for those whose last token was fed."""
-        rows: list[tuple[Session, int]] = []
-        for session in sessions:
-            end = min(len(session.tokens), session.cached + REPLAY_ROWS)
-            rows.extend((session, index) for index in range(session.cached, end))
-        for part in self._runner.passes(rows):
-            logits = self._runner.decode(
-                [(s.kv, index, s.tokens[index]) for s, index in part],
-                [row for row, (s, index) in enumerate(part) if index == len(s.tokens) - 1],
-                [s.adapter for s, _ in part],
-            )
-            complete = [s for s, index in part if index == len(s.tokens) - 1]
-            for session, index in part:
-                session.cached = index + 1
-                if index < len(session.tokens) - 1:
-                    self._stats.replay_token_count += 1
-            for session, row in zip(complete, logits, strict=True):
-                self._choose(session, row, outputs)
-
-    def _prefill(self, outputs: list[Output]) -> None:
-        """Run prefill chunks, in order of arrival, until a step's worth of tokens is done."""
-        planned = self._next_chunks()
-        together = len(planned) if self._runner.packs_prefill else 1
-        for first in range(0, len(planned), together or 1):
-            part = planned[first : first + together]
-            all_logits = self._runner.prefill([chunk for _, chunk in part])
-            for (session, chunk), logits in zip(part, all_logits, strict=True):
-                session.cached = chunk.start + len(chunk.tokens)
-                self._stats.prefill_token_count += len(chunk.tokens)
-                if logits is not None:
-                    self._choose(session, logits, outputs)
-
-    def _next_chunks(self) -> list[tuple[Session, Chunk]]:
-        """Return the next chunk of each session that is prefilling, as far as a step's tokens reach."""
-        size = left = self._limits.prefill_chunk_tokens
-        planned: list[tuple[Session, Chunk]] = []
-        for session in self._running:
-            if not session.is_prefilling:
-                continue
-            end = min(session.cached - session.cached % size + size, session.prefill_tokens)
-            left -= end - session.cached
-            if left < 0:
-                break
-            tokens = session.tokens[session.cached : end]
-            chunk = Chunk(
-                kv=session.kv,
-                start=session.cached,
-                tokens=tokens,
-                needs_logits=end == len(session.tokens),
-                adapter=session.adapter,
-            )
-            planned.append((session, chunk))
-        return planned
-
-    def _choose(self, session: Session, logits: Floats, outputs: list[Output]) -> None:
-        """Choose a session's next token from its row of logits; emit it, and the end if it is one."""
-        position, sampling = session.generated_token_count, session.sampling
-        try:
-            token = session.chooser.choose(logits, position)
-        except LogitsNotFinite as error:
-            failed = session.finished(FinishReason.ERROR, self._clock(), message=error.message)
-            self._finish(session, failed, outputs)
-            return
-        session.chooser.observe(token)
-        session.tokens.append(token)
-        self._stats.decode_token_count += 1
-        out = TokenOut(session_id=session.session_id, position=position, token_id=token)
-        if sampling.top_logprobs is not None:
-            logprob, top = log_probabilities(logits, token, sampling.top_logprobs)
-            out = replace(out, logprob=logprob, top_logprobs=top)
-        if session.first_token_seconds is None:
-            session.first_token_seconds = self._clock()
-            out = replace(out, timings=session.timings(session.first_token_seconds))
-        outputs.append(out)
-        if (end := session.ending()) is not None:
-            ended = session.finished(end[0], self._clock(), stop_token_id=end[1])
-            self._finish(session, ended, outputs)
