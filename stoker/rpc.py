@@ -45,8 +45,15 @@ _KEEPALIVE = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
-_BROKEN_STREAM = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
-"""How gRPC's core names a connection that ended under a call, where the status is not UNAVAILABLE."""
+_BROKEN_STREAM = (
+    "RST_STREAM",
+    "Stream removed",
+    "GOAWAY",
+    "Connection reset",
+    "Socket closed",
+    "Internal error from Core",  # of a write on a call whose connection ended while this process stood still
+)
+"""How gRPC names a connection that ended under a call, where the status is not UNAVAILABLE."""
 _CONNECTING = re.compile(r".*last error: \w+: [a-z0-9]+:\S+: (?:Failed to connect to remote host: )?")
 
 UNREACHABLE = "unreachable"
@@ -164,14 +171,25 @@ def _streaming(behaviour: Callable[..., Any], method: str) -> Callable[..., Asyn
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if not isinstance(error, StokerError):
-        log.get().error("rpc.crashed", method=method, exc_info=error)
-        error = StokerError(f"{method} failed inside: {type(error).__name__}: {error}")
+    told = own_error(error, method)
     await context.abort(
-        error.grpc_status,
-        _cut(error.message, MAX_STATUS_BYTES),
-        trailing_metadata=((ERROR_KEY, encode(error)),),
+        told.grpc_status,
+        _cut(told.message, MAX_STATUS_BYTES),
+        trailing_metadata=((ERROR_KEY, encode(told)),),
     )
+
+
+def own_error(error: Exception, what: str) -> StokerError:
+    """Return an error as the other side is told it; one that nobody foresaw is logged with its trace.
+
+    Args:
+        error: What a call's handler raised.
+        what: It was about, for people, e.g. the method's name.
+    """
+    if isinstance(error, StokerError):
+        return error
+    log.get().error("rpc.crashed", method=what, exc_info=error)
+    return StokerError(f"{what} failed inside: {type(error).__name__}: {error}")
 
 
 def encode(error: StokerError) -> bytes:
