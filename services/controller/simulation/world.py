@@ -1,13 +1,12 @@
-"""The simulated cluster's truth: hosts, replicas, sessions and caches, changed by commands and by time.
+"""The simulated cluster's truth: hosts, replicas and caches, changed by commands and by time.
 
 A policy looks at this world and commands it (`start`, `stop`, `preempt`, `migrate`); the world carries it out
-with the hardware's delays, serves the requests, and remembers what became of each. It decides nothing.
+with the hardware's delays, and remembers what became of each request (`serving`). It decides nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -27,6 +26,7 @@ from services.controller.simulation.parts import (
     insert,
     node_of,
 )
+from services.controller.simulation.serving import Serving
 from services.controller.simulation.workload import Request
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -81,16 +81,20 @@ class World:
             if policy.tiers.disk and policy.tiers.preloaded:
                 fill(node, models)
         self.policy = policy
-        self.timeout_seconds = timeout_seconds
-        self.queues: dict[ModelName, deque[Session]] = {model.name: deque() for model in models}
         self.replicas: dict[ModelName, dict[SimReplica, None]] = {model.name: {} for model in models}
-        self.idle: dict[SimReplica, None] = {}
-        """Ready replicas that serve nobody, the longest unused first."""
-        self.waiting: dict[ModelName, None] = {}
-        """Models with a queue, in the order in which theirs began."""
-        self.sessions: list[Session] = []
         self.counters = Counters()
         self.changes = Changes(nodes=dict.fromkeys(self.nodes))
+        self.serving = Serving(
+            self.clock,
+            self.models,
+            self.replicas,
+            changes=self.changes,
+            counters=self.counters,
+            ask=self.ask,
+            timeout_seconds=timeout_seconds,
+        )
+        self.sessions, self.queues = self.serving.sessions, self.serving.queues
+        self.waiting, self.idle = self.serving.waiting, self.serving.idle
         self._ids = itertools.count(1)
         self._asked = False
         self._more_comes = False
@@ -114,11 +118,7 @@ class World:
 
     def _arrive(self, request: Request, arrivals: Iterator[Request]) -> None:
         self._next_arrival(arrivals)
-        session = Session(request, self.now)
-        self.sessions.append(session)
-        self._enqueue(session)
-        if session.started_seconds is None:
-            self.clock.after(self.timeout_seconds, lambda: self._give_up(session))
+        self.serving.arrive(request)
 
     @property
     def now(self) -> float:
@@ -145,99 +145,6 @@ class World:
     def is_alive(self) -> bool:
         """Tell whether anything is left to decide about."""
         return bool(self.waiting or self.idle or self._more_comes)
-
-    # --- sessions ---
-
-    def _enqueue(self, session: Session, *, first: bool = False) -> None:
-        name = session.request.model
-        queue = self.queues[name]
-        session.waiting_since_seconds = self.now
-        if first:
-            queue.appendleft(session)
-        else:
-            queue.append(session)
-        self.changes.queues[name] = None
-        self._serve(name)
-        if queue:
-            session.cold = session.cold or session in queue
-            self.waiting.setdefault(name)
-        self.ask()
-
-    def _serve(self, name: ModelName) -> None:
-        """Give waiting sessions to ready replicas with a place, the fullest first."""
-        queue = self.queues[name]
-        if queue:
-            self.changes.queues[name] = None
-            open_replicas = [each for each in self.replicas[name] if each.free_places > 0]
-            while queue and open_replicas:
-                replica = min(open_replicas, key=lambda each: each.free_places)
-                self._begin(queue.popleft(), replica)
-                if replica.free_places <= 0:
-                    open_replicas.remove(replica)
-        if not queue:
-            self.waiting.pop(name, None)
-
-    def _begin(self, session: Session, replica: SimReplica) -> None:
-        model, device = replica.model, replica.node.spec.device
-        session.wait_seconds += self.now - session.waiting_since_seconds
-        if session.started_seconds is None:
-            session.started_seconds = self.now
-        request = session.request
-        prefill_seconds = model.prefill_seconds(device, request.input_tokens + session.kept_tokens)
-        if session.first_token_seconds is None:
-            session.first_token_seconds = self.now + prefill_seconds
-        decode_seconds = model.token_seconds(device) * (request.output_tokens - session.kept_tokens - 1)
-        session.replica = replica
-        self._occupy(replica, session)
-        self._end_at(session, self.now + prefill_seconds + decode_seconds)
-
-    def _occupy(self, replica: SimReplica, session: Session) -> None:
-        if not replica.sessions:
-            self._busy(replica, begins=True)
-            replica.idle_since_seconds = None
-            self.idle.pop(replica, None)
-        replica.sessions[session] = None
-        self.changes.replicas[replica] = None
-
-    def _leave(self, replica: SimReplica, session: Session) -> None:
-        del replica.sessions[session]
-        if not replica.sessions:
-            self._busy(replica, begins=False)
-            replica.idle_since_seconds = self.now
-            self.idle[replica] = None
-        self.changes.replicas[replica] = None
-
-    def _busy(self, replica: SimReplica, *, begins: bool) -> None:
-        sign = -1 if begins else 1
-        self.counters.busy_device_seconds += sign * self.now * len(replica.devices)
-
-    def _end_at(self, session: Session, seconds: float) -> None:
-        session.version += 1
-        session.ends_seconds = seconds
-        version = session.version
-        self.clock.at(seconds, lambda: self._end(session, version))
-
-    def _end(self, session: Session, version: int) -> None:
-        replica = session.replica
-        if session.version != version or replica is None:
-            return
-        session.replica = None
-        self._leave(replica, session)
-        self._serve(replica.model.name)
-        self.ask()
-
-    def _give_up(self, session: Session) -> None:
-        """Lose a request that waited too long, if it still waits for its first start."""
-        if session.started_seconds is not None or session.lost:
-            return
-        name = session.request.model
-        session.lost = True
-        session.wait_seconds += self.now - session.waiting_since_seconds
-        self.queues[name].remove(session)
-        self.changes.queues[name] = None
-        if not self.queues[name]:
-            self.waiting.pop(name, None)
-        self.ask()
 
     # --- commands ---
 
@@ -328,7 +235,7 @@ class World:
         self.changes.queues[replica.model.name] = None
         if replica.when_ready is not None:
             replica.when_ready()
-        self._serve(replica.model.name)
+        self.serving.serve(replica.model.name)
         self.ask()
 
     def stop(self, replica: SimReplica) -> None:
@@ -351,15 +258,10 @@ class World:
         self.counters.preemptions += not keep_tokens
         self.counters.displacements += keep_tokens
         for session in interrupted:
-            tokens = self.tokens_of(session) - session.request.input_tokens
-            session.kept_tokens = min(tokens, session.request.output_tokens - 1) if keep_tokens else 0
-            session.version += 1
-            session.replica = None
-            session.preemptions += not keep_tokens
-            self._leave(replica, session)
+            self.serving.interrupt(session, keep_tokens=keep_tokens)
         self._vacate(replica)
         for session in reversed(interrupted):
-            self._enqueue(session, first=True)
+            self.serving.enqueue(session, first=True)
 
     def migrate(self, replica: SimReplica, node: SimNode, devices: Sequence[int]) -> SimReplica:
         """Move a replica's sessions to a new one on another node; then its devices are free."""
@@ -383,12 +285,7 @@ class World:
 
     def tokens_of(self, session: Session) -> int:
         """Return how many tokens a running session has by now, its prompt included."""
-        replica = session.replica
-        if replica is None or session.first_token_seconds is None:
-            return session.request.input_tokens
-        left_seconds = session.ends_seconds - self.now
-        left = int(max(0.0, left_seconds) / max(1e-9, replica.model.token_seconds(replica.node.spec.device)))
-        return session.request.input_tokens + max(0, session.request.output_tokens - left)
+        return self.serving.tokens_of(session)
 
     def copy_seconds(self, session: Session) -> float:
         """Return how long a session's cache takes to be at another node while it goes on.
@@ -409,14 +306,10 @@ class World:
             replica.moving_to = None
             return
         for session in list(replica.sessions):
-            self._leave(replica, session)
-            session.replica = target
-            session.migrations += 1
-            self._occupy(target, session)
-            self._end_at(session, session.ends_seconds + SWITCH_SECONDS)
+            self.serving.move(session, target, pause_seconds=SWITCH_SECONDS)
         self._vacate(replica)
         self._touch(target.node)
-        self._serve(replica.model.name)
+        self.serving.serve(replica.model.name)
         self.ask()
 
     def _vacate(self, replica: SimReplica) -> None:
