@@ -7,13 +7,19 @@ good or bad, changes nothing but what the next look knows.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Protocol
 
 from services.controller import metrics
 from services.controller.cluster_view.view import View
 from services.controller.records import ModelRecord
-from services.controller.scaling.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
+from services.controller.scaling.foresight import (
+    SETTLE_SECONDS,
+    Foreseen,
+    Limits,
+    Prefetch,
+    foresee,
+    has_ended,
+)
 from stoker.background import Background, background
 from stoker.clock import Clock
 from stoker.errors import PeerError, StokerError
@@ -79,32 +85,39 @@ class Forecaster:
             if node_id not in before or before[node_id].count != pool.count:
                 self._cluster.tell("workers.wanted", node_id=node_id, count=pool.count)
         for prefetch in self._foreseen.prefetches:
-            tasks.start(self._prefetch(prefetch), name=f"prefetch-{prefetch.model}")
+            tasks.start(self._prefetch(prefetch, tasks), name=f"prefetch-{prefetch.model}")
 
     def warm_workers(self, node_id: NodeId) -> int | None:
         """Return how many pre-started workers are wanted on a node; None = as it is configured."""
         pool = self._foreseen.pools.get(node_id)
         return pool.count if pool is not None else None
 
-    async def _prefetch(self, prefetch: Prefetch) -> None:
+    async def _prefetch(self, prefetch: Prefetch, tasks: Background) -> None:
+        """Carry a prefetch out; once it has ended well, look for the next one soon."""
+        failed = True
+        try:
+            failed = not await self._ended_well(prefetch)
+        finally:
+            now_seconds = self._clock.now_seconds()
+            self._foreseen = has_ended(self._foreseen, prefetch.node_id, now_seconds, failed=failed)
+        if not failed:
+            await self._clock.sleep(SETTLE_SECONDS)
+            self.look(tasks)
+
+    async def _ended_well(self, prefetch: Prefetch) -> bool:
         began_seconds = self._clock.now_seconds()
         what = {"model": prefetch.model, "node_id": prefetch.node_id}
         try:
             moved_bytes = await self._carry_out(prefetch)
         except StokerError as error:
-            until_seconds = self._clock.now_seconds() + RESTS_SECONDS
-            rests = {**self._foreseen.rests, (prefetch.node_id, prefetch.model): until_seconds}
-            self._foreseen = replace(self._foreseen, rests=rests)
             metrics.PREFETCHES.labels(outcome="failed").inc()
             self._cluster.tell("prefetch.failed", **what, error_code=error.code, message=error.message)
-        else:
-            metrics.PREFETCHES.labels(outcome="done").inc()
-            metrics.PREFETCHED_BYTES.inc(moved_bytes)
-            seconds = self._clock.now_seconds() - began_seconds
-            self._cluster.tell("prefetch.ended", **what, bytes=moved_bytes, seconds=round(seconds, 3))
-        finally:
-            left = self._foreseen.under_way - {prefetch.node_id}
-            self._foreseen = replace(self._foreseen, under_way=left)
+            return False
+        metrics.PREFETCHES.labels(outcome="done").inc()
+        metrics.PREFETCHED_BYTES.inc(moved_bytes)
+        seconds = self._clock.now_seconds() - began_seconds
+        self._cluster.tell("prefetch.ended", **what, bytes=moved_bytes, seconds=round(seconds, 3))
+        return True
 
     async def _carry_out(self, prefetch: Prefetch) -> int:
         node, records = self._cluster.view.nodes.get(prefetch.node_id), self._cluster.records

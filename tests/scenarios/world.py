@@ -22,7 +22,7 @@ from services.controller.cluster_view.events import (
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.view import Held, Model, Node, Phase, Policy, Replica, Reservation, View
 from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop
-from services.controller.scaling.foresight import RESTS_SECONDS, Foreseen, Limits, Prefetch, foresee
+from services.controller.scaling.foresight import Foreseen, Limits, Prefetch, foresee, has_ended
 from services.controller.scaling.reconcile import reconcile
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -112,11 +112,8 @@ class World:
         """A prefetch has ended: the node holds the checkpoint, what was named is gone; or it failed."""
         ended = self.prefetching.pop(node_id)
         assert ended.model == name
-        left = self.foreseen.under_way - {node_id}
-        self.foreseen = replace(self.foreseen, under_way=left)
+        self.foreseen = has_ended(self.foreseen, node_id, self.now_seconds, failed=failed)
         if failed:
-            rests = {**self.foreseen.rests, (node_id, name): self.now_seconds + RESTS_SECONDS}
-            self.foreseen = replace(self.foreseen, rests=rests)
             return
         node, wanted = self.nodes[node_id], self.view.models[name]
         gone = {self.view.models[dropped].checkpoint for dropped in ended.drop}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.controller.cluster_view.estimate import start_estimate, worker_start_seconds
 from services.controller.cluster_view.fleet import Standing, members_of
@@ -32,7 +32,7 @@ from services.controller.cluster_view.lessons import parts_like
 from services.controller.cluster_view.streaming import has_own_memory, streams_on
 from services.controller.cluster_view.view import Checkpoint, Held, Model, Node, View
 from services.controller.placement.room import never_fits
-from services.controller.scaling.spare_memory import POOL_SLACK, fill
+from services.controller.scaling.spare_memory import POOL_SLACK, fill, is_in_memory
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB, MB
 
@@ -43,6 +43,10 @@ MAX_WORKERS = 64
 """Of one node, whatever is forecast."""
 MAX_NODES = 64
 """Nodes looked at per model."""
+SETTLE_SECONDS = 0.5
+"""From the end of a prefetch that went well to the next look: its node need not stand still meanwhile."""
+REPORTED_SECONDS = 5.0
+"""After this a node has surely reported what a prefetch has brought it."""
 RESTS_SECONDS = 60.0
 """A prefetch that failed is not tried again on that node before."""
 
@@ -60,7 +64,7 @@ class Limits:
         least_gain_seconds: What memory must save of the start.
         fill_fraction: Of a pool, what `spare_memory` may fill, likely to be used or not; 0 = nothing.
         hysteresis_ratio: A checkpoint makes room only for one this many times as likely.
-        at_once: Prefetches under way, over all nodes.
+        at_once: Prefetches under way, over all nodes; one per node.
         confidence: That a start finds a pre-started worker.
         hold_seconds: A number of workers that is too high stays this long.
     """
@@ -112,13 +116,13 @@ class Foreseen:
     Attributes:
         prefetches: To begin now.
         pools: Warm workers wanted, by node; a node that is not in it does as it is configured.
-        under_way: Nodes a prefetch is under way on.
-        rests: Until when a failed prefetch is not tried again, by node and model.
+        under_way: What is being prefetched, by node: one at a time.
+        rests: Until when a prefetch that has ended is not ordered again, by node and model.
     """
 
     prefetches: tuple[Prefetch, ...] = ()
     pools: Mapping[NodeId, Pool] = field(default_factory=dict)
-    under_way: frozenset[NodeId] = frozenset()
+    under_way: Mapping[NodeId, ModelName] = field(default_factory=dict)
     rests: Mapping[tuple[NodeId, ModelName], float] = field(default_factory=dict)
 
 
@@ -136,9 +140,23 @@ def foresee(view: View, before: Foreseen, now_seconds: float, limits: Limits) ->
     return Foreseen(
         prefetches=prefetches,
         pools=_pools(view, before.pools, now_seconds, limits),
-        under_way=before.under_way | {found.node_id for found in prefetches},
+        under_way={**before.under_way, **{found.node_id: found.model for found in prefetches}},
         rests=rests,
     )
+
+
+def has_ended(before: Foreseen, node_id: NodeId, now_seconds: float, *, failed: bool) -> Foreseen:
+    """Return what the next look must know once the prefetch on a node has ended.
+
+    A failed one rests; one that went well is not ordered again before the node has reported what it holds.
+    """
+    left = dict(before.under_way)
+    name = left.pop(node_id, None)
+    if name is None:
+        return before
+    rest_seconds = RESTS_SECONDS if failed else REPORTED_SECONDS
+    rests = {**before.rests, (node_id, name): now_seconds + rest_seconds}
+    return replace(before, under_way=left, rests=rests)
 
 
 # --- checkpoints ---
@@ -156,7 +174,7 @@ class _Look:
 
 def _prefetches(
     view: View,
-    under_way: frozenset[NodeId],
+    under_way: Mapping[NodeId, ModelName],
     rests: Mapping[tuple[NodeId, ModelName], float],
     now_seconds: float,
     limits: Limits,
@@ -189,11 +207,15 @@ def _prefetches(
             best = min(found, key=lambda option: (len(option.drop), option.gain_seconds, option.node_id))
             chosen.append(best)
             busy.add(best.node_id)
-    return (*chosen, *_filling(look, busy, rests))
+    coming = {*under_way.values(), *(found.model for found in chosen)}
+    return (*chosen, *_filling(look, busy, coming, rests))
 
 
 def _filling(
-    look: _Look, busy: set[NodeId], rests: Mapping[tuple[NodeId, ModelName], float]
+    look: _Look,
+    busy: set[NodeId],
+    coming: set[ModelName],
+    rests: Mapping[tuple[NodeId, ModelName], float],
 ) -> Iterable[Prefetch]:
     view, limits = look.view, look.limits
     if limits.fill_fraction <= 0:
@@ -203,6 +225,7 @@ def _filling(
         look.names,
         look.chances,
         taken=busy,
+        coming=coming,
         rests=rests,
         at_once=limits.at_once - len(busy),
         fill_fraction=limits.fill_fraction,
@@ -224,19 +247,10 @@ def _candidates(look: _Look) -> list[ModelName]:
         (-chance * view.models[name].file_bytes, name)
         for name, chance in look.chances.items()
         if chance >= look.limits.least_likelihood
-        and not _is_in_memory(view, view.models[name])
+        and not is_in_memory(view, view.models[name])
         and not any(found.standing in LIVE for found in members_of(view, name))
     ]
     return [name for _, name in sorted(promising)[:MAX_CANDIDATES]]
-
-
-def _is_in_memory(view: View, model: Model) -> bool:
-    holders = index_of(view).holders.get(model.checkpoint, ())
-    return any(
-        view.nodes[node_id].reachable
-        and view.nodes[node_id].held.get(model.checkpoint, Held()).dram_bytes >= model.file_bytes
-        for node_id in holders
-    )
 
 
 def _nodes_for(view: View, model: Model, busy: set[NodeId]) -> Iterable[Node]:

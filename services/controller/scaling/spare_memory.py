@@ -5,8 +5,10 @@ A start from memory takes a fraction of one from disk, and free memory does noth
    checkpoints for starts and nothing else. On a processor's node replicas run from the pool.
 2. Only from the node's own disk: nothing is downloaded that nobody asked for.
 3. Only into free room, up to `fill_fraction` of the pool; nothing is dropped for it.
-4. First what is likely to be asked for, then the rest, each in an order of the node's own, so that nodes that
-   cannot hold everything hold different checkpoints. More nodes than one hold what bursts start on many.
+4. First what is likely to be asked for, then the rest; of either first what no node has in memory yet or gets
+   at the moment, so that nobody finds only disks where there was time for one read. What is left to choose is
+   an order of the node's own: nodes that cannot hold everything hold different checkpoints, and bursts that
+   start on many nodes find memory on many.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from heapq import nlargest
+from heapq import nlargest, nsmallest
 
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.streaming import has_own_memory, streams_on
@@ -24,6 +26,8 @@ from stoker.ids import ModelName, NodeId
 
 POOL_SLACK = 1.02
 """A checkpoint takes whole chunks of the pool, a little more than its bytes."""
+MAX_LOOKED = 64
+"""Checkpoints of a node, in its own order, of which is asked whether a node has them in memory."""
 MAX_NODES = 16
 """Nodes looked at per look, those with most free room."""
 
@@ -34,6 +38,7 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
     chances: Mapping[ModelName, float],
     *,
     taken: AbstractSet[NodeId],
+    coming: AbstractSet[ModelName],
     rests: Mapping[tuple[NodeId, ModelName], float],
     at_once: int,
     fill_fraction: float,
@@ -46,6 +51,7 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
         names: A model of each checkpoint.
         chances: How likely models are asked for soon; those not in it were never asked for.
         taken: Nodes that prefetch already.
+        coming: What they bring into memory.
         rests: Prefetches that failed lately, by node and model.
         at_once: How many to begin at most.
         fill_fraction: Of a pool, what may be filled.
@@ -72,13 +78,36 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
             and never_fits(model, node) is None
         ]
         if found:
-            best = min(found, key=lambda model: _order(model, node, chances, least_likelihood))
-            chosen.append((best.name, node.node_id))
+            soon = {*coming, *(name for name, _ in chosen)}
+            likely = {name for name, chance in chances.items() if chance >= least_likelihood}
+            chosen.append((_first(view, node, found, likely, soon).name, node.node_id))
     return chosen
 
 
-def _order(
-    model: Model, node: Node, chances: Mapping[ModelName, float], least_likelihood: float
-) -> tuple[bool, bytes]:
+def _first(
+    view: View, node: Node, found: list[Model], likely: AbstractSet[ModelName], soon: AbstractSet[ModelName]
+) -> Model:
+    """Return which of these a node brings into memory first."""
+    in_order = nsmallest(MAX_LOOKED, found, key=lambda model: _order(model, node, likely))
+    alike = [model for model in in_order if (model.name in likely) == (in_order[0].name in likely)]
+    return next((model for model in alike if _is_nowhere(view, model, soon)), alike[0])
+
+
+def _is_nowhere(view: View, model: Model, soon: AbstractSet[ModelName]) -> bool:
+    """Tell whether no node has the checkpoint in memory, or gets it at the moment."""
+    return model.name not in soon and not is_in_memory(view, model)
+
+
+def is_in_memory(view: View, model: Model) -> bool:
+    """Tell whether a node that answers has all of a checkpoint in memory."""
+    for node_id in index_of(view).holders.get(model.checkpoint, ()):
+        node = view.nodes[node_id]
+        held = node.held.get(model.checkpoint)
+        if node.reachable and held is not None and held.dram_bytes >= model.file_bytes:
+            return True
+    return False
+
+
+def _order(model: Model, node: Node, likely: AbstractSet[ModelName]) -> tuple[bool, bytes]:
     key = f"{node.node_id}/{model.name}".encode()
-    return chances.get(model.name, 0.0) < least_likelihood, hashlib.blake2b(key, digest_size=8).digest()
+    return model.name not in likely, hashlib.blake2b(key, digest_size=8).digest()

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from services.controller.cluster_view.view import View
-from services.controller.scaling.foresight import Foreseen, Limits, Prefetch, foresee
+from services.controller.scaling.foresight import (
+    SETTLE_SECONDS,
+    Foreseen,
+    Limits,
+    Prefetch,
+    foresee,
+    has_ended,
+)
 from services.controller.simulation.world import World
 from stoker.ids import NodeId
 
@@ -46,7 +53,13 @@ class LookingAhead:
             node.dram.pop(name, None)
             node.moved[name] = None
             node.holdings += 1
-        world.prefetch(world.models[prefetch.model], node, lambda _complete: self._ended(prefetch.node_id))
+        world.prefetch(
+            world.models[prefetch.model],
+            node,
+            lambda complete: self._ended(prefetch.node_id, world.now, failed=not complete),
+        )
 
-    def _ended(self, node_id: NodeId) -> None:
-        self._foreseen = replace(self._foreseen, under_way=self._foreseen.under_way - {node_id})
+    def _ended(self, node_id: NodeId, now_seconds: float, *, failed: bool) -> None:
+        self._foreseen = has_ended(self._foreseen, node_id, now_seconds, failed=failed)
+        if not failed:
+            self._next_seconds = min(self._next_seconds, now_seconds + SETTLE_SECONDS)

@@ -132,3 +132,18 @@ async def test_without_any_history_nothing_is_ordered_and_agents_do_as_configure
 
     assert (stores.calls, cluster.told) == ([], [])
     assert forecaster.warm_workers(NodeId("a")) is None
+
+
+async def test_after_a_prefetch_that_went_well_the_next_look_comes_soon() -> None:
+    clock, stores = ManualClock(), FakeStores()
+    cluster = FakeCluster(view_with(clock, "m"))
+    forecaster = Forecaster(cluster, stores, Limits(memory_fraction=1.0), look_seconds=60.0, clock=clock)
+
+    async with background() as tasks:
+        forecaster.look(tasks)
+        await _idle()
+        cluster.view = view_with(clock, "m", "other", dram=["m"])
+        clock.advance(1.0)
+        await _idle()
+
+    assert stores.calls == ["prefetch m at a:7072", "prefetch other at a:7072"]
