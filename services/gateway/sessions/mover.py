@@ -8,8 +8,8 @@ in one step of the gateway's loop: from then on the source's tokens are refused,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.gateway import metrics
@@ -115,7 +115,7 @@ class Mover:
         self._placement = placement
         self._agents = agents
         self._resume_mode = resume_mode
-        self._open: list[Events] = []
+        self._open: dict[Events, tuple[Replica, session_pb2.GenerateRequest]] = {}
         self._phase = Phase.FIND
         self._gaps = MoveGaps()
         self._step_seconds = 0.0
@@ -135,15 +135,27 @@ class Mover:
         self._news.set()
 
     async def close(self) -> None:
-        """End the move, and its calls unless they were taken over."""
+        """End the move, and its calls unless they were taken over.
+
+        A session with a key would go on at the destination, as after its client has left: nobody comes there.
+        """
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        left = False
+        while not self._task.done():
+            try:
+                await asyncio.wait({self._task})
+            except asyncio.CancelledError:
+                left = True  # the client's; not before the move has let go of its calls
+        for destination, order in self._open.values():
+            if order.keep_seconds:
+                self._agents.release(destination, order.session_id, order.epoch)
         await self._drop(keep=None)
+        if left:
+            raise asyncio.CancelledError
 
     def take(self, moved: Moved) -> None:
         """Hand the destination's stream over; `close` leaves it alone from now on."""
-        self._open.remove(moved.rest)
+        del self._open[moved.rest]
 
     async def _move(self) -> Moved | None:
         try:
@@ -232,7 +244,6 @@ class Mover:
             recomputed += len(self._session.prompt_token_ids) + tokens if lag is None else lag
             epoch = self._session.claim_epoch()
             events = self._round(destination, epoch)
-            self._open.append(events)
             first = await anext(events)
             while first.epoch != epoch or first.HasField("leave"):
                 if first.HasField("leave"):
@@ -352,38 +363,12 @@ class Mover:
         )
         order.epoch = epoch
         order.follows = True
-        return self._agents.generate(destination, order, timeout_seconds=self._job.left_seconds())
+        events = self._agents.generate(destination, order, timeout_seconds=self._job.left_seconds())
+        self._open[events] = destination, order
+        return events
 
     async def _drop(self, keep: Events | None) -> None:
         for events in [events for events in self._open if events is not keep]:
-            self._open.remove(events)
+            del self._open[events]
             with suppress(StokerError):
                 await events.aclose()
-
-
-async def in_order(moved: Moved, log: Sequence[int]) -> Events:
-    """Yield the destination's events without the tokens that are in the log when they come."""
-    async with aclosing(moved.rest):
-        yield unseen(moved.first, log, moved.epoch)
-        async for event in moved.rest:
-            yield unseen(event, log, moved.epoch)
-
-
-async def next_or_moved(events: Events, mover: Mover) -> session_pb2.GenerateEvent | Moved:
-    """Return the source's next event, or where to switch to, whichever is there first.
-
-    Raises:
-        StokerError: The source failed.
-    """
-    reading = asyncio.ensure_future(anext(events))
-    try:
-        await asyncio.wait({reading, mover.task}, return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done() and (moved := mover.task.result()) is not None:
-            mover.take(moved)
-            return moved
-        return await reading
-    finally:
-        reading.cancel()
-        await asyncio.wait({reading})  # whoever closes the events must find nobody reading them
-        if not reading.cancelled():
-            reading.exception()  # looked at: it was raised above, or the source failed just as it was left

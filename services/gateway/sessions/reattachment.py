@@ -23,6 +23,8 @@ from stoker.v1 import node_agent_pb2, session_pb2
 FIND_SECONDS = 2.0
 """How long an agent may take to say what it has; it is taken to have nothing then."""
 MAX_ASKED_AGENTS = 256
+EPOCHS_PER_MILLISECOND = 4096
+"""More than a session has owners in that time; epochs stay below 2**53 until the year 2039."""
 
 
 class Reattachment:
@@ -64,8 +66,8 @@ class Reattachment:
         places = []
         for choice, session in enumerate(sessions):
             mine = [kept for kept in found if kept.session_id == session.session_id]
-            if mine:
-                session.own_after(max(kept.epoch for kept in mine))
+            first_epoch = first_epoch_of(job.trace.unix_seconds)
+            session.own_after(max([first_epoch - 1, *(kept.epoch for kept in mine)]))
             best = max(filter(lambda kept: _is_usable(kept, session, route), mine), key=_length, default=None)
             if best is not None and best.tokens:
                 await self._feed(job, choice, session, best, _seen(key, choice))
@@ -104,6 +106,16 @@ class Reattachment:
         delta = feed_unseen(session, event, seen)
         if delta.text or delta.tokens or delta.finish_reason:
             await job.sink.delta(choice, delta)
+
+
+def first_epoch_of(unix_seconds: float) -> int:
+    """Return the epoch that a session begins with at the gateway which its client came to at this time.
+
+    It is above all that an earlier gateway will ever give it: one that was paused, or cut off, and then goes
+    on where it was, is refused wherever it turns, also where nobody could tell this gateway about it. Clocks
+    that differ only make it less sure; then the epochs that are found decide.
+    """
+    return int(unix_seconds * 1000) * EPOCHS_PER_MILLISECOND
 
 
 def _check_seen(key: RequestKey, sessions: Sequence[Session], route: ModelRoute) -> None:

@@ -15,8 +15,9 @@ from services.gateway.routing.agents import Agents
 from services.gateway.routing.placement import Placement
 from services.gateway.routing.routes import Replica
 from services.gateway.sessions.hops import GiveUp, GoOn, HopPolicy, Hops, after, redeployed
-from services.gateway.sessions.move_gaps import Phase
-from services.gateway.sessions.mover import Events, Moved, Mover, in_order, next_or_moved
+from services.gateway.sessions.move_report import Switched, report_moved
+from services.gateway.sessions.moved_events import in_order, next_or_moved
+from services.gateway.sessions.mover import Events, Moved, Mover
 from services.gateway.sessions.request_key import feed_unseen
 from services.gateway.sessions.session import Delta, Session
 from services.gateway.text_request import Waiting
@@ -37,17 +38,6 @@ class _Resumption:
     failed_seconds: float
     tokens: int
     found_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Switched:
-    """A move that has been made, until its destination's first new token."""
-
-    moved: Moved
-    source: Replica
-    tokens: int
-    last_token_seconds: float
-    seconds: float
 
 
 class SessionRun:
@@ -81,7 +71,7 @@ class SessionRun:
         self._resumption: _Resumption | None = None
         self._has_first_token = False
         self._token_seconds = 0.0
-        self._switched: _Switched | None = None
+        self._switched: Switched | None = None
         self._mover: Mover | None = None
         self._at: Replica | None = None
         self._claims_left = MAX_CLAIMS
@@ -198,7 +188,9 @@ class SessionRun:
     def _note_tokens(self) -> None:
         earlier_seconds, self._token_seconds = self._token_seconds, self._job.clock.now_seconds()
         if self._switched is not None:
-            self._note_moved(self._switched)
+            numerics = self._note_numerics(self._switched.source, self._switched.moved.replica, "move")
+            report_moved(self._switched, self._session, self._job.trace, self._token_seconds, numerics)
+            self._switched = None
         elif self._mover is not None and self._has_first_token:
             self._mover.note_token(self._token_seconds - earlier_seconds)
         if self._has_first_token:
@@ -234,58 +226,17 @@ class SessionRun:
 
     def _switch(self, moved: Moved, source: Replica) -> None:
         """Make the destination the session's owner."""
+        if (
+            self._job.request.key is not None
+        ):  # else the source would go on as if a client might come back to it
+            self._agents.release(source, self._session.session_id, self._session.epoch)
         self._session.epoch = moved.epoch
-        self._switched = _Switched(
+        self._switched = Switched(
             moved=moved,
             source=source,
             tokens=len(self._session.token_ids),
             last_token_seconds=self._token_seconds,
             seconds=self._job.clock.now_seconds() - moved.began_seconds,
-        )
-
-    def _note_moved(self, switched: _Switched) -> None:
-        """Count a move whose destination has made its first new token, and write its canonical line."""
-        self._switched = None
-        moved, trace = switched.moved, self._job.trace
-        pause_seconds = self._token_seconds - switched.last_token_seconds
-        moved.gaps.note(Phase.SWITCH, pause_seconds)
-        gaps, (worst_phase, worst_seconds) = moved.gaps.longest_seconds, moved.gaps.worst
-        trace.moves += 1
-        metrics.MOVES.labels(trace.model, "moved").inc()
-        metrics.MOVE_PAUSE_SECONDS.labels(trace.model).observe(pause_seconds)
-        metrics.MOVE_GAP_SECONDS.labels(trace.model, worst_phase.value).observe(worst_seconds)
-        metrics.MOVE_SECONDS.labels(trace.model).observe(switched.seconds)
-        metrics.MOVE_TOKENS.labels(trace.model).inc(moved.recomputed_tokens)
-        metrics.MOVE_BYTES.labels(trace.model).inc(moved.shipped.data_bytes)
-        path = "ship" if moved.shipped.tokens else "replay"
-        metrics.MOVE_PATHS.labels(trace.model, path, moved.shipped.why_not).inc()
-        log.get().info(
-            "session.moved",
-            migration_id=moved.migration_id,
-            request_id=trace.request_id,
-            session_id=self._session.session_id,
-            model=trace.model,
-            from_replica_id=switched.source.replica_id,
-            from_node_id=switched.source.node_id,
-            to_replica_id=moved.replica.replica_id,
-            to_node_id=moved.replica.node_id,
-            epoch=moved.epoch,
-            reason=moved.reason,
-            path=path,
-            why_not_shipped=moved.shipped.why_not,
-            tokens=len(self._session.prompt_token_ids) + switched.tokens,
-            recomputed_tokens=moved.recomputed_tokens,
-            rounds=moved.rounds,
-            lag_tokens=max(0, switched.tokens - moved.first.position),
-            ship_rounds=moved.shipped.rounds,
-            shipped_tokens=moved.shipped.tokens,
-            shipped_bytes=moved.shipped.data_bytes,
-            seconds=round(switched.seconds, 6),
-            pause_seconds=round(pause_seconds, 6),
-            longest_gap_seconds=round(worst_seconds, 6),
-            longest_gap_phase=worst_phase.value,
-            longest_gaps_seconds={phase.value: round(seconds, 6) for phase, seconds in gaps.items()},
-            **self._note_numerics(switched.source, moved.replica, "move"),
         )
 
     # --- going on elsewhere ---

@@ -119,6 +119,9 @@ class KeptSessions:
         self._spawn = spawn
         self._limits = limits
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._running: dict[
+            tuple[str, int], _Kept
+        ] = {}  # by session and epoch: a mover and its source are two
         self._weight = 0
 
     async def generate(self, request: GenerateRequest, revision: str) -> AsyncGenerator[GenerateEvent]:
@@ -161,15 +164,17 @@ class KeptSessions:
         return found
 
     def release(self, session_id: str, epoch: int) -> None:
-        """End a session unless a later owner runs it; its tokens stay for their time."""
-        kept = self._kept.get(session_id)
-        if kept is not None and kept.request.epoch <= epoch and kept.task is not None:
-            kept.task.cancel()
+        """End a session's run under this epoch, and earlier ones; its tokens stay for their time."""
+        for (running_id, running_epoch), kept in self._running.items():
+            if running_id == session_id and running_epoch <= epoch and kept.task is not None:
+                kept.task.cancel()
 
     async def _record(self, kept: _Kept) -> None:
         """Read a session to its end, whether or not somebody follows."""
+        running = kept.request.session_id, kept.request.epoch
         try:
             async with self._open_session(kept.request) as session:
+                self._running[running] = kept
                 self._hold(kept)
                 while not kept.finish_reason:
                     event = await session.next()
@@ -182,6 +187,9 @@ class KeptSessions:
             kept.fail(error)
         except asyncio.CancelledError:  # released, or nobody came back: this task alone ends
             kept.fail(ReplicaGone(f"session {kept.request.session_id} was ended here"))
+        finally:
+            if self._running.get(running) is kept:
+                del self._running[running]
 
     def _hold(self, kept: _Kept) -> None:
         """Put a session that runs in the place of its earlier owner's."""

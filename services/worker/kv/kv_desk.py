@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -229,17 +230,20 @@ class KvDesk:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Return what `work` returns; a caller that is cancelled leaves no work behind."""
-        return await _finished(asyncio.get_running_loop().run_in_executor(self._thread, work))
+        return await finished(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     async def _in_engine(self, work: Callable[[], T]) -> T:
-        return await _finished(asyncio.wrap_future(self._engine.call(work)))
+        return await finished(asyncio.wrap_future(self._engine.call(work)))
 
 
-async def _finished(running: asyncio.Future[T]) -> T:
+async def finished(running: asyncio.Future[T]) -> T:
+    """Return a thread's result; a caller that is cancelled, however often, leaves when it is there."""
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait({running})  # it writes where somebody else may write next
+        while not running.done():  # it writes where somebody else may write next
+            with suppress(asyncio.CancelledError):  # again: the one that is raised below stands for all
+                await asyncio.wait({running})
         raise
 
 

@@ -74,7 +74,7 @@ def route_message(
     )
 
 
-def session(*, stop: Sequence[str] = (), **sampling: Any) -> Session:
+def session(*, stop: Sequence[str] = (), keep_seconds: float = 0.0, **sampling: Any) -> Session:
     """Return a fresh session of a byte-level model."""
     fields = {"max_tokens": 100, "stop_token_ids": [END], "seed": 7} | sampling
     return Session(
@@ -83,6 +83,7 @@ def session(*, stop: Sequence[str] = (), **sampling: Any) -> Session:
         sampling=session_pb2.Sampling(**fields),
         text=TEXT,
         stop=stop,
+        keep_seconds=keep_seconds,
     )
 
 

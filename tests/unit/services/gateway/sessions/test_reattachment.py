@@ -10,7 +10,7 @@ import pytest
 from services.gateway.job import Job
 from services.gateway.routing.routes import Replica
 from services.gateway.sampling import SamplingRequest
-from services.gateway.sessions.reattachment import Reattachment
+from services.gateway.sessions.reattachment import Reattachment, first_epoch_of
 from services.gateway.sessions.request_key import RequestKey, Seen, revision_tag
 from services.gateway.sessions.session import Session
 from services.gateway.text_request import Prompts, TextRequest
@@ -55,13 +55,15 @@ def kept(text: str, **changed: object) -> node_agent_pb2.KeptSession:
 
 
 async def restore(
-    agents: FakeAgents, key: RequestKey = KEY, stream: Session | None = None
+    agents: FakeAgents, key: RequestKey = KEY, stream: Session | None = None, *, unix_seconds: float = 0
 ) -> tuple[Session, Sink, list[Replica]]:
     stream, sink = stream or session(max_tokens=50), Sink()
     request = TextRequest(
         request_id="r", model="tiny", content=Prompts(prompts=["x"]), sampling=SamplingRequest(), key=key
     )
-    trace = Trace(request_id="r", model="tiny", kind="completion", started_seconds=0, unix_seconds=0)
+    trace = Trace(
+        request_id="r", model="tiny", kind="completion", started_seconds=0, unix_seconds=unix_seconds
+    )
     job = Job(request=request, trace=trace, sink=sink, clock=ManualClock(), timeout_seconds=60)
     places = await Reattachment(agents).restore(job, key, [stream], ROUTE, HERE)  # type: ignore[arg-type]
     return stream, sink, places
@@ -107,6 +109,23 @@ async def test_a_session_of_which_only_the_epoch_is_left_gets_a_higher_one() -> 
     stream, _, places = await restore(FakeAgents(b=[left]))
 
     assert (stream.epoch, stream.token_ids, places) == (6, [], [HERE])
+
+
+async def test_whoever_the_client_comes_to_later_is_above_all_that_an_earlier_gateway_will_claim() -> None:
+    """Also where nothing is known of that one, which may only be paused."""
+    earlier, _, _ = await restore(FakeAgents(), unix_seconds=1_800_000_000.0)
+    later, _, _ = await restore(FakeAgents(a=PeerError("away")), unix_seconds=1_800_000_000.5)
+
+    assert later.epoch > max(earlier.claim_epoch() for _ in range(1_000))
+    assert later.epoch < 2**53  # whole in every reader of logs
+
+
+async def test_an_epoch_that_is_found_counts_more_than_a_clock_that_is_late() -> None:
+    found = first_epoch_of(1_800_000_000.0) + 3
+
+    stream, _, _ = await restore(FakeAgents(b=[kept("ab", epoch=found)]), unix_seconds=1_799_999_000.0)
+
+    assert stream.epoch == found + 1
 
 
 async def test_tokens_of_other_weights_are_not_used() -> None:

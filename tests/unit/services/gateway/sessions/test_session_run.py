@@ -37,7 +37,7 @@ from tests.unit.services.gateway.builders import event, ids_of, session
 LENGTH = session_pb2.FINISH_REASON_LENGTH
 TEXT = "abcdefgh"
 Step = Any
-"""What a played replica does: gives `n` tokens, raises an error, or sends an event as it is."""
+"""What a played replica does: gives `n` tokens, raises an error, waits for an event, or sends one."""
 STANDS_STILL: Step = object()
 """It does nothing more until its call is ended."""
 
@@ -70,6 +70,8 @@ class Played:
 
     def __init__(self, scripts: Sequence[Sequence[Step]]) -> None:
         self.orders: list[session_pb2.GenerateRequest] = []
+        self.released: list[tuple[str, int]] = []
+        self.open = 0
         self._scripts = list(scripts)
 
     async def generate(
@@ -80,18 +82,29 @@ class Played:
         kept.CopyFrom(order)
         self.orders.append(kept)
         ids, position = ids_of(TEXT), len(order.generated_token_ids)
-        for step in self._scripts.pop(0):
-            if isinstance(step, StokerError):
-                raise step
-            if step is STANDS_STILL:
-                await asyncio.Event().wait()
-            if not isinstance(step, int):
-                yield step
-                continue
-            for _ in range(step):
-                last = position == len(ids) - 1
-                yield event(position, [ids[position]], epoch=order.epoch, finish=LENGTH if last else 0)
-                position += 1
+        self.open += 1
+        try:
+            for step in self._scripts.pop(0):
+                if isinstance(step, StokerError):
+                    raise step
+                if step is STANDS_STILL:
+                    await asyncio.Event().wait()
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
+                if not isinstance(step, int):
+                    yield step
+                    continue
+                for _ in range(step):
+                    last = position == len(ids) - 1
+                    yield event(position, [ids[position]], epoch=order.epoch, finish=LENGTH if last else 0)
+                    position += 1
+        finally:
+            self.open -= 1
+
+    def release(self, replica: Replica, session_id: str, epoch: int) -> None:
+        """Take note of who need not go on."""
+        self.released.append((replica.replica_id, epoch))
 
     async def fetch_kv(
         self, destination: Replica, order: node_agent_pb2.FetchKvRequest, *, timeout_seconds: float
@@ -151,7 +164,7 @@ class World:
             timeout_seconds=timeout_seconds,
         )
         self.placement = _Placement(table, self.clock, acquire)
-        self.session = session()
+        self.session = session(keep_seconds=60.0 if key else 0.0)
         self._run = SessionRun(self.session, 0, job, self.placement, self.agents, policy or HopPolicy())
         self._first = table.find("tiny").replicas[0]
 
@@ -374,6 +387,58 @@ async def test_a_stream_that_moves_to_other_numerics_is_counted_once(destination
     assert (world.trace.moves, world.trace.hops) == (1, 0)
     assert numerics_changes("move") - before == counted
     assert numerics_changes("resume") == resumed
+
+
+LEAVES = session_pb2.GenerateEvent(leave=session_pb2.Leave(to_replica_id="rep-1", reason="drain"))
+
+
+async def test_a_session_with_a_key_that_has_moved_is_not_run_on_where_it_came_from() -> None:
+    """It would be, for a client that might come back: nobody comes back there."""
+    world = World([3, LEAVES, STANDS_STILL], [5], key=KEY)
+
+    await world.run()
+
+    assert world.seen.text == TEXT
+    assert world.agents.released == [("rep-0", 0)]
+
+
+async def test_a_destination_that_is_not_needed_any_more_does_not_run_on() -> None:
+    """The answer ends at its source while the destination still computes."""
+    begun = asyncio.Event()
+    world = World([3, LEAVES, begun, 5], [_Sets(begun), STANDS_STILL], key=KEY)
+
+    await world.run()
+
+    assert world.seen.text == TEXT
+    assert world.trace.moves == 0
+    assert world.agents.released == [("rep-1", 1)]
+    assert world.agents.open == 0
+
+
+class _Sets(asyncio.Event):
+    """A step that sets another one's event and does not wait."""
+
+    def __init__(self, other: asyncio.Event) -> None:
+        super().__init__()
+        self._other = other
+
+    async def wait(self) -> bool:  # type: ignore[override]  # always true here
+        """Let the other one go on."""
+        self._other.set()
+        return True
+
+
+async def test_a_client_that_leaves_at_any_moment_of_a_move_leaves_no_call_open() -> None:
+    for turns in range(40):
+        world = World([3, LEAVES, STANDS_STILL], [5])
+        running = asyncio.ensure_future(world.run())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
+
+        assert world.agents.open == 0, f"after {turns} turns"
+        assert world.placement.in_flight == {}
 
 
 def numerics_changes(way: str = "resume") -> float:

@@ -175,6 +175,22 @@ async def test_a_late_release_does_not_end_the_next_owners_session() -> None:
     await leave(reader)
 
 
+async def test_a_session_that_moved_within_the_node_ends_where_it_came_from() -> None:
+    """Its destination's log is the one that is found by then."""
+    desk = Desk()
+    source = await _begun(desk)
+    destination = await read(desk, order(epoch=1, generated=(1, 2)))
+
+    await leave(source)
+    desk.kept.release("s", epoch=0)
+    await settle()
+
+    assert desk.closed == ["s/0"]
+    await desk.feed("s/1", 3, at=2, last=True)
+    assert await destination == [3]
+    desk.kept.release("s", epoch=1)  # of a run that is over: nothing is left to end
+
+
 async def test_the_reader_hears_how_its_session_failed() -> None:
     desk = Desk()
     reader = await _begun(desk)

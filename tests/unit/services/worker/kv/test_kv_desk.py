@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.worker.engine.protocol import Submit
-from services.worker.kv.kv_desk import MAX_STAGED, KvDesk
+from services.worker.kv.kv_desk import MAX_STAGED, KvDesk, finished
 from services.worker.kv.kv_format import ALL_TOKENS, KvLayout, sealed
 from stoker.errors import CapacityError, KvDamaged, KvUnavailable
 from stoker.ids import SessionId
@@ -217,3 +217,19 @@ async def test_what_nobody_comes_for_is_given_back(engine: PlayedEngine) -> None
 
     assert desk.claim("s", wanted()) is None
     desk.close()
+
+
+async def test_a_write_that_is_under_way_is_waited_for_however_often_its_caller_is_cancelled() -> None:
+    """What it writes to may belong to another session as soon as the caller is gone."""
+    writing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    caller = asyncio.ensure_future(finished(writing))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        caller.cancel()
+    await asyncio.sleep(0)
+    waited = not caller.done()
+    writing.set_result(None)
+
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert waited
