@@ -100,7 +100,8 @@ class ModelTexts:
             future.cancel()
             raise
         except Exception as error:  # noqa: BLE001 - the boundary of this task: whoever waits gets the error
-            log.get().warning("small_files.failed", model=route.name, reason=repr(error))
+            unforeseen = None if isinstance(error, StokerError) else error
+            log.get().warning("small_files.failed", model=route.name, reason=repr(error), exc_info=unforeseen)
             future.set_exception(error)
             future.exception()  # seen: a prefetch has nobody who waits
         else:

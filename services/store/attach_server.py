@@ -203,7 +203,7 @@ class AttachServer:
         self, connection: socket.socket, resident: Resident, *, warm_seconds: float | None
     ) -> bool:
         told = [0] * len(resident.files)
-        with resident.watched() as further:
+        with resident.changes.watched() as further:
             while True:
                 further.clear()
                 if resident.phase is Phase.GONE:

@@ -177,7 +177,7 @@ class DiskProbe:
         record_probed(entry, moved_by_tier(found), gave_way=gave_way, error=error)
 
     async def _stop_for_a_load(self) -> None:
-        with self._loads.watched() as changed:
+        with self._loads.changes.watched() as changed:
             while not self._loads.loading():
                 await changed.wait()
                 changed.clear()

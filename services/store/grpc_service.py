@@ -136,7 +136,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         self, request: pb.GetStatusRequest, context: Context
     ) -> AsyncIterator[pb.StoreStatus]:
         """Return it at once and after every change, at most ten times a second."""
-        with self._loads.watched() as changed:
+        with self._loads.changes.watched() as changed:
             while True:
                 changed.clear()
                 yield self._status()

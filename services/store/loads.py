@@ -12,10 +12,10 @@ Chunks go back only when no read may write to them any more (`reads_left == 0`) 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from services.store.catalog import CatalogEntry
+from services.store.changes import Changes
 from services.store.pool.arena import Arena
 from services.store.pool.chunk_pool import ChunkPool
 from services.store.pool.counters import ReadyCounters
@@ -82,7 +82,7 @@ class Loads:
             fail=self._fail,
             drop=self._drop,
         )
-        self._watchers: set[asyncio.Event] = set()
+        self.changes = Changes()
         self._closed = False
 
     # --- asking for checkpoints ---
@@ -207,16 +207,6 @@ class Loads:
         """Return the bytes that cannot be dropped now."""
         return self._residents.held_chunks() * self.arena.chunk_bytes
 
-    @contextmanager
-    def watched(self) -> Iterator[asyncio.Event]:
-        """Hand out an event that is set whenever something changed."""
-        event = asyncio.Event()
-        self._watchers.add(event)
-        try:
-            yield event
-        finally:
-            self._watchers.discard(event)
-
     async def close(self) -> None:
         """Fail what is under way, refuse what is asked from now on, and end the reader threads."""
         self._closed = True
@@ -230,7 +220,7 @@ class Loads:
         self.transfers.rates.add(parts)
         self.transfers.rates.flush()
         record_rates(self.transfers.rates.all())
-        self._tell()
+        self.changes.tell()
 
     # --- one resident's way ---
 
@@ -307,7 +297,7 @@ class Loads:
             self._settle_if_gone(resident)
             self._placing.go_on()
         elif resident.entry.far is not None:
-            self._tell()  # the disk has more of it
+            self.changes.tell()  # the disk has more of it
 
     def _complete(self, resident: Resident) -> None:
         self._close_sources(resident)
@@ -318,7 +308,7 @@ class Loads:
         read_seconds = span_seconds(resident.parts)
         resident.parts = []
         resident.done.set_result(None)
-        resident.tell()
+        resident.changes.tell()
         record_loaded(resident, read_seconds=read_seconds)
         record_rates(self.transfers.rates.all())
         self._changed()
@@ -348,7 +338,7 @@ class Loads:
         for future in (resident.mapped, resident.done):
             if not future.done():
                 future.set_exception(error)
-        resident.tell()
+        resident.changes.tell()
         self._settle_if_gone(resident)
         self._changed()
 
@@ -384,8 +374,4 @@ class Loads:
             leased_bytes=self.leased_bytes(),
             leases=sum(each.leases for each in self._residents.everyone()),
         )
-        self._tell()
-
-    def _tell(self) -> None:
-        for event in self._watchers:
-            event.set()
+        self.changes.tell()

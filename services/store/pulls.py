@@ -26,7 +26,7 @@ from stoker import log
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.reading import ReadPart
 from stoker.clock import Clock
-from stoker.errors import DiskFull, InvalidRequest, LoadFailed, PeerError
+from stoker.errors import DiskFull, InvalidRequest, LoadFailed, PeerError, StokerError
 
 THREADS = 4
 """Ranges in flight of one pull; each holds a buffer of one run of chunks."""
@@ -156,7 +156,8 @@ class Pulls:
             if self._stopped.is_set():
                 raise PeerError("the checkpoint store is being stopped", retry_after_seconds=1.0)  # noqa: TRY301 - one place tells of the end
         except Exception as error:  # noqa: BLE001 - the boundary of this task: whoever waits gets the error
-            log.get().warning("pull.failed", uri=pull.entry.uri, reason=str(error))
+            unforeseen = None if isinstance(error, StokerError) else error
+            log.get().warning("pull.failed", uri=pull.entry.uri, reason=str(error), exc_info=unforeseen)
             pull.done.set_exception(error)
         else:
             self._record(pull, self._clock.now_seconds() - began)
@@ -168,7 +169,7 @@ class Pulls:
     async def _waited_for_load(self, entry: CatalogEntry) -> bool:
         """Wait while a load of the checkpoint is under way or landing; tell whether there was one."""
         waited = False
-        with self._loads.watched() as changed:
+        with self._loads.changes.watched() as changed:
             while any(
                 each.entry.identity == entry.identity and (each.reads_left or each.landings_left)
                 for each in self._loads.residents()

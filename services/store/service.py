@@ -153,7 +153,7 @@ class StoreService:
         loads = self._loads
         try:
             async with asyncio.timeout(grace_seconds):
-                with loads.watched() as changed:
+                with loads.changes.watched() as changed:
                     while loads.loading():
                         await changed.wait()
                         changed.clear()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
 from services.store.catalog import CatalogEntry
+from services.store.changes import Changes
 from services.store.far_weights import Land
 from services.store.pool.eviction import Uses
 from services.store.pool.window import Window
@@ -141,7 +140,8 @@ class Resident:
     window: Window | None = None
     attach_reply: bytes = b""
     """Serialised once for all attaches: the chunk map does not change."""
-    _watchers: set[asyncio.Event] = field(default_factory=set)
+    changes: Changes = field(default_factory=Changes)
+    """Told whenever it gets further, is done, or fails."""
 
     @property
     def ready_bytes(self) -> int:
@@ -157,18 +157,3 @@ class Resident:
     def chunk_numbers(self) -> tuple[int, ...]:
         """All its chunks, each once."""
         return tuple(dict.fromkeys(chunk for file in self.files for chunk in file.chunks))
-
-    @contextmanager
-    def watched(self) -> Iterator[asyncio.Event]:
-        """Hand out an event that is set whenever this one gets further, is done, or fails."""
-        event = asyncio.Event()
-        self._watchers.add(event)
-        try:
-            yield event
-        finally:
-            self._watchers.discard(event)
-
-    def tell(self) -> None:
-        """Wake who watches."""
-        for event in self._watchers:
-            event.set()

@@ -126,7 +126,7 @@ class Transfers:
         further = [file.arrive(read.index + number) for number in range(len(read.chunks))]
         if any(further):
             self._counters.set(file.slot, file.ready_bytes)
-            resident.tell()
+            resident.changes.tell()
         if file.land is not None:
             resident.landings_left += 1
             if resident.window is not None:

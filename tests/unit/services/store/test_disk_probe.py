@@ -106,7 +106,7 @@ async def probed(made, entry, *, byte_count: int = 2 * READ_BYTES) -> DiskProbe:
 async def test_a_probe_seeds_the_rates_of_the_tiers_and_takes_nothing_of_the_pool(tmp_path):
     async with store() as made:
         entry = read_entry(write_checkpoint(tmp_path / "a", size=LEAST_BYTES))
-        with made.loads.watched() as changed:
+        with made.loads.changes.watched() as changed:
             await probed(made, entry)
 
         assert made.loads.transfers.rates.tiers()  # which of them, the file system of the test decides

@@ -62,7 +62,7 @@ async def test_room_that_is_being_sent_from_is_free_when_that_has_ended(tmp_path
             made.loads.evict(str(folder))
             assert made.loads.chunks.free_count == 8 - identity.chunks
         async with asyncio.timeout(10):
-            with made.loads.watched() as changed:
+            with made.loads.changes.watched() as changed:
                 while made.loads.chunks.free_count < 8:
                     await changed.wait()
                     changed.clear()
