@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.store import metrics
@@ -17,6 +18,7 @@ from services.store.messages import (
     attach_reply,
     done_message,
     failed_message,
+    files_of,
     ready_messages,
     tier_of,
     urgency_of,
@@ -34,6 +36,16 @@ REQUEST_SECONDS = 5.0
 _BACKLOG = 128
 _FIRST_SEND_BYTES = 64 * 1024
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """An attach that is being served."""
+
+    request: pb.AttachRequest
+    files: range
+    """Numbers of the checkpoint's files that it is about."""
+    began_seconds: float
 
 
 class AttachServer:
@@ -131,15 +143,19 @@ class AttachServer:
                     retry_after_seconds=1.0,
                 )
             rank = request.rank if request.HasField("rank") else None
-            entry = await self._catalog.open(request.uri, revision=request.revision, rank=rank)
-            resident = self._loads.lease(entry, urgency_of(request.priority), window=request.window)
+            entry = await self._catalog.open(request.uri, revision=request.revision)
+            files = files_of(entry, rank)
+            # A window shows one file after the other; ranks are used side by side.
+            window = request.window and entry.index.ranks == 1
+            resident = self._loads.lease(entry, urgency_of(request.priority), window=window)
         except StokerError as error:
             await _refuse(connection, request, error)
             return
         reader = None if resident.window is None else resident.window.join()
         with log.bind(holder=request.holder, uri=request.uri):
             try:
-                await self._serve_lease(connection, request, resident, began_seconds, reader)
+                asked = _Asked(request=request, files=files, began_seconds=began_seconds)
+                await self._serve_lease(connection, asked, resident, reader)
             finally:
                 self._loads.end_lease(resident, reader)
                 log.get().info("lease.ended", seconds=round(self._clock.now_seconds() - began_seconds, 3))
@@ -154,12 +170,7 @@ class AttachServer:
         await _until_closed(connection)
 
     async def _serve_lease(
-        self,
-        connection: socket.socket,
-        request: pb.AttachRequest,
-        resident: Resident,
-        began_seconds: float,
-        reader: int | None,
+        self, connection: socket.socket, asked: _Asked, resident: Resident, reader: int | None
     ) -> None:
         """Answer and report progress, until the client leaves or the load fails."""
         async with asyncio.TaskGroup() as group:
@@ -169,7 +180,7 @@ class AttachServer:
                 else self._until_read(connection, resident, reader)
             )
             left = group.create_task(listens)
-            answered = group.create_task(self._answer(connection, request, resident, began_seconds))
+            answered = group.create_task(self._answer(connection, asked, resident))
             left.add_done_callback(lambda _: answered.cancel())
             answered.add_done_callback(lambda task: None if _holds_on(task) else left.cancel())
 
@@ -180,30 +191,28 @@ class AttachServer:
                 said = await _message(connection, pb.AttachConsumed)
                 self._loads.consumed(resident, reader, file=said.file, upto_bytes=said.bytes)
 
-    async def _answer(
-        self, connection: socket.socket, request: pb.AttachRequest, resident: Resident, began_seconds: float
-    ) -> bool:
+    async def _answer(self, connection: socket.socket, asked: _Asked, resident: Resident) -> bool:
         """Send the chunk map and then progress; True when the checkpoint is there and the lease goes on."""
         warm = resident.phase is Phase.READY and resident.window is None
         tier = tier_of(resident)
         try:
             await asyncio.shield(resident.mapped)
         except StokerError as error:
-            await _refuse(connection, request, error)
+            await _refuse(connection, asked.request, error)
             return False
-        seconds = self._clock.now_seconds() - began_seconds
+        seconds = self._clock.now_seconds() - asked.began_seconds
         metrics.ATTACH_SECONDS.observe(seconds)
-        reply = framing.frame_bytes(attach_reply(self._loads, resident, tier=tier))
+        reply = framing.frame_bytes(attach_reply(self._loads, resident, asked.files, tier=tier))
         sent = socket.send_fds(connection, [reply[:_FIRST_SEND_BYTES]], self._descriptors)
         await _send(connection, reply[sent:])
         log.get().info("lease.began", tier=tier, seconds=round(seconds, 4))
-        return await self._report(connection, resident, warm_seconds=seconds if warm else None)
+        return await self._report(connection, resident, asked.files, warm_seconds=seconds if warm else None)
 
     async def _report(
-        self, connection: socket.socket, resident: Resident, *, warm_seconds: float | None
+        self, connection: socket.socket, resident: Resident, files: range, *, warm_seconds: float | None
     ) -> bool:
-        told = [0] * len(resident.files)
-        with resident.changes.watched() as further:
+        told = [0] * len(files)
+        with resident.watched() as further:
             while True:
                 further.clear()
                 if resident.phase is Phase.GONE:
@@ -214,7 +223,7 @@ class AttachServer:
                     done = done_message(resident, warm_seconds=warm_seconds)
                     await _send(connection, framing.frame(pb.AttachProgress(done=done)))
                     return True
-                await _send(connection, b"".join(map(framing.frame, ready_messages(resident, told))))
+                await _send(connection, b"".join(map(framing.frame, ready_messages(resident, files, told))))
                 await further.wait()
 
 

@@ -19,7 +19,7 @@ from stoker.checkpoint.attention_facts import read_attention_facts
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.checkpoint.execution_order import execution_order
 from stoker.checkpoint.folder import read_bounded, resolve_file, resolve_folder
-from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
+from stoker.checkpoint.index import CheckpointIndex, open_all_ranks
 from stoker.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_LAYOUT,
@@ -35,8 +35,6 @@ from stoker.units import MIB
 from stoker.v1 import model_pb2
 
 MAX_ENTRIES = 1024
-RANK_MARK = "#rank="
-"""Between a folder and a rank, in what one rank of a cut checkpoint is known by."""
 _MAX_ATTACHED_FILE_BYTES = 8 * MIB
 _ATTACHED_FILES = (CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME)
 
@@ -48,7 +46,7 @@ class CatalogEntry:
     Attributes:
         index: Files and tensors.
         info: What is told about it.
-        tensors: In execution order.
+        tensors: In execution order; of a checkpoint that is cut, rank by rank.
         signatures: Of the weights files, by name, when their headers were read.
         attached_files: Content of the configs that go with every attach.
         folder_signature: Changes when anything that the index was made from does.
@@ -72,6 +70,20 @@ class CatalogEntry:
     def identity(self) -> tuple[str, str]:
         """What tells it from every other checkpoint and from itself after a change."""
         return self.uri, self.index.revision
+
+
+def refuse_cut_base(entry: CatalogEntry) -> None:
+    """Refuse adapters for a checkpoint that is cut.
+
+    Raises:
+        CheckpointInvalid: It is.
+    """
+    if entry.index.ranks > 1:
+        raise CheckpointInvalid(
+            f"{entry.uri} is cut for {entry.index.ranks} tensor-parallel ranks, and adapters are added to "
+            "checkpoints in one piece only: deploy the adapter with a conversion without --tensor-parallel",
+            param="adapters",
+        )
 
 
 class OpensRemote(Protocol):
@@ -108,30 +120,22 @@ class Catalog:
         self._entries: OrderedDict[str, CatalogEntry] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="catalog")
 
-    async def open(self, uri: str, *, revision: str = "", rank: int | None = None) -> CatalogEntry:
-        """Return the checkpoint at `uri`; a known one costs a stat per file.
+    async def open(self, uri: str, *, revision: str = "") -> CatalogEntry:
+        """Return the checkpoint at `uri`, with all its ranks; a known one costs a stat per file.
 
         Args:
             uri: An absolute path, `file://`, or of a remote kind: see `services.store.origins.uris`.
             revision: Refuse anything else; empty = whatever is there.
-            rank: Which rank of a checkpoint that is cut for tensor parallelism; None for one that isn't.
 
         Raises:
-            InvalidRequest: The uri is of no kind that is supported, or outside the allowed folders; or there
-                is no such rank.
+            InvalidRequest: The uri is of no kind that is supported, or outside the allowed folders.
             NotFound: There is no such folder.
             CheckpointInvalid: It cannot be served, or its revision is another.
         """
         loop = asyncio.get_running_loop()
         place = None if self._remote is None else self._remote.known_as(uri)
         if self._remote is None or place is None:
-            entry = await loop.run_in_executor(self._threads, self._open, uri, rank)
-        elif rank is not None:
-            raise InvalidRequest(
-                f"{uri} is elsewhere, and tensor-parallel ranks are read from a folder of this host only; "
-                "fetch it first",
-                param="rank",
-            )
+            entry = await loop.run_in_executor(self._threads, self._open, uri)
         else:
             ask = functools.partial(self._remote.open, place, revision=revision)
             entry = await loop.run_in_executor(self._remote_threads, ask)
@@ -155,6 +159,7 @@ class Catalog:
             CheckpointInvalid: It is damaged, of an unsupported kind, or for another base.
         """
         entry = await self.open(checkpoint_uri)
+        refuse_cut_base(entry)
         tensors = {tensor.name: tensor for tensor in entry.tensors}
         if self._remote is not None and self._remote.known_as(uri) is not None:
             return describe_far_adapter(await self.open(uri), tensors, checkpoint=entry.uri)
@@ -165,7 +170,7 @@ class Catalog:
         return await asyncio.get_running_loop().run_in_executor(self._threads, describe)
 
     async def known_as(self, uri: str) -> str:
-        """Return `CatalogEntry.uri` of what `uri` names, without opening it; `folder#rank=1` is one of them.
+        """Return `CatalogEntry.uri` of what `uri` names, without opening it.
 
         Raises:
             InvalidRequest: As `open`.
@@ -174,9 +179,8 @@ class Catalog:
         place = None if self._remote is None else self._remote.known_as(uri)
         if place is not None:
             return place
-        folder_uri, mark, rank = uri.partition(RANK_MARK)
         loop = asyncio.get_running_loop()
-        return f"{await loop.run_in_executor(self._threads, self._folder, folder_uri)}{mark}{rank}"
+        return str(await loop.run_in_executor(self._threads, self._folder, uri))
 
     async def find_on_disk(self) -> None:
         """Learn what the disk cache has from before."""
@@ -194,13 +198,12 @@ class Catalog:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._remote_threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, uri: str, rank: int | None) -> CatalogEntry:
+    def _open(self, uri: str) -> CatalogEntry:
         folder = self._folder(uri)
-        names = [_uri(folder, rank)] + ([str(folder)] if rank == 0 else [])  # in one piece: rank 0 is all
-        known = next((self._entries[name] for name in names if name in self._entries), None)
+        known = self._entries.get(str(folder))
         if known is not None and known.folder_signature == _folder_signature(known.index):
             return known
-        return read_entry(folder, rank=rank)
+        return read_entry(folder)
 
     def _remember(self, entry: CatalogEntry) -> None:
         self._entries[entry.uri] = entry
@@ -239,17 +242,16 @@ def local_path(uri: str) -> Path:
     raise InvalidRequest(f"{uri!r} names {what}; {supported}", param="checkpoint_uri")
 
 
-def read_entry(folder: Path, *, rank: int | None = None) -> CatalogEntry:
+def read_entry(folder: Path) -> CatalogEntry:
     """Return what is in a resolved folder; blocks for a few small reads.
 
     Args:
         folder: With all links resolved.
-        rank: Whose files, where the checkpoint is cut for tensor parallelism.
 
     Raises:
-        StokerError: As `open_checkpoint`.
+        StokerError: As `open_all_ranks`.
     """
-    index = adapter_index(folder) if is_adapter(folder) else open_checkpoint(folder, rank=rank)
+    index = adapter_index(folder) if is_adapter(folder) else open_all_ranks(folder)
     before = _folder_signature(index)
     configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}
     return CatalogEntry(
@@ -304,7 +306,7 @@ def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInf
     attention = read_attention_facts(config_text, where=str(index.path / CONFIG_NAME))
     layers = 1 + max((tensor.layer for tensor in index.tensors if tensor.layer is not None), default=-1)
     return model_pb2.CheckpointInfo(
-        uri=_uri(index.path, index.rank if index.ranks > 1 else None),
+        uri=str(index.path),
         revision=index.revision,
         layout=index.layout,
         weight_bytes=index.tensor_bytes,
@@ -315,6 +317,7 @@ def _info(index: CheckpointIndex, config_text: bytes) -> model_pb2.CheckpointInf
         vocabulary_tokens=min(index.facts.vocab_size or 0, 2**32 - 1),
         layers=attention.layers or layers,
         kv_bytes_per_token=attention.kv_bytes_per_token(index.dtype or ""),
+        tensor_parallel=index.ranks if index.ranks > 1 else 0,
     )
 
 
@@ -324,11 +327,11 @@ def _dtype_name(index: CheckpointIndex) -> str:
     return TORCH_NAMES.get(dtype, dtype.lower())
 
 
-def _uri(folder: Path, rank: int | None) -> str:
-    """Return what a folder's checkpoint, or one rank of it, is known by: each rank is loaded by itself."""
-    return str(folder) if rank is None else f"{folder}{RANK_MARK}{rank}"
-
-
 def _in_execution_order(index: CheckpointIndex) -> tuple[TensorRecord, ...]:
-    by_name = {tensor.name: tensor for tensor in index.tensors}
-    return tuple(by_name[placed.name] for placed in execution_order(by_name))
+    """Return the tensors, those of one rank after those of another."""
+    own = [(file.name,) for file in index.files] if index.ranks > 1 else [tuple(f.name for f in index.files)]
+    found: list[TensorRecord] = []
+    for files in own:
+        by_name = {tensor.name: tensor for tensor in index.tensors if tensor.file in files}
+        found += [by_name[placed.name] for placed in execution_order(by_name)]
+    return tuple(found)

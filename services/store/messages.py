@@ -10,6 +10,7 @@ from services.store.pool.window import window_chunks
 from services.store.reading.bandwidth import Moved
 from services.store.reading.lanes import Lane
 from services.store.reading.read_queue import Urgency
+from stoker.checkpoint.index import check_rank
 from stoker.checkpoint.reading import DISK
 from stoker.errors import StokerError
 from stoker.v1 import checkpoint_store_pb2 as pb
@@ -25,25 +26,44 @@ def urgency_of(priority: pb.Priority.ValueType) -> Urgency:
     return Urgency.PREFETCH if priority == pb.PRIORITY_PREFETCH else Urgency.DEMAND
 
 
-def attach_reply(loads: Loads, resident: Resident, *, tier: str) -> bytes:
+def files_of(entry: CatalogEntry, rank: int | None) -> range:
+    """Return the numbers of the files that a rank uses; all of them where the checkpoint is in one piece.
+
+    Raises:
+        CheckpointInvalid, InvalidRequest: As `check_rank`.
+    """
+    check_rank(entry.index.path, rank, entry.index.ranks)
+    if rank is None or entry.index.ranks == 1:
+        return range(len(entry.index.files))
+    return range(rank, rank + 1)
+
+
+def attach_reply(loads: Loads, resident: Resident, files: range, *, tier: str) -> bytes:
     """Return the serialised first reply to an attach.
 
     The big part, chunk map and tensor table, is the same for every attach and kept on the resident; what
-    differs is appended: protobuf merges a message field that comes twice.
+    differs is appended: protobuf merges a message field that comes twice. Ranks each have their own part.
 
     Args:
         loads: Where the resident is.
         resident: Has its chunks.
+        files: See `files_of`.
         tier: The best one that held all of it when it was asked for.
     """
-    if not resident.attach_reply:
-        resident.attach_reply = pb.AttachReply(attached=_attached(loads, resident)).SerializeToString()
-    return resident.attach_reply + pb.AttachReply(attached=pb.Attached(tier=tier)).SerializeToString()
+    if len(files) < len(resident.files):
+        attached = pb.AttachReply(attached=_attached(loads, resident, files)).SerializeToString()
+    else:
+        if not resident.attach_reply:
+            whole = pb.AttachReply(attached=_attached(loads, resident, files))
+            resident.attach_reply = whole.SerializeToString()
+        attached = resident.attach_reply
+    return attached + pb.AttachReply(attached=pb.Attached(tier=tier)).SerializeToString()
 
 
-def _attached(loads: Loads, resident: Resident) -> pb.Attached:
+def _attached(loads: Loads, resident: Resident, files: range) -> pb.Attached:
     entry = resident.entry
-    number = {file.name: at for at, file in enumerate(entry.index.files)}
+    own = [(entry.index.files[number], resident.files[number]) for number in files]
+    number = {file.name: at for at, (file, _) in enumerate(own)}
     return pb.Attached(
         checkpoint=entry.info,
         arena_bytes=loads.arena.total_bytes,
@@ -55,7 +75,7 @@ def _attached(loads: Loads, resident: Resident) -> pb.Attached:
                 chunk_offsets=[loads.arena.offset(chunk) for chunk in file.chunks],
                 ready_counter_offset=loads.counters.offset(file.slot),
             )
-            for described, file in zip(entry.index.files, resident.files, strict=True)
+            for described, file in own
         ],
         tensors=[
             pb.AttachedTensor(
@@ -68,6 +88,7 @@ def _attached(loads: Loads, resident: Resident) -> pb.Attached:
                 layer=tensor.layer,
             )
             for tensor in entry.tensors
+            if tensor.file in number
         ],
         small_files=[
             pb.SmallFile(name=name, content=content, last=True)
@@ -78,10 +99,10 @@ def _attached(loads: Loads, resident: Resident) -> pb.Attached:
     )
 
 
-def ready_messages(resident: Resident, told: list[int]) -> list[pb.AttachProgress]:
-    """Return a message per file that got further than `told` says, and note it there."""
+def ready_messages(resident: Resident, files: range, told: list[int]) -> list[pb.AttachProgress]:
+    """Return a message per file of `files` that got further than `told` says, and note it there."""
     messages = []
-    for number, file in enumerate(resident.files):
+    for number, file in enumerate(resident.files[files.start : files.stop]):
         if file.ready_bytes != told[number]:
             told[number] = file.ready_bytes
             ready = pb.FileReady(file=number, bytes=file.ready_bytes)

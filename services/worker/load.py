@@ -116,7 +116,7 @@ def load_model(
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
     began = time.monotonic()
-    skeleton = build_skeleton(_config(attachment), device=device)
+    skeleton = build_skeleton(config_of(attachment), device=device)
     timings.skeleton_seconds = time.monotonic() - began
     if not settings.execute_while_loading:
         arrival.loaded.result()
@@ -205,9 +205,16 @@ def completed(model: LoadedModel) -> StartTimings:
 
 
 def limits_for(
-    request: LoadModelRequest, settings: WorkerSettings, model: Any, device: torch.device
+    request: LoadModelRequest, settings: WorkerSettings, model: Any, device: torch.device, *, ranks: int = 1
 ) -> EngineLimits:
     """Return the engine's bounds: the spec's where it names them, else this worker's defaults.
+
+    Args:
+        request: Has the spec; its cache is that of all ranks together.
+        settings: Of this worker.
+        model: Has its weights.
+        device: This rank's.
+        ranks: Over how many the heads of keys and values are dealt out.
 
     Raises:
         DoesNotFit: The cache has no room for a single token.
@@ -218,7 +225,7 @@ def limits_for(
     cache_bytes = spec.kv_cache_bytes or (
         settings.default_kv_cache_bytes
         if device.type == "cpu"
-        else int(available_bytes(device) * settings.default_cuda_kv_fraction)
+        else int(available_bytes(device) * settings.default_cuda_kv_fraction) * ranks
     )
     tokens = max_kv_tokens(cache_bytes, per_token)
     max_batch = max(settings.max_batch, spec.concurrency)
@@ -247,7 +254,12 @@ def dtype_named(name: str) -> torch.dtype | None:
     return known[name]
 
 
-def _config(attachment: Attachment) -> dict[str, Any]:
+def config_of(attachment: Attachment) -> dict[str, Any]:
+    """Return what a checkpoint's `config.json` says.
+
+    Raises:
+        CheckpointInvalid: It has none, or not an object of JSON.
+    """
     content = attachment.small_files.get(CONFIG_FILE)
     uri = attachment.checkpoint.uri
     if content is None:

@@ -44,8 +44,10 @@ def available_bytes(device: torch.device) -> int:
     return 0
 
 
-def refuse_what_cannot_fit(spec: ModelSpec, checkpoint: CheckpointInfo, device: torch.device) -> None:
-    """Check a model against a device before anything is allocated there.
+def refuse_what_cannot_fit(
+    spec: ModelSpec, checkpoint: CheckpointInfo, device: torch.device, *, ranks: int = 1
+) -> None:
+    """Check a model, or one of its equal ranks, against a device before anything is allocated there.
 
     On the processor the weights are the store's memory, which the store has admitted; only the cache and a
     copy in another dtype need room.
@@ -58,7 +60,7 @@ def refuse_what_cannot_fit(spec: ModelSpec, checkpoint: CheckpointInfo, device: 
         total_bytes = int(torch.cuda.mem_get_info(device)[1])
         check_room(
             f"model {spec.name} on {device}",
-            need_bytes=checkpoint.weight_bytes + spec.kv_cache_bytes,
+            need_bytes=-(-(checkpoint.weight_bytes + spec.kv_cache_bytes) // ranks),
             total_bytes=total_bytes,
             free_bytes=available_bytes(device),
         )
@@ -66,7 +68,7 @@ def refuse_what_cannot_fit(spec: ModelSpec, checkpoint: CheckpointInfo, device: 
         free_bytes = available_bytes(device)
         check_room(
             f"the key/value cache of model {spec.name}",
-            need_bytes=spec.kv_cache_bytes,
+            need_bytes=-(-spec.kv_cache_bytes // ranks),
             total_bytes=free_bytes,
             free_bytes=free_bytes,
         )

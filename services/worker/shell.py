@@ -77,6 +77,7 @@ class WorkerShell(WorkerServicer):
         self._loaded: LoadedModel | None = None
         self._pool: LockedPool | None = None
         self._load_began = False
+        self._follows = False
 
     async def start(self) -> None:
         """Listen at once; `DescribeWorker` answers when the imports are done."""
@@ -125,9 +126,10 @@ class WorkerShell(WorkerServicer):
         from services.worker.load import completed, load_model  # noqa: PLC0415 - torch: only once it is warm
 
         with log.bind(replica_id=request.replica_id, model=request.spec.name):
-            loaded = await self._loop.run_in_executor(
-                self._thread, load_model, request, self._settings, self._pool
-            )
+            if request.group.rank > 0:
+                return await self._follow(request)
+            load = load_model if request.group.ranks <= 1 else _load_first_rank
+            loaded = await self._loop.run_in_executor(self._thread, load, request, self._settings, self._pool)
         is_loading = not loaded.loaded.done()
         timings = loaded.timings if is_loading else completed(loaded)
         if is_loading:
@@ -158,11 +160,27 @@ class WorkerShell(WorkerServicer):
             numerics=loaded.engine.numerics,
         )
 
+    async def _follow(self, request: LoadModelRequest) -> LoadModelResponse:
+        """Load a rank that has no sessions of its own, and follow the first one."""
+        from services.worker.ranks.following import start_following  # noqa: PLC0415 - as in LoadModel
+        from services.worker.ranks.load_rank import completed_follower, load_follower  # noqa: PLC0415
+
+        rank = await self._loop.run_in_executor(
+            self._thread, load_follower, request, self._settings, self._pool
+        )
+        self._follows = True
+        gc.freeze()
+        start_following(rank, self._end_from_thread)
+        return LoadModelResponse(timings=completed_follower(rank))
+
     async def Run(  # noqa: N802 - the name of the rpc
         self, request_iterator: AsyncIterator[RunCommand], context: Context
     ) -> AsyncIterator[StepEvent]:
-        """Run sessions until the agent goes; then they are cancelled."""
+        """Run sessions until the agent goes; then they are cancelled. A following rank has none."""
         del context
+        if self._follows:
+            await self._ended_within.wait()
+            return
         engine = self._engine
         if engine is None:
             raise ReplicaGone(f"worker {self._settings.worker_id} has no model yet")
@@ -261,6 +279,9 @@ class WorkerShell(WorkerServicer):
             raise AssertionError("no call comes before start")
         return await asyncio.shield(self._warm)
 
+    def _end_from_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._ended_within.set)
+
     def _end_if_cold(self, warm: asyncio.Future[list[str]]) -> None:
         if not warm.cancelled() and (error := warm.exception()) is not None:
             log.get().error("worker.warm_up_failed", exc_info=error)
@@ -296,3 +317,11 @@ class WorkerShell(WorkerServicer):
     def _fail_sessions(self, error: StokerError) -> None:
         self._stream.fail(error)
         self._loop.call_later(FLUSH_SECONDS, self._ended_within.set)
+
+
+def _load_first_rank(
+    request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool | None
+) -> LoadedModel:
+    from services.worker.ranks.load_rank import load_leader  # noqa: PLC0415 - as in LoadModel
+
+    return load_leader(request, settings, pool)

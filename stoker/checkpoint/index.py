@@ -75,7 +75,7 @@ class CheckpointIndex:
         chunk_bytes: What one chunk of a file has.
         facts: What `config.json` says.
         rank: Which tensor-parallel rank this is, from 0.
-        ranks: How many there are; files and tensors are this one's.
+        ranks: How many there are; files and tensors are this one's, or by rank in `open_all_ranks`.
         cuts: How tensors of a checkpoint of several ranks are cut; those not listed are whole.
     """
 
@@ -137,10 +137,46 @@ def open_checkpoint(path: str | os.PathLike[str], *, rank: int | None = None) ->
     manifest_path = resolve_file(folder, MANIFEST_NAME)
     if manifest_path is not None:
         found = read_manifest(folder)
-        _check_rank(folder, rank, found.ranks)
+        check_rank(folder, rank, found.ranks)
         return _open_converted(folder, found, rank or 0)
-    _check_rank(folder, rank, 1)
+    check_rank(folder, rank, 1)
     return _open_in_place(folder)
+
+
+def open_all_ranks(path: str | os.PathLike[str]) -> CheckpointIndex:
+    """Return the index of a checkpoint with the files of all its ranks, in their order.
+
+    A checkpoint that is cut has each tensor once per rank then, under one name: its file tells the rank. All
+    others are as `open_checkpoint` gives them.
+
+    Raises:
+        NotFound, CheckpointInvalid: As `open_checkpoint`.
+    """
+    folder = resolve_folder(path)
+    if resolve_file(folder, MANIFEST_NAME) is None:
+        return _open_in_place(folder)
+    return _open_converted(folder, read_manifest(folder), None)
+
+
+def check_rank(folder: Path, rank: int | None, ranks: int) -> None:
+    """Refuse a rank that a checkpoint does not have, or none where it is cut.
+
+    Raises:
+        CheckpointInvalid: It is cut, and no rank is named.
+        InvalidRequest: There is no such rank.
+    """
+    if rank is None and ranks > 1:
+        raise CheckpointInvalid(
+            f"{folder} is cut for {ranks} tensor-parallel ranks, one file each: load it in {ranks} processes "
+            f"with stoker.load_model(..., tp_size={ranks}), or deploy it. To push it or run it in one "
+            "process, take the original, or a conversion of it without --tensor-parallel."
+        )
+    if rank is not None and not 0 <= rank < ranks:
+        raise InvalidRequest(
+            f"{folder} has no rank {rank}: it is cut for {ranks}; convert the original with "
+            "--tensor-parallel to cut it otherwise.",
+            param="rank",
+        )
 
 
 def read_manifest(folder: Path) -> manifest.Manifest:
@@ -193,27 +229,13 @@ def weights_path(folder: Path, file: manifest.WeightsFile) -> Path:
     return path
 
 
-def _check_rank(folder: Path, rank: int | None, ranks: int) -> None:
-    if rank is None and ranks > 1:
-        raise CheckpointInvalid(
-            f"{folder} is cut for {ranks} tensor-parallel ranks, one file each: load it in {ranks} processes "
-            f"with stoker.load_model(..., tp_size={ranks}). To deploy it, push it or run it in one process, "
-            "take the original, or a conversion of it without --tensor-parallel."
-        )
-    if rank is not None and not 0 <= rank < ranks:
-        raise InvalidRequest(
-            f"{folder} has no rank {rank}: it is cut for {ranks}; convert the original with "
-            "--tensor-parallel to cut it otherwise.",
-            param="rank",
-        )
-
-
-def _open_converted(folder: Path, found: manifest.Manifest, rank: int) -> CheckpointIndex:
+def _open_converted(folder: Path, found: manifest.Manifest, rank: int | None) -> CheckpointIndex:
+    """Open one rank's files, or all ranks'."""
     files = []
-    own = found.files if found.ranks == 1 else (found.files[rank],)
+    own = found.files if found.ranks == 1 or rank is None else (found.files[rank],)
     names = {file.name for file in own}
     tensors = tuple(tensor for tensor in found.tensors if tensor.file in names)
-    records: dict[str, TensorRecord] = {tensor.name: tensor for tensor in tensors}
+    records: dict[tuple[str, str], TensorRecord] = {(each.file, each.name): each for each in tensors}
     stored = 0
     for file in own:
         path = weights_path(folder, file)
@@ -222,7 +244,7 @@ def _open_converted(folder: Path, found: manifest.Manifest, rank: int) -> Checkp
             if is_padding(entry.name):
                 continue
             stored += 1
-            record = records.get(entry.name)
+            record = records.get((file.name, entry.name))
             place = (file.name, header.data_start + entry.begin, entry.dtype, entry.shape)
             if record is None or (record.file, record.offset, record.dtype, record.shape) != place:
                 raise CheckpointInvalid(
@@ -251,21 +273,17 @@ def _open_converted(folder: Path, found: manifest.Manifest, rank: int) -> Checkp
     return CheckpointIndex(
         path=folder,
         layout="converted",
-        revision=found.revision if found.ranks == 1 else _revision_of_rank(found.revision, rank),
+        revision=found.revision,
         files=tuple(files),
         tensors=tensors,
         tied_groups=found.tied_groups,
         small_files=tuple(small),
         chunk_bytes=found.chunk_bytes,
         facts=facts,
-        rank=rank,
+        rank=rank or 0,
         ranks=found.ranks,
         cuts={cut.name: Cut(dim=cut.dim, blocks=cut.blocks) for cut in found.cuts},
     )
-
-
-def _revision_of_rank(revision: str, rank: int) -> Revision:
-    return Revision(digests.digest_of_texts([revision, "rank", str(rank)]))
 
 
 def _open_in_place(folder: Path) -> CheckpointIndex:

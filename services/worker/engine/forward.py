@@ -74,7 +74,13 @@ class Chunk:
 
 
 class ModelRunner:
-    """Runs one model's forward passes."""
+    """Runs one model's forward passes.
+
+    Attributes:
+        ranks: Processes that make each pass together.
+    """
+
+    ranks = 1
 
     def __init__(self, model: nn.Module, group_rows: int | None) -> None:
         config = model.config

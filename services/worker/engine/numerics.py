@@ -28,6 +28,7 @@ def numerics(  # noqa: PLR0913 - one per thing that decides
     group_rows: int,
     prefill_group_rows: int,
     prefill_chunk_tokens: int,
+    ranks: int = 1,
 ) -> str:
     """Return the line of an engine in this process.
 
@@ -39,6 +40,7 @@ def numerics(  # noqa: PLR0913 - one per thing that decides
         group_rows: Rows per matrix product of a decode pass.
         prefill_group_rows: Rows per matrix product of a prefill pass; 0: all at once.
         prefill_chunk_tokens: Where prompts are cut.
+        ranks: Into how many parts products are cut and summed.
     """
     if device.type == "cuda":
         place = f"cuda:{torch.cuda.get_device_name(device).replace(' ', '-')}"
@@ -49,6 +51,7 @@ def numerics(  # noqa: PLR0913 - one per thing that decides
         f"{engine} stoker={__version__} arithmetic={REVISION} torch={torch.__version__} "
         f"dtype={str(dtype).removeprefix('torch.')} device={place} group_rows={group_rows} "
         f"prefill_group_rows={prefill_group_rows} prefill_chunk={prefill_chunk_tokens}"
+        + (f" ranks={ranks}" if ranks > 1 else "")
     )
 
 

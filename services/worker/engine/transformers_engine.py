@@ -68,9 +68,10 @@ class TransformersEngine:
             Part of the numerics: all workers of a model must agree on it.
         clock: Seconds, monotonic.
         revision: Of the model's checkpoint: keys and values are exchanged between equal ones only.
+        runner: Of the model, if one is made already; `group_rows` is its own then.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is made of
         self,
         model: torch.nn.Module,
         limits: EngineLimits,
@@ -78,10 +79,15 @@ class TransformersEngine:
         group_rows: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         revision: str = "",
+        runner: ModelRunner | None = None,
     ) -> None:
-        self._runner = ModelRunner(model, group_rows)
+        self._runner = runner or ModelRunner(model, group_rows)
         self._kv_layout = layout_of(
-            model.config, self._runner.dtype, engine="transformers", revision=revision
+            model.config,
+            self._runner.dtype,
+            engine="transformers",
+            revision=revision,
+            ranks=self._runner.ranks,
         )
         context = min(limits.max_context_tokens, self._runner.max_context_tokens, limits.max_kv_tokens)
         self._limits = replace(limits, max_context_tokens=context)
@@ -120,7 +126,13 @@ class TransformersEngine:
             group_rows=self._runner.group_rows,
             prefill_group_rows=self._runner.prefill_group_rows,
             prefill_chunk_tokens=self._limits.prefill_chunk_tokens,
+            ranks=self._runner.ranks,
         )
+
+    @property
+    def kv_budget(self) -> KvBudget:
+        """Return what counts the keys and values of this engine's sessions."""
+        return self._budget
 
     def first_pass(self) -> None:
         """Run one token through the model, before any session: touches all weights, proves the layers' fit.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from services.worker.kv.kv_budget import kv_shape
-from services.worker.kv.kv_format import ALL_TOKENS, KvLayout
+from services.worker.kv.kv_format import ALL_TOKENS, SOME_HEADS, KvLayout
 from stoker.errors import CapacityError, KvUnavailable
 
 if TYPE_CHECKING:
@@ -37,13 +37,21 @@ RAW_DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
 """Same size, and known to numpy, whose copies take one thread and leave the interpreter to others."""
 
 
-def layout_of(config: Any, dtype: torch.dtype, *, engine: str, revision: str) -> KvLayout:
-    """Return the layout of a model's keys and values, from its transformers configuration."""
+def layout_of(config: Any, dtype: torch.dtype, *, engine: str, revision: str, ranks: int = 1) -> KvLayout:
+    """Return the layout of a model's keys and values, from its transformers configuration.
+
+    Args:
+        config: Of the whole model.
+        dtype: In which it computes.
+        engine: Its name.
+        revision: Of the checkpoint.
+        ranks: Over how many processes the heads are dealt out: one of them can't ship what others have.
+    """
     layers, kv_heads, head_dim = kv_shape(config)
     return KvLayout(
         revision=revision,
         engine=engine,
-        cache=ALL_TOKENS,
+        cache=ALL_TOKENS if ranks == 1 else SOME_HEADS,
         dtype=str(dtype).removeprefix("torch."),
         layers=layers,
         kv_heads=kv_heads,

@@ -23,6 +23,8 @@ MAX_TOKEN_BYTES = 3 * MIB
 with grouped queries, in bfloat16, has 0.3 MiB."""
 ALL_TOKENS = "all-tokens/rotated-keys"
 """The one kind of cache there is here: every token of every layer, the rotary embedding applied."""
+SOME_HEADS = "some-heads"
+"""A tensor-parallel rank's part of that: never leaves it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -34,7 +36,7 @@ class KvLayout:
     """Of the model's checkpoint."""
     engine: str
     cache: str
-    """See `ALL_TOKENS`."""
+    """`ALL_TOKENS` or `SOME_HEADS`."""
     dtype: str
     layers: int
     kv_heads: int
@@ -63,8 +65,11 @@ class KvLayout:
         """Refuse what pieces can't carry.
 
         Raises:
-            KvUnavailable: The dtype isn't known, or a single token is larger than a message.
+            KvUnavailable: The dtype isn't known, a single token is larger than a message, or one process has
+                only a part of each.
         """
+        if self.cache == SOME_HEADS:
+            raise KvUnavailable("keys and values are dealt out over tensor-parallel ranks")
         if self.dtype not in DTYPE_BYTES:
             known = ", ".join(DTYPE_BYTES)
             raise KvUnavailable(f"keys and values in {self.dtype} are not shipped, only in {known}")

@@ -18,6 +18,7 @@ P places.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import mmap
 
@@ -101,16 +102,33 @@ class KvBudget:
         max_tokens: Bound.
         slots: Slots of the pool; they are part of the bound, whether used or not.
         longest_tokens: A store of its own never has to hold more; 0 = nobody knows.
+
+    Attributes:
+        changes: Stores that took room (their number, and for how many tokens) or gave it back (0), in order,
+            for ranks that do the same; whoever reads them empties the list. None: nobody does.
     """
 
     def __init__(self, max_tokens: int, slots: int = 0, longest_tokens: int = 0) -> None:
         self.pool = KvPool(slots)
+        self.slots = slots
+        self.max_tokens = max_tokens
+        self.changes: list[tuple[int, int]] | None = None
+        self._numbers = itertools.count()
         self.longest_tokens = longest_tokens
         self.max_own_tokens = max_tokens - slots * SLOT_TOKENS
         self.used_tokens = 0
         """Slots in use count whole."""
         self.own_tokens = 0
         """Of sessions with a store of their own."""
+
+    def next_number(self) -> int:
+        """Return the number of a new store. Any thread."""
+        return next(self._numbers)
+
+    def note(self, store: int, tokens: int) -> None:
+        """Take note of a store's change; see `changes`."""
+        if self.changes is not None:
+            self.changes.append((store, tokens))
 
 
 class SessionKv:
@@ -120,6 +138,7 @@ class SessionKv:
     [2, K, S, D], so that storing a token is one copy.
 
     Attributes:
+        number: Tells it from the budget's other stores.
         slot: Its slot in the pool, if it has one.
         place: Counts up before its slot is given back: what somebody reads from there meanwhile is worthless.
             A store of its own stays as it is for whoever reads it, wherever the session goes.
@@ -127,6 +146,7 @@ class SessionKv:
 
     def __init__(self, budget: KvBudget) -> None:
         self._budget = budget
+        self.number = budget.next_number()
         self.place = 0
         self._capacity = 0
         self._written = 0
@@ -151,6 +171,7 @@ class SessionKv:
         if self._capacity == 0 and tokens <= SLOT_TOKENS and (slot := budget.pool.take()) is not None:
             self.slot, self._capacity = slot, SLOT_TOKENS
             budget.used_tokens += SLOT_TOKENS
+            budget.note(self.number, tokens)
             return True
         if tokens > budget.max_own_tokens:
             return False
@@ -164,6 +185,7 @@ class SessionKv:
                 self._layers[layer] = self._with_room(old_2KSD, capacity)
         budget.used_tokens += capacity - self._capacity
         budget.own_tokens += capacity - own
+        budget.note(self.number, tokens)
         self._capacity, self.slot = capacity, None
         if old_slot is not None:
             self.place += 1
@@ -207,6 +229,8 @@ class SessionKv:
     def release(self) -> None:
         """Give everything back."""
         budget = self._budget
+        if self._capacity:
+            budget.note(self.number, 0)
         budget.used_tokens -= self._capacity
         if self.slot is None:
             budget.own_tokens -= self._capacity

@@ -56,7 +56,7 @@ def test_two_ranks_compute_what_one_process_does_and_get_half_each_from_disk_and
         tokens = wanted.generate(token_ids(), max_new_tokens=4, do_sample=False)[0].tolist()
     file_bytes = open_checkpoint(tmp_path / "whole").weight_bytes
     assert [[way["source"] for way in rank] for rank in answers] == [["LocalSource", "PoolSource"]] * 2
-    assert held == {f"{tmp_path / 'cut'}#rank={rank}" for rank in (0, 1)}
+    assert held == {str(tmp_path / "cut")}
     for answer in (way for rank in answers for way in rank):
         assert answer["tokens"] == tokens
         torch.testing.assert_close(torch.tensor(answer["logits"]), logits(wanted), rtol=1e-5, atol=1e-5)

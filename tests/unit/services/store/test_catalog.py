@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.store.catalog import Catalog, local_path
+from services.store.messages import files_of
 from stoker.checkpoint.convert import convert
 from stoker.errors import CheckpointInvalid, InvalidRequest, NotFound
 from tests.unit.loader.tiny_models import tiny_model
@@ -113,25 +114,39 @@ def cut_checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "cut"
 
 
-async def test_each_rank_of_a_cut_checkpoint_is_known_by_itself(catalog, tmp_path):
+async def test_a_cut_checkpoint_is_one_of_all_its_ranks(catalog, tmp_path):
     folder = cut_checkpoint(tmp_path)
 
-    first, second = [await catalog.open(str(folder), rank=rank) for rank in (0, 1)]
+    entry = await catalog.open(str(folder))
 
-    assert [entry.uri for entry in (first, second)] == [f"{folder}#rank=0", f"{folder}#rank=1"]
-    assert [[file.name for file in entry.index.files] for entry in (first, second)] == [
-        ["rank-0-of-2.safetensors"],
-        ["rank-1-of-2.safetensors"],
-    ]
-    assert first.identity != second.identity
-    assert await catalog.open(str(folder), rank=0) is first
-    assert await catalog.known_as(second.uri) == second.uri
+    files = ["rank-0-of-2.safetensors", "rank-1-of-2.safetensors"]
+    assert (entry.uri, entry.info.tensor_parallel) == (str(folder), 2)
+    assert [file.name for file in entry.index.files] == files
+    own = [[tensor for tensor in entry.tensors if tensor.file == file] for file in files]
+    assert [tensor.name for tensor in own[0]] == [tensor.name for tensor in own[1]]
+    assert entry.tensors == (*own[0], *own[1])
+    assert entry.info.file_bytes == sum((folder / file).stat().st_size for file in files)
 
 
-async def test_a_cut_checkpoint_is_not_opened_without_a_rank_nor_for_one_it_lacks(catalog, tmp_path):
-    folder = cut_checkpoint(tmp_path)
+async def test_a_rank_uses_its_own_file_and_one_must_be_named(catalog, tmp_path):
+    entry = await catalog.open(str(cut_checkpoint(tmp_path)))
 
+    assert [files_of(entry, rank) for rank in (0, 1)] == [range(1), range(1, 2)]
     with pytest.raises(CheckpointInvalid, match="2 tensor-parallel ranks"):
-        await catalog.open(str(folder))
+        files_of(entry, None)
     with pytest.raises(InvalidRequest, match="no rank 2"):
-        await catalog.open(str(folder), rank=2)
+        files_of(entry, 2)
+
+
+async def test_a_checkpoint_in_one_piece_is_all_of_rank_0(catalog, tmp_path):
+    entry = await catalog.open(str(write_checkpoint(tmp_path / "model", size=1000)))
+
+    assert files_of(entry, None) == files_of(entry, 0) == range(1)
+    assert entry.info.tensor_parallel == 0
+
+
+async def test_adapters_are_refused_for_a_base_that_is_cut(catalog, tmp_path):
+    folder = cut_checkpoint(tmp_path)
+
+    with pytest.raises(CheckpointInvalid, match="adapters are added to checkpoints in one piece"):
+        await catalog.describe_adapter(str(tmp_path / "any"), checkpoint_uri=str(folder))

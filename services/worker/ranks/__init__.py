@@ -1,0 +1,1 @@
+"""Tensor-parallel ranks: several workers, each with a piece of every layer, compute as one replica."""

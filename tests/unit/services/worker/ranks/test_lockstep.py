@@ -1,0 +1,234 @@
+"""Ranks in threads of one process: what they compute together is what the whole model computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from services.worker.engine.protocol import EngineLimits, FinishReason
+from services.worker.engine.transformers_engine import ENGINE, TransformersEngine
+from services.worker.model_loading import build_skeleton
+from services.worker.ranks.cut_model import add_biases_once, cut_skeleton
+from services.worker.ranks.follower import Follower
+from services.worker.ranks.leading_runner import LeadingRunner
+from stoker.errors import CheckpointInvalid, KvUnavailable, PeerError
+from stoker.models.tensor_parallel import cut_of, style_of
+from stoker.models.weights import assign_weights
+from stoker.v1.rank_group_pb2 import RankOrder
+from tests.unit.services.worker.tiny_models import CONFIGS, config_json, ids, reference, request, run, served
+
+RANKS = 2
+WAIT_SECONDS = 60.0
+LIMITS = EngineLimits(max_batch=4, max_waiting=8, max_context_tokens=128, max_kv_tokens=4 * 512 + 128)
+
+
+class Table:
+    """Where ranks in threads lay down their parts."""
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor | None] = [None] * RANKS
+        self.barrier = threading.Barrier(RANKS, timeout=WAIT_SECONDS)
+
+
+class Seat:
+    """A `Meets` of one rank at a table."""
+
+    def __init__(self, table: Table, rank: int) -> None:
+        self.rank, self.ranks, self._table = rank, RANKS, table
+
+    def _all(self, part: torch.Tensor) -> list[torch.Tensor]:
+        self._table.parts[self.rank] = part
+        self._table.barrier.wait()
+        parts = [each for each in self._table.parts if each is not None]
+        self._table.barrier.wait()
+        return parts
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Meets`."""
+        first, second = self._all(part)
+        return first + second
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Meets`."""
+        return torch.cat(self._all(part), dim=-1)
+
+
+class Orders:
+    """An `OrderSender` to a rank in a thread of this process."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[bytes | None] = queue.Queue()
+
+    def send(self, order: RankOrder) -> None:
+        """Tell."""
+        self.queue.put(order.SerializeToString())
+
+    def close(self) -> None:
+        """Say nothing more."""
+        self.queue.put(None)
+
+    def orders(self) -> Iterator[RankOrder]:
+        """Yield what was told."""
+        while (frame := self.queue.get(timeout=WAIT_SECONDS)) is not None:
+            yield RankOrder.FromString(frame)
+
+
+def piece(model, rank: int, seat: Seat):
+    """The model that rank `rank` serves, of a whole one."""
+    skeleton = build_skeleton(config_json(model))
+    plan = dict(skeleton.model.tp_plan)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        cut = cut_of(style_of(name, plan), name, tensor.ndim)
+        tensors[name] = tensor if cut is None else tensor.chunk(RANKS, cut.dim)[rank].contiguous()
+    cut_skeleton(skeleton, seat)
+    made = assign_weights(skeleton, tensors)
+    add_biases_once(made, rank)
+    return made
+
+
+class Group:
+    """An engine whose passes a second rank makes, too."""
+
+    def __init__(self, model, limits: EngineLimits = LIMITS) -> None:
+        table, self.sender = Table(), Orders()
+        pieces = [piece(model, rank, Seat(table, rank)) for rank in range(RANKS)]
+        self.follower = Follower(
+            pieces[1], engine=ENGINE, ranks=RANKS, prefill_chunk_tokens=limits.prefill_chunk_tokens
+        )
+        self.failed: list[BaseException] = []
+        runner = LeadingRunner(pieces[0], None, self.sender, RANKS)
+        self.engine = TransformersEngine(pieces[0], limits, runner=runner)
+        runner.begin(self.engine.numerics, self.engine.kv_budget)
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        try:
+            self.follower.follow(self.sender.orders())
+        except PeerError as error:
+            self.failed.append(error)
+
+    def close(self) -> None:
+        """End both ranks."""
+        self.engine.close()
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        assert not self.failed
+
+
+@pytest.fixture
+def group():
+    made: list[Group] = []
+
+    def make(model, limits: EngineLimits = LIMITS) -> Group:
+        made.append(Group(model, limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+PROMPTS = {"short": (5, 6, 7), "long": tuple(range(3, 90)), "other": (9, 8, 7, 6, 5, 4)}
+
+
+def requests():
+    return [request(name, prompt) for name, prompt in PROMPTS.items()]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gemma2"])
+def test_two_ranks_choose_the_tokens_of_the_whole_model(group, name):
+    """Norms on heads, soft caps, windows, and an embedding that is the head, cut by vocabulary with it."""
+    model = reference(name)
+    expected, _ = run(TransformersEngine(served(model), LIMITS), requests())
+
+    tokens, ends = run(group(model).engine, requests())
+
+    assert {key: ids(outs) for key, outs in tokens.items()} == {key: ids(o) for key, o in expected.items()}
+    assert {end.reason for end in ends.values()} == {FinishReason.LENGTH}
+
+
+def test_a_bias_after_a_sum_is_added_once(group):
+    config = CONFIGS["llama"]()
+    config.attention_bias = config.mlp_bias = True
+    model = type(reference("llama"))(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    expected, _ = run(TransformersEngine(served(model), LIMITS), requests())
+
+    tokens, _ = run(group(model).engine, requests())
+
+    assert {key: ids(outs) for key, outs in tokens.items()} == {key: ids(o) for key, o in expected.items()}
+
+
+def test_a_session_computes_the_same_bits_beside_others_as_alone(group):
+    ranks = group(reference("llama"))
+    beside, _ = run(ranks.engine, [request(name, prompt, top_logprobs=2) for name, prompt in PROMPTS.items()])
+
+    alone, _ = run(ranks.engine, [request("long", PROMPTS["long"], top_logprobs=2)])
+
+    assert [(out.token_id, out.logprob) for out in alone["long"]] == [
+        (out.token_id, out.logprob) for out in beside["long"]
+    ]
+
+
+def test_stores_of_sessions_that_ended_or_were_cancelled_or_set_back_are_given_back_on_every_rank(group):
+    """Three sessions in room for two: the youngest is set back and computed again, one is cancelled."""
+    model = reference("llama")
+    tight = EngineLimits(max_batch=3, max_waiting=4, max_context_tokens=256, max_kv_tokens=256)
+    wanted = [request(str(n), tuple(range(2 + n, 120 + n)), max_tokens=30) for n in range(3)]
+    expected, _ = run(TransformersEngine(served(model), tight), wanted)
+    ranks = group(model, tight)
+
+    ranks.engine.submit(request("gone", (1, 2, 3), max_tokens=50))
+    ranks.engine.step()
+    ranks.engine.cancel("gone")
+    tokens, _ = run(ranks.engine, wanted)
+
+    assert ranks.engine.stats().preempted_count > 0
+    assert {key: ids(outs) for key, outs in tokens.items() if key != "gone"} == {
+        key: ids(outs) for key, outs in expected.items()
+    }
+    run(ranks.engine, [request("last", (1, 2), max_tokens=1)])
+    ranks.close()
+    assert ranks.follower.store_count == 1  # the last one's: told with the next pass
+
+
+def test_keys_and_values_of_a_rank_are_not_shipped(group):
+    engine = group(reference("llama")).engine
+    engine.submit(request("s", (1, 2, 3)))
+    engine.step()
+
+    with pytest.raises(KvUnavailable, match="ranks"):
+        engine.export_kv("s")
+    run(engine)
+
+
+def test_the_number_of_ranks_belongs_to_the_numerics(group):
+    model = reference("llama")
+    assert group(model).engine.numerics == TransformersEngine(served(model), LIMITS).numerics + " ranks=2"
+
+
+def test_a_rank_that_computes_otherwise_does_not_follow():
+    model = reference("llama")
+    follower = Follower(
+        piece(model, 1, Seat(Table(), 1)), engine=ENGINE, ranks=RANKS, prefill_chunk_tokens=256
+    )
+    begin = RankOrder()
+    begin.begin.numerics = "another line"
+
+    with pytest.raises(PeerError, match="another line"):
+        follower.follow([begin])
+
+
+def test_a_plan_that_the_engine_does_not_join_is_refused():
+    model = reference("qwen3_moe")
+    with pytest.raises(CheckpointInvalid, match="doesn't join"):
+        cut_skeleton(build_skeleton(config_json(model)), Seat(Table(), 0))
