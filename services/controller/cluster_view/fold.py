@@ -41,9 +41,9 @@ from services.controller.cluster_view.events import (
     StopRefused,
 )
 from services.controller.cluster_view.forecast import arrived
-from services.controller.cluster_view.frozen import changed
-from services.controller.cluster_view.gain import makes_room
-from services.controller.cluster_view.index import indexed, reindexed
+from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.gain import load_makes_room, makes_room
+from services.controller.cluster_view.index import index_of, indexed, reindexed, reloaded
 from services.controller.cluster_view.learnt import Moved
 from services.controller.cluster_view.lessons import (
     fleet_after,
@@ -52,9 +52,9 @@ from services.controller.cluster_view.lessons import (
     lessons_of,
     rates_after,
 )
-from services.controller.cluster_view.load_report import narrowed, remembered, with_load
+from services.controller.cluster_view.load_report import is_woken, narrowed, remembered, with_load
 from services.controller.cluster_view.moves import learn_move
-from services.controller.cluster_view.reach import reach_of
+from services.controller.cluster_view.reach import reach_of, reach_of_report
 from services.controller.cluster_view.view import (
     Demand,
     Failure,
@@ -79,12 +79,37 @@ def fold(view: View, event: Event) -> View:
     before = indexed(view)
     if isinstance(event, NodeReported):
         event = narrowed(before, event.node) or event
+    if isinstance(event, LoadReported):
+        return _after(before, event)  # with its index, and what room it makes
     after = _after(before, event)
     if after is before:
         return before
-    reach = reach_of(before, event)
+    if isinstance(event, NodeReported):
+        reach = reach_of_report(before, after, event.node.node_id)
+    else:
+        reach = reach_of(before, event)
     after = reindexed(before, after, nodes=reach.nodes, models=reach.models, reservations=reach.replicas)
     return changed(after, room=after.room + 1) if makes_room(before, after, event, reach.nodes) else after
+
+
+def _after_load(before: View, event: LoadReported) -> View:
+    """Return the view after a report of nothing but sessions, its index current: most events are such."""
+    was = before.nodes.get(event.node_id)
+    if was is None or not was.connected or not was.reachable:
+        return before
+    node, loads = with_load(was, event)
+    draft = draft_of(before)
+    draft.nodes = _with(before.nodes, node.node_id, node)
+    if before.distrusted:  # says nothing of a connected node's replicas: their summaries stay
+        draft.distrusted = before.distrusted - node.replicas.keys()
+    for was_replica, replica in loads:
+        if is_woken(was_replica, replica) and replica.model in before.models:
+            history = arrived(draft.arrivals.get(replica.model), event.seen_seconds)
+            draft.arrivals = _with(draft.arrivals, replica.model, history)
+    index = draft.index = reloaded(before, draft, node.node_id, loads)
+    was_summary = index_of(before).summaries[node.node_id]
+    draft.room += load_makes_room(was_summary, index.summaries[node.node_id])
+    return finished(draft, View)
 
 
 def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - one line per event: a table
@@ -102,7 +127,7 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
         case NodeReported(node=node):
             return _node_reported(view, node)
         case LoadReported():
-            return _load_reported(view, event)
+            return _after_load(view, event)
         case NodeDisconnected(node_id=node_id):
             return _node(view, node_id, connected=False)
         case NodeUnreachable(node_id=node_id):
@@ -185,7 +210,7 @@ def _node_reported(view: View, node: Node) -> View:
     }
     lessons = lessons_of(before, replicas)
     fleet = fleet_after(view.fleet, lessons, node)
-    node = replace(
+    node = changed(
         node,
         replicas=replicas,
         learnt=rates_after(node, before, lessons, fleet),
@@ -214,18 +239,6 @@ def _node_reported(view: View, node: Node) -> View:
             view = _started(view, replica)
         if replica.sessions and was is not None and was.phase is Phase.READY and not was.sessions:
             view = _arrived(view, replica.model, node.last_seen_seconds)
-    return view
-
-
-def _load_reported(view: View, event: LoadReported) -> View:
-    node = view.nodes.get(event.node_id)
-    if node is None or not node.connected or not node.reachable:
-        return view
-    node, woken = with_load(node, event)
-    distrusted = view.distrusted - node.replicas.keys() if view.distrusted else view.distrusted
-    view = changed(view, nodes=_with(view.nodes, node.node_id, node), distrusted=distrusted)
-    for name in woken:
-        view = _arrived(view, name, event.seen_seconds)
     return view
 
 
@@ -286,7 +299,7 @@ def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
 def _demanded(view: View, name: ModelName, now_seconds: float) -> View:
     before = view.demands.get(name)
     demand = (
-        replace(before, waiters=before.waiters + 1)
+        changed(before, waiters=before.waiters + 1)
         if before
         else Demand(since_seconds=now_seconds, waiters=1)
     )
@@ -305,7 +318,7 @@ def _demand_ended(view: View, name: ModelName) -> View:
     before = view.demands.get(name)
     if before is None or before.waiters <= 1:
         return changed(view, demands=_without(view.demands, name))
-    return changed(view, demands=_with(view.demands, name, replace(before, waiters=before.waiters - 1)))
+    return changed(view, demands=_with(view.demands, name, changed(before, waiters=before.waiters - 1)))
 
 
 def _start_failed(view: View, event: StartFailed) -> View:

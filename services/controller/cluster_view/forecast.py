@@ -8,8 +8,9 @@ histogram says little (few samples, most idle times beyond it, all minutes alike
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from services.controller.cluster_view.frozen import changed
 from services.controller.cluster_view.learnt import Arrivals
 from services.controller.cluster_view.view import Model
 
@@ -44,7 +45,7 @@ def arrived(before: Arrivals | None, now_seconds: float) -> Arrivals:
         return Arrivals(last_seconds=now_seconds)
     gap_seconds = max(0.0, now_seconds - before.last_seconds)
     rate = 1.0 / max(gap_seconds, 0.001)
-    known = replace(
+    known = changed(
         before,
         last_seconds=now_seconds,
         missed=False,
@@ -57,10 +58,10 @@ def arrived(before: Arrivals | None, now_seconds: float) -> Arrivals:
     )
     minute = int(gap_seconds // BIN_SECONDS)
     if minute >= BINS:
-        return replace(known, longer=before.longer + 1)
+        return changed(known, longer=before.longer + 1)
     counts = dict(before.gap_counts)
     counts[minute] = counts.get(minute, 0) + 1
-    return replace(known, gap_counts=tuple(sorted(counts.items())))
+    return changed(known, gap_counts=tuple(sorted(counts.items())))
 
 
 def window(arrivals: Arrivals | None) -> Window | None:

@@ -27,6 +27,7 @@ from services.controller.cluster_view.events import (
     SchedulingSet,
     StopRefused,
 )
+from services.controller.cluster_view.holdings import held_changes
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.summary import Summary
 from services.controller.cluster_view.view import Node, View
@@ -60,6 +61,15 @@ def makes_room(before: View, after: View, event: Event, nodes: AbstractSet[NodeI
             return any(_gains(before, after, node_id) for node_id in sorted(nodes))
 
 
+def load_makes_room(was: Summary, now: Summary) -> bool:
+    """Tell the same of a report of nothing but sessions, from the summaries of its node."""
+    if not now.is_open:
+        return now.leaving_for != ()
+    if was.worth_keys == now.worth_keys and was.busy == now.busy:
+        return False
+    return _may_be_disturbed_more(was, now)
+
+
 def _gains(before: View, after: View, node_id: NodeId) -> bool:
     was, now = before.nodes.get(node_id), after.nodes.get(node_id)
     was_summary = index_of(before).summaries.get(node_id)
@@ -76,13 +86,16 @@ def _gains(before: View, after: View, node_id: NodeId) -> bool:
     )
 
 
-def _may_go_more(was: Summary, now: Summary) -> bool:
+def _may_be_disturbed_more(was: Summary, now: Summary) -> bool:
     was_idle = {replica_id for _, replica_id in was.worth_keys}
     now_idle = {replica_id for _, replica_id in now.worth_keys}
+    return not was_idle.issuperset(now_idle) or not {*was_idle, *was.busy}.issuperset(now.busy)
+
+
+def _may_go_more(was: Summary, now: Summary) -> bool:
     return (
         not set(was.free).issuperset(now.free)
-        or not was_idle.issuperset(now_idle)
-        or not {*was_idle, *was.busy}.issuperset(now.busy)
+        or _may_be_disturbed_more(was, now)
         or not set(was.settling).issuperset(now.settling)
         or was.leaving_for != now.leaving_for
         or not set(now.coming).issuperset(was.coming)
@@ -96,6 +109,7 @@ def _is_another(was: Node, now: Node) -> bool:
     if not now.pool.total_bytes or was.held is now.held:
         return was.pool.leased_bytes > now.pool.leased_bytes
     return was.pool.leased_bytes != now.pool.leased_bytes or any(
-        held.leases != (was.held[checkpoint].leases if checkpoint in was.held else 0)
-        for checkpoint, held in now.held.items()
+        after.leases != (before.leases if before is not None else 0)
+        for _, before, after in held_changes(was.held, now.held)
+        if after is not None
     )

@@ -11,47 +11,42 @@ fast. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 from immutables import Map
 
 from services.controller.cluster_view.attention import EMPTY, Mark, Tally, due_of, mark_of
 from services.controller.cluster_view.fleet import member
 from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.holdings import held_changes
 from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
-from services.controller.cluster_view.summary import ORIGINS, Shape, Summary, only_replicas_differ, summary_of
-from services.controller.cluster_view.view import Checkpoint, Node, Reservation, View
+from services.controller.cluster_view.load_report import Load, differs_in_sessions
+from services.controller.cluster_view.places import (
+    Draft,
+    Nodes,
+    Rung,
+    disturbed_by,
+    disturbing_places,
+    move,
+    placed_by,
+    places,
+    put,
+)
+from services.controller.cluster_view.summary import (
+    Shape,
+    Summary,
+    summary_of,
+    summary_with_load,
+)
+from services.controller.cluster_view.view import Checkpoint, Held, Node, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 T = TypeVar("T")
 K = TypeVar("K")
-Nodes = Ladder[tuple[float, NodeId]]
-"""Nodes in ascending order of a number: the first is the best."""
 Members = Map[NodeId, None]
-
-
-Draft = Any
-"""An index on the way to the next one: its fields may be assigned; what they hold stays immutable."""
-
-
-class Rung(NamedTuple):
-    """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
-
-    Attributes:
-        origin: Where the bytes come from that its rates are about; one of `ORIGINS`.
-        free: Each has at least so many free slots; a power of two.
-        waits: A pre-started worker waits there.
-        shape: What they can ever take.
-    """
-
-    origin: str
-    free: int
-    waits: bool
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +58,13 @@ class Index:
         of_model: Reservations of each model, sorted.
         summaries: Of every node.
         holders: Nodes whose stores hold some of a checkpoint.
+        in_memory: Those of them that have some of it in memory.
         free: Open nodes with free slots, the fastest first; by negative rate.
         free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
         marks: What each reserved replica adds to its model's tally.
         tallies: Of every model with replicas.
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
-        idle_by_worth: The same, by `worth_key` of the replica cheapest to lose.
+        idle_by_worth: The same, by what the replica cheapest to lose is worth; see `traits`.
         busy_by_rate: Open nodes with a replica that serves sessions, the fastest first, by origin.
         by_opening: Open nodes by the seconds before the first byte comes, the fewest first, by origin.
         by_device: Open nodes by the rate to their devices, the slowest first.
@@ -87,6 +83,7 @@ class Index:
     of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
     summaries: Map[NodeId, Summary] = field(default_factory=Map)
     holders: Map[Checkpoint, Members] = field(default_factory=Map)
+    in_memory: Map[Checkpoint, Members] = field(default_factory=Map)
     free: Map[Rung, Nodes] = field(default_factory=Map)
     free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
     marks: Map[ReplicaId, Mark] = field(default_factory=Map)
@@ -161,6 +158,33 @@ def reindexed(
     return changed(after, index=finished(draft, Index))
 
 
+def reloaded(before: View, after: View, node_id: NodeId, loads: Iterable[Load]) -> Index:
+    """Return the index of `before` after nothing but the sessions of a node's replicas have changed.
+
+    Args:
+        before: With its index.
+        after: The same with the node's replicas as they are now.
+        node_id: Which node.
+        loads: Its replicas that have other sessions, or longer contexts.
+    """
+    draft = draft_of(index_of(before))
+    names: dict[ModelName, None] = {}
+    for was, now in loads:
+        if differs_in_sessions(was, now):
+            reservation = after.reservations.get(now.replica_id)
+            if reservation is not None:
+                _remark(draft, after, now.replica_id, reservation.model)
+            names[now.model] = None
+    node, was_summary = after.nodes[node_id], draft.summaries[node_id]
+    _resee(draft, before.nodes[node_id], node)
+    now_summary = summary_with_load(after, node, was_summary, {now.replica_id for _, now in loads})
+    draft.summaries = draft.summaries.set(node_id, now_summary)
+    if disturbed_by(was_summary) != disturbed_by(now_summary):
+        move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
+    _change_models(draft, after, names)
+    return finished(draft, Index)
+
+
 def reservations_on(view: View, index: Index, node_id: NodeId) -> tuple[Reservation, ...]:
     """Return a node's reservations, by replica id."""
     return tuple(view.reservations[replica_id] for replica_id in index.on_node.get(node_id, ()))
@@ -191,8 +215,8 @@ def _remark(draft: Draft, view: View, replica_id: ReplicaId, name: ModelName) ->
     if was == now:
         return
     tally: Tally = draft.tallies.get(name, EMPTY).after(was, now)
-    draft.marks = _put(draft.marks, replica_id, now)
-    draft.tallies = _put(draft.tallies, name, tally if tally.replicas else None)
+    draft.marks = put(draft.marks, replica_id, now)
+    draft.tallies = put(draft.tallies, name, tally if tally.replicas else None)
 
 
 def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
@@ -203,39 +227,32 @@ def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
 def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId) -> None:
     was, now = before.nodes.get(node_id) if before else None, after.nodes.get(node_id)
     was_summary: Summary | None = draft.summaries.get(node_id)
-    was_held = was.held.keys() if was else frozenset()
-    now_held = now.held.keys() if now else frozenset()
-    holds_same = was is now or (
-        was is not None and now is not None and (was.held is now.held or was_held == now_held)
-    )
     if was is not now:
         if was is None or now is None:
             _rehome(draft, after, node_id)
         _resee(draft, was, now)
-        if not holds_same:
-            draft.holders = _regrouped(draft.holders, was_held, now_held, node_id)
+        _rehold(draft, was.held if was else {}, now.held if now else {}, node_id)
         if was is None or now is None or was.labels != now.labels:
             draft.labelled = _regrouped(
                 draft.labelled, was.labels if was else (), now.labels if now else (), node_id
             )
     now_summary = None
     if now is not None:
-        same = (
+        is_comparable = (
             before is not None
             and was is not None
-            and (was is now or only_replicas_differ(was, now))
             and before.models is after.models
             and before.distrusted is after.distrusted
         )
         reservations = tuple([after.reservations[found] for found in draft.on_node.get(node_id, ())])
-        now_summary = summary_of(after, node_id, reservations, was_summary if same else None, was)
-    draft.summaries = _put(draft.summaries, node_id, now_summary)  # equal ones may have other traits
+        now_summary = summary_of(after, node_id, reservations, was_summary if is_comparable else None, was)
+    draft.summaries = put(draft.summaries, node_id, now_summary)  # equal ones may have other traits
     if was_summary == now_summary:
         return
     _recount(draft, was_summary, now_summary)
-    if was_summary is None or now_summary is None or _PLACED_BY(was_summary) != _PLACED_BY(now_summary):
-        _move(draft, _places(was_summary, node_id), _places(now_summary, node_id))
-    _move(draft, _disturbing_places(was_summary, node_id), _disturbing_places(now_summary, node_id))
+    if was_summary is None or now_summary is None or placed_by(was_summary) != placed_by(now_summary):
+        move(draft, places(was_summary, node_id), places(now_summary, node_id))
+    move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
     was_leaving = was_summary.leaving_for if was_summary else ()
     now_leaving = now_summary.leaving_for if now_summary else ()
     if was_leaving != now_leaving:
@@ -243,74 +260,6 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     draft.orphaned = _marked(
         draft.orphaned, node_id, present=now_summary is not None and now_summary.has_orphans
     )
-
-
-_Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
-"""One of a node's places: the list's name, its key where there are several, and the item."""
-
-
-_PLACED_BY = attrgetter("is_open", "shape", "rates", "openings", "device_rate", "free", "worker_seconds")
-"""Of a summary, what `_places` reads."""
-
-
-def _move(draft: Draft, had: Iterable[_Place], has: Iterable[_Place]) -> None:
-    """Take a node out of the lists that it does not belong into any more, and put it into the others."""
-    before, now = set(had), set(has)
-    for place in before - now:
-        _place(draft, place, present=False)
-    for place in now - before:
-        _place(draft, place, present=True)
-
-
-def _places(summary: Summary | None, node_id: NodeId) -> Iterator[_Place]:
-    """Yield the sorted lists a node belongs into, whatever may be disturbed there."""
-    if summary is None or not summary.is_open:
-        return
-    yield "open_nodes", None, node_id
-    yield "by_device", None, (summary.device_rate, node_id)
-    for origin, opening_seconds in zip(ORIGINS, summary.openings, strict=True):
-        yield "by_opening", origin, (opening_seconds, node_id)
-    waits = not summary.worker_seconds
-    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
-        rank = (-rate, node_id)
-        for free in _steps(len(summary.free)):
-            yield "free", Rung(origin, free, waits, summary.shape), rank
-    if not waits:
-        for free in _steps(len(summary.free)):
-            by_worker = (summary.worker_seconds, node_id)
-            yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
-
-
-def _disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[_Place]:
-    """Yield the sorted lists of nodes with replicas that may go, as far as a node belongs into them."""
-    if summary is None or not summary.is_open:
-        return
-    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
-        if summary.worth_keys:
-            yield "idle_by_rate", origin, (-rate, node_id)
-        if summary.busy:
-            yield "busy_by_rate", origin, (-rate, node_id)
-    if summary.worth_keys:
-        yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
-
-
-def _steps(count: int) -> Iterator[int]:
-    """Yield the powers of two that are no more than `count`."""
-    step = 1
-    while step <= count:
-        yield step
-        step *= 2
-
-
-def _place(draft: Draft, place: _Place, *, present: bool) -> None:
-    name, key, item = place
-    lists = getattr(draft, name)
-    ladder = lists if key is None else lists.get(key, _NOBODY)
-    ladder = ladder.added(item) if present else ladder.removed(item)
-    setattr(draft, name, ladder if key is None else _put(lists, key, ladder or None))
-
-
-_NOBODY: Ladder[NodeId] = Ladder()
 
 
 def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
@@ -322,13 +271,34 @@ def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
         draft.last_seen = draft.last_seen.added((now.last_seen_seconds, now.node_id))
 
 
+def _rehold(
+    draft: Draft, was: Mapping[Checkpoint, Held], now: Mapping[Checkpoint, Held], node_id: NodeId
+) -> None:
+    """Note which checkpoints a node holds, and which in memory, by what is other than before."""
+    if was is now:
+        return
+    changes = held_changes(was, now)
+    draft.holders = _regrouped(
+        draft.holders,
+        [each for each, held, _ in changes if held is not None],
+        [each for each, _, held in changes if held is not None],
+        node_id,
+    )
+    draft.in_memory = _regrouped(
+        draft.in_memory,
+        [each for each, held, _ in changes if held is not None and held.dram_bytes],
+        [each for each, _, held in changes if held is not None and held.dram_bytes],
+        node_id,
+    )
+
+
 def _recount(draft: Draft, was: Summary | None, now: Summary | None) -> None:
     if was is not None and now is not None and was.shape == now.shape:
         return
     for summary, change in ((now, 1), (was, -1)):
         if summary is not None:
             count = draft.shapes.get(summary.shape, 0) + change
-            draft.shapes = _put(draft.shapes, summary.shape, count or None)
+            draft.shapes = put(draft.shapes, summary.shape, count or None)
 
 
 def _change_models(draft: Draft, view: View, names: Iterable[ModelName]) -> None:
@@ -341,7 +311,7 @@ def _change_models(draft: Draft, view: View, names: Iterable[ModelName]) -> None
             draft.due = draft.due.removed((was, name))
         if now is not None:
             draft.due = draft.due.added((now, name))
-        draft.due_at = _put(draft.due_at, name, now)
+        draft.due_at = put(draft.due_at, name, now)
 
 
 def _listed(
@@ -349,7 +319,7 @@ def _listed(
 ) -> Map[K, tuple[ReplicaId, ...]]:
     items = lists.get(key, ())
     items = item_added(items, item) if present else item_removed(items, item)
-    return _put(lists, key, items or None)
+    return put(lists, key, items or None)
 
 
 def _regrouped(
@@ -373,10 +343,3 @@ def _marked(members: Members, node_id: NodeId, *, present: bool) -> Members:
     if present == (node_id in members):
         return members
     return members.set(node_id, None) if present else members.delete(node_id)
-
-
-def _put(mapping: Map[K, T], key: K, value: T | None) -> Map[K, T]:
-    """Return the mapping with this value; without the key where there is none."""
-    if value is not None:
-        return mapping.set(key, value)
-    return mapping.delete(key) if key in mapping else mapping

@@ -24,6 +24,7 @@ from services.controller.cluster_view.estimate import (
     seed_skeleton_seconds,
     unexplained_seconds,
 )
+from services.controller.cluster_view.frozen import changed
 from services.controller.cluster_view.learnt import Fleet, Learnt, StartStages, Transferred
 from services.controller.cluster_view.view import Model, Node, Phase, Replica, View
 from stoker.ids import ReplicaId
@@ -69,7 +70,7 @@ def rates_after(
             rates[lesson.tier] = taught
     for stage, rate in fleet.rates.items():
         if stage not in rates or rates[stage].weight == 0:
-            rates[stage] = replace(rate, weight=0.0)
+            rates[stage] = changed(rate, weight=0.0)
     return rates
 
 

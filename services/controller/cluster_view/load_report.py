@@ -6,15 +6,17 @@ object, so that `index` need not look at it again.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from statistics import median
 
 from services.controller.cluster_view.events import LoadReported
-from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.lessons import is_complete, rates_after
 from services.controller.cluster_view.view import Node, Phase, Replica, View
-from stoker.ids import ModelName
 
-_KEPT = (
+Load = tuple[Replica, Replica]
+"""A replica before and after a load report."""
+_said = attrgetter(
     "agent_address",
     "store_address",
     "devices",
@@ -27,9 +29,8 @@ _KEPT = (
     "draining",
     "labels",
     "moved",
-    "held",
 )
-"""What an agent says of its node beside its replicas; the costliest to compare last."""
+"""What an agent says of its node beside its replicas, and what its store holds: that is compared last."""
 _LOAD = (
     "sessions",
     "waiting_sessions",
@@ -47,7 +48,7 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
     before = view.nodes.get(node.node_id)
     if before is None or not before.connected or not before.reachable:
         return None
-    if before.replicas.keys() != node.replicas.keys():
+    if before.replicas.keys() != node.replicas.keys() or _said(before) != _said(node):
         return None
     found = [
         (was, replica)
@@ -60,7 +61,7 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
     same = (
         all(_differs_in_load(was, replica) for was, replica in found)
         and all(_was_reported(view, node, replica) for replica in node.replicas.values())
-        and all(getattr(before, of) == getattr(node, of) for of in _KEPT)
+        and before.held == node.held
         and before.learnt == rates_after(node, before, [], view.fleet)
         and before.opening == {tier: median(seconds) for tier, seconds in view.fleet.openings.items()}
     )
@@ -69,40 +70,58 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
     return LoadReported(node_id=node.node_id, replicas=tuple(told), seen_seconds=node.last_seen_seconds)
 
 
-def with_load(node: Node, event: LoadReported) -> tuple[Node, list[ModelName]]:
-    """Return a node after a load report, and the models of its replicas that were idle and serve now.
+def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
+    """Return a node after a load report, and its replicas whose sessions or contexts are others now.
 
     Replicas that it has not reported whole stay unknown.
     """
-    replicas, woken = dict(node.replicas), []
+    replicas, loads = dict(node.replicas), []
     for replica in event.replicas:
         was = replicas.get(replica.replica_id)
         if was is None:
             continue
-        if replica.sessions and was.phase is Phase.READY and not was.sessions:
-            woken.append(was.model)
-        replicas[replica.replica_id] = changed(
-            was,
-            sessions=replica.sessions,
-            waiting_sessions=replica.waiting_sessions,
-            waiting_since_seconds=waiting_since(replica, was, event.seen_seconds),
-            idle_since_seconds=replica.idle_since_seconds,
-            context_tokens=replica.context_tokens,
-        )
-    return changed(node, replicas=replicas, last_seen_seconds=event.seen_seconds), woken
+        waiting_since_seconds = waiting_since(replica, was, event.seen_seconds)
+        draft = draft_of(was)
+        draft.sessions = replica.sessions
+        draft.waiting_sessions = replica.waiting_sessions
+        draft.waiting_since_seconds = waiting_since_seconds
+        draft.idle_since_seconds = replica.idle_since_seconds
+        draft.context_tokens = replica.context_tokens
+        now = replicas[replica.replica_id] = finished(draft, Replica)
+        loads.append((was, now))
+    return changed(node, replicas=replicas, last_seen_seconds=event.seen_seconds), loads
+
+
+def differs_in_sessions(was: Replica, now: Replica) -> bool:
+    """Tell whether after a load report more than the length of a replica's contexts is other."""
+    return (
+        was.sessions != now.sessions
+        or was.waiting_sessions != now.waiting_sessions
+        or was.waiting_since_seconds != now.waiting_since_seconds
+        or was.idle_since_seconds != now.idle_since_seconds
+    )
+
+
+def is_woken(was: Replica, now: Replica) -> bool:
+    """Tell whether a ready replica was idle and serves sessions now."""
+    return now.sessions > 0 and was.phase is Phase.READY and not was.sessions
 
 
 def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> Replica:
-    """Return a reported replica with since when this controller has known what it is."""
+    """Return a reported replica with since when this controller has known what it is.
+
+    It is the one before, where nothing of it has changed: what follows from it need not be looked at again.
+    """
     ready_since_seconds = before.ready_since_seconds if before else None
     if ready_since_seconds is None and is_complete(replica):
         ready_since_seconds = now_seconds
-    return changed(
+    now = changed(
         replica,
         first_seen_seconds=before.first_seen_seconds if before else now_seconds,
         ready_since_seconds=ready_since_seconds,
         waiting_since_seconds=waiting_since(replica, before, now_seconds),
     )
+    return before if before is not None and before == now else now
 
 
 def waiting_since(replica: Replica, before: Replica | None, now_seconds: float) -> float | None:

@@ -121,6 +121,35 @@ def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911, PLR09
             return NOWHERE
 
 
+def reach_of_report(before: View, after: View, node_id: NodeId) -> Reach:
+    """Return what a whole report has changed, now that it is folded: of most replicas nothing.
+
+    Args:
+        before: With its index.
+        after: The view with the report, its index not current yet.
+        node_id: Who reported.
+    """
+    was, now = before.nodes.get(node_id), after.nodes[node_id]
+    if was is None or not (was.connected and was.reachable) or was.draining != now.draining:
+        return _of_report(before, now)
+    others = [
+        each
+        for each in was.replicas.keys() | now.replicas.keys()
+        if was.replicas.get(each) is not now.replicas.get(each)
+    ]
+    reserved = [
+        each
+        for each in index_of(before).on_node.get(node_id, ())
+        if before.reservations[each] is not after.reservations[each]
+    ]
+    return _of_replicas(
+        before,
+        [*others, *reserved],
+        models=[each.model for found in (was, now) for of in others if (each := found.replicas.get(of))],
+        nodes=(node_id,),
+    )
+
+
 def touched(before: View, event: Event) -> AbstractSet[ModelName]:
     """Return the models of which those who watch are to be told, given the view before the event."""
     reach = reach_of(before, event)

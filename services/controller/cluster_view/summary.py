@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from operator import attrgetter, is_
@@ -13,9 +14,9 @@ from services.controller.cluster_view.estimate import (
     opening_seconds,
     worker_wait_seconds,
 )
-from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.streaming import has_own_memory
-from services.controller.cluster_view.traits import Trait, trait_of
+from services.controller.cluster_view.traits import Trait, trait_of, traits_hold, with_load
 from services.controller.cluster_view.view import (
     Checkpoint,
     Device,
@@ -89,7 +90,7 @@ class Summary:
         starting_workers: Starts that may take a warm worker first.
         worker_seconds: Until a worker would take an order; 0 = one waits.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
-        worth_keys: Of each idle replica that may go, `worth_key`, the cheapest to lose first.
+        worth_keys: Of each idle replica that may go, what it is worth (`traits`), the cheapest to lose first.
         busy: Replicas that serve sessions now and may be moved, or drained; by id.
         busy_tokens: The fewest that the sessions of one of them have together; 0 = there is none.
         busy_bytes: The fewest that the checkpoint of one of them has; 0 = there is none.
@@ -144,11 +145,16 @@ def summary_of(
         reservations: All of those on it, by replica id.
         known: An earlier summary of `was` and the very same models, while the same replicas were distrusted:
             spares most of the work.
-        was: What the node was then: the same, or other only in what `only_replicas_differ` allows.
+        was: What the node was then.
     """
     node = view.nodes[node_id]
-    known = known or _of_report(node)
-    traits = _traits(view, node, reservations, known, was)
+    if known is None or was is None:
+        known = _of_report(node)
+        traits = tuple([trait_of(view, node, reservation) for reservation in reservations])
+    else:
+        traits = _traits(view, node, reservations, known, was)
+        if was is not node and not only_replicas_differ(was, node):
+            known = _of_report(node)
     taken = {device for trait in traits for device in trait.reservation.devices}
     taken |= known.occupied
     loading = dict([trait.loading for trait in traits if trait.loading is not None])
@@ -176,18 +182,55 @@ def summary_of(
     )
 
 
+def summary_with_load(view: View, node: Node, known: Summary, replicas: Container[ReplicaId]) -> Summary:
+    """Return the summary of a node after nothing but the sessions of these replicas have changed.
+
+    Args:
+        view: The cluster.
+        node: As it is now.
+        known: Its summary before.
+        replicas: Whose sessions, or whose contexts, are others.
+    """
+    traits = tuple(
+        [
+            with_load(view, node, trait) if trait.reservation.replica_id in replicas else trait
+            for trait in known.traits
+        ]
+    )
+    busy = [trait for trait in traits if trait.busy is not None]
+    draft = draft_of(known)
+    draft.traits = traits
+    draft.worth_keys = tuple(sorted([trait.worth_key for trait in traits if trait.worth_key is not None]))
+    draft.busy = tuple([trait.reservation.replica_id for trait in busy])
+    draft.busy_tokens = min([trait.busy[0] for trait in busy if trait.busy], default=0)
+    draft.busy_bytes = min([trait.busy[1] for trait in busy if trait.busy], default=0)
+    return finished(draft, Summary)
+
+
 def _traits(
-    view: View, node: Node, reservations: tuple[Reservation, ...], known: Summary, was: Node | None
+    view: View, node: Node, reservations: tuple[Reservation, ...], known: Summary, was: Node
 ) -> tuple[Trait, ...]:
     """Return the traits of a node's reservations; those already known of what did not change."""
     before = {id(trait.reservation): trait for trait in known.traits}  # kept alive by their traits
-    if was is not None and was is not node:
-        for reservation in reservations:
-            replica_id = reservation.replica_id
-            if was.replicas.get(replica_id) is not node.replicas.get(replica_id):
-                before.pop(id(reservation), None)
+    if was is not node:
+        if not traits_hold(was, node):
+            before = {}
+        elif was.held is not node.held or was.replicas is not node.replicas:
+            for reservation in reservations:
+                if not _holds(view, was, node, reservation):
+                    before.pop(id(reservation), None)
     return tuple(
         [before.get(id(reservation)) or trait_of(view, node, reservation) for reservation in reservations]
+    )
+
+
+def _holds(view: View, was: Node, node: Node, reservation: Reservation) -> bool:
+    """Tell whether what a trait says of its replica and checkpoint is as it was."""
+    replica_id, model = reservation.replica_id, view.models.get(reservation.model)
+    return was.replicas.get(replica_id) is node.replicas.get(replica_id) and (
+        was.held is node.held
+        or model is None
+        or was.held.get(model.checkpoint) == node.held.get(model.checkpoint)
     )
 
 

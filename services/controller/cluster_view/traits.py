@@ -7,6 +7,7 @@ about one costs the trait of one.
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import NamedTuple
 
 from services.controller.cluster_view.estimate import (
@@ -35,12 +36,13 @@ class Trait(NamedTuple):
     Attributes:
         reservation: Whose trait it is.
         takes_worker: It is ordered and may take a warm worker first.
-        worth_key: `worth_key`, where it is idle and may make room for others.
+        worth_key: What it is worth (`restart_log_on`), where it is idle and may make room for others.
         busy: It serves sessions now and may make room for others: their tokens, and its checkpoint's bytes.
         settled_at_seconds: When it became ready, where its weights are all there.
         leaving_for: Whom it makes room for, where it is on its way out.
         loading: What it still reads: its checkpoint, and the bytes that are not in the node's memory.
         coming: What it will lease and the store does not show yet, with the bytes of the pool it takes.
+        restart_log: Logarithm of the seconds that a start of it would take there, once that was needed.
     """
 
     reservation: Reservation
@@ -51,39 +53,102 @@ class Trait(NamedTuple):
     leaving_for: ModelName | None
     loading: tuple[Checkpoint, int] | None
     coming: tuple[Checkpoint, int] | None
+    restart_log: float | None
 
 
 def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
     """Return the trait of a reservation on `node`."""
     found = member(view, reservation)
     model, replica, standing = view.models.get(reservation.model), found.replica, found.standing
-    is_starting, is_ready = standing is Standing.STARTING, standing is Standing.READY
-    worth, busy = None, None
-    if is_ready and replica is not None and model is not None and not model.pinned:
-        if is_idle(found):
-            worth = (worth_key(model, node, found), reservation.replica_id)
-        if replica.sessions > 0 and reservation.moving_to is None:
-            busy = (replica.context_tokens, model.file_bytes)
-    is_settled = is_ready and replica is not None and not replica.loading
+    is_starting = standing is Standing.STARTING
+    worth_key, busy, restart_log = _load_of(node, model, found, None)
+    is_settled = standing is Standing.READY and replica is not None and not replica.loading
     return Trait(
         reservation=reservation,
         takes_worker=is_starting and replica is None,
-        worth_key=worth,
+        worth_key=worth_key,
         busy=busy,
         settled_at_seconds=(replica.ready_since_seconds or 0.0) if is_settled and replica else None,
         leaving_for=_leaving_for(found),
         loading=_loading(node, model) if replica is None or replica.ready_since_seconds is None else None,
         coming=_coming(node, model) if is_starting else None,
+        restart_log=restart_log,
     )
 
 
-def worth_key(model: Model, node: Node, found: Member) -> float:
-    """Return the logarithm of `worth_seconds` at time 0: what orders idle replicas at any time."""
+_read_by_all = attrgetter(
+    "warm_workers",
+    "worker_start_seconds",
+    "next_worker_seconds",
+    "draining",
+    "connected",
+    "reachable",
+    "devices",
+    "stages",
+    "opening",
+    "learnt",
+)
+"""Of a node, what the traits of all its replicas may depend on; beside its pool."""
+
+
+def traits_hold(was: Node, now: Node) -> bool:
+    """Tell whether a trait is the same on both, where its own replica and checkpoint are."""
+    return (
+        was.pool.total_bytes == now.pool.total_bytes
+        and was.pool.window_bytes == now.pool.window_bytes
+        and _read_by_all(was) == _read_by_all(now)
+    )
+
+
+def with_load(view: View, node: Node, trait: Trait) -> Trait:
+    """Return a trait after nothing but the sessions of its replica have changed."""
+    found = member(view, trait.reservation)
+    model = view.models.get(trait.reservation.model)
+    worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)
+    return Trait(
+        trait.reservation,
+        trait.takes_worker,
+        worth_key,
+        busy,
+        trait.settled_at_seconds,
+        trait.leaving_for,
+        trait.loading,
+        trait.coming,
+        restart_log,
+    )
+
+
+def _load_of(
+    node: Node, model: Model | None, found: Member, restart_log: float | None
+) -> tuple[tuple[float, ReplicaId] | None, tuple[int, int] | None, float | None]:
+    """Return a trait's `worth_key`, `busy` and `restart_log`, the last as it is where it is known."""
+    replica, reservation = found.replica, found.reservation
+    if found.standing is not Standing.READY or replica is None or model is None or model.pinned:
+        return None, None, restart_log
+    worth_key, busy = None, None
+    if is_idle(found):
+        if restart_log is None:
+            restart_log = restart_log_on(model, node)
+        worth_key = (restart_log + _faded(replica.idle_since_seconds), reservation.replica_id)
+    if replica.sessions > 0 and reservation.moving_to is None:
+        busy = (replica.context_tokens, model.file_bytes)
+    return worth_key, busy, restart_log
+
+
+def restart_log_on(model: Model, node: Node) -> float:
+    """Return the logarithm of the seconds that a start would take on a node that holds what it holds.
+
+    With `idle_since_seconds` over the decay it is `worth_key`: the logarithm of `worth_seconds` at time 0, by
+    which idle replicas are ordered at any time.
+    """
     worker_seconds = worker_wait_seconds(node, 0)
     load = load_seconds(model, node, loading_bytes=0, has_peer=True)
-    restart = learnt_parts(model, ()).start_seconds(worker_seconds, load)
-    idle_since_seconds = found.replica.idle_since_seconds if found.replica else None
-    return math.log(max(restart, 0.001)) + (idle_since_seconds or 0.0) / WORTH_DECAY_SECONDS
+    restart_seconds = learnt_parts(model, ()).start_seconds(worker_seconds, load)
+    return math.log(max(restart_seconds, 0.001))
+
+
+def _faded(idle_since_seconds: float | None) -> float:
+    return (idle_since_seconds or 0.0) / WORTH_DECAY_SECONDS
 
 
 def worth_seconds(key: float, now_seconds: float) -> float:

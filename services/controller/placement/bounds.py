@@ -18,8 +18,9 @@ from services.controller.cluster_view.estimate import (
     opening_seconds,
     source_of,
 )
-from services.controller.cluster_view.index import Index, Nodes, Rung
+from services.controller.cluster_view.index import Index
 from services.controller.cluster_view.moves import least_move
+from services.controller.cluster_view.places import Nodes, Rung
 from services.controller.cluster_view.summary import ORIGINS, Shape, Summary
 from services.controller.cluster_view.traits import WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT
 from services.controller.cluster_view.view import Node

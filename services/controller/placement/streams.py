@@ -3,7 +3,8 @@
 Each stream gives nodes in ascending order of a bound (`bounds`) that none of its later nodes can beat, and in
 between says how far it has come:
 
-1. Nodes that hold some of the checkpoint, and those with a preferred label: by what they cost at least.
+1. Nodes that have the checkpoint nearer than others, and those with a preferred label: by what they cost at
+   least.
 2. Open nodes with enough free slots, by rung (`index.Rung`), the fastest first. Where no worker waits, two
    lists are read, by rate and by the worker's time: unseen nodes take at least the rate of the one cursor and
    the worker of the other (Fagin's threshold algorithm, PODS '01). The next rows come from the list that
@@ -58,13 +59,15 @@ def free_streams(
 def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> AbstractSet[NodeId]:
     """Return the nodes that are special for the model; those with all required labels where it needs some.
 
-    With `free` those that hold the checkpoint are in it only if they have free slots.
+    Where all nodes read it from a disk, those with some of it in memory are. With `free` nodes that hold the
+    checkpoint are in it only if they have free slots.
     """
     index, model = situation.index, wanted.model
     if model.required_labels:
         carriers = [index.labelled.get(label, {}).keys() for label in model.required_labels]
         return set(carriers[0]).intersection(*carriers[1:])
-    nodes = set(index.holders.get(model.checkpoint, ()))
+    holders = index.in_memory if wanted.origin == "disk" else index.holders
+    nodes = set(holders.get(model.checkpoint, ()))
     if free:
         nodes = {each for each in nodes if index.summaries[each].is_open and index.summaries[each].free}
     for label in model.preferred_labels:

@@ -28,6 +28,7 @@ from services.controller.cluster_view.events import (
     StopRefused,
 )
 from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.learnt import StartStages
 from services.controller.cluster_view.view import (
     Checkpoint,
@@ -54,6 +55,9 @@ from services.controller.simulation.world import World
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 
 _REVISION = Revision("1")
+_NO_STAGES = StartStages()
+_make_replica, _make_stages = maker_of(Replica), maker_of(StartStages)
+_make_node, _make_stage = maker_of(Node), maker_of(Stage)
 _NEVER_SECONDS = 1e12
 MAX_PASSES = 50
 """Decisions must settle: a rule that undoes another one would go on for ever."""
@@ -165,6 +169,8 @@ class Ours:
         """Return the replicas of models whose ready ones have other queues than was told."""
         others: list[SimReplica] = []
         for name in sorted(world.changes.queues):
+            if not world.queues[name] and name not in self._queues:
+                continue
             ready = [each for each in world.replicas[name] if each.phase is Standing.READY]
             queue = (len(world.queues[name]), tuple(ready)) if ready and world.queues[name] else None
             if queue == self._queues.get(name):
@@ -196,24 +202,21 @@ class Ours:
     def _node(self, node: SimNode, world: World) -> Node:
         replicas = [each for each in node.replicas if each in self._reserved]
         device = node.spec.device
-        return Node(
+        return _make_node(
             node_id=node.node_id,
-            devices=tuple(
-                Device(index=index, kind=device.kind, memory_bytes=device.memory_bytes)
-                for index in range(node.spec.device_count)
-            ),
+            devices=_devices(device.kind, device.memory_bytes, node.spec.device_count),
             replicas={self._reserved[each]: _replica(self._reserved[each], each, world) for each in replicas},
             held=self._held(node),
             stages={
-                "disk": Stage(
+                "disk": _make_stage(
                     bytes_per_second=node.disk.bytes_per_second,
                     queued_bytes=round(world.flows.left_bytes(node.disk)),
                 ),
-                "remote": Stage(
+                "remote": _make_stage(
                     bytes_per_second=node.network.bytes_per_second,
                     queued_bytes=round(world.flows.left_bytes(node.network)),
                 ),
-                "device": Stage(bytes_per_second=device.bus_bytes_per_second),
+                "device": _make_stage(bytes_per_second=device.bus_bytes_per_second),
             },
             pool=Pool(
                 total_bytes=node.spec.dram_bytes,
@@ -340,6 +343,11 @@ def _held_since(node: SimNode, before: Mapping[Checkpoint, Held]) -> dict[Checkp
 
 
 @cache
+def _devices(kind: str, memory_bytes: int, count: int) -> tuple[Device, ...]:
+    return tuple(Device(index=index, kind=kind, memory_bytes=memory_bytes) for index in range(count))
+
+
+@cache
 def _checkpoint(name: ModelName) -> Checkpoint:
     return (CheckpointUri(f"sim://{name}"), _REVISION)
 
@@ -354,7 +362,7 @@ def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replic
     queue = world.queues[replica.model.name]
     queued = _queued_at(replica, len(queue), world) if ready and queue else 0
     seconds = (replica.ready_seconds or world.now) - replica.began_seconds
-    return Replica(
+    return _make_replica(
         replica_id=replica_id,
         model=replica.model.name,
         phase=Phase.READY if ready else Phase.STARTING,
@@ -363,8 +371,8 @@ def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replic
         waiting_sessions=queued,
         waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
         idle_since_seconds=replica.idle_since_seconds,
-        stages=StartStages(weights_seconds=seconds, total_seconds=seconds) if ready else StartStages(),
-        context_tokens=sum(world.tokens_of(session) for session in replica.sessions),
+        stages=_make_stages(weights_seconds=seconds, total_seconds=seconds) if ready else _NO_STAGES,
+        context_tokens=sum([world.tokens_of(session) for session in replica.sessions]),
     )
 
 

@@ -54,6 +54,8 @@ class SimReplica:
     devices: tuple[int, ...]
     began_seconds: float
     tier: str
+    token_seconds: float
+    """How long one more token takes there."""
     phase: Phase = Phase.STARTING
     sessions: dict[Session, None] = field(default_factory=dict)
     ready_seconds: float | None = None

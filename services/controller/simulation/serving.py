@@ -100,7 +100,7 @@ class Serving:
         prefill_seconds = model.prefill_seconds(device, request.input_tokens + session.kept_tokens)
         if session.first_token_seconds is None:
             session.first_token_seconds = now_seconds + prefill_seconds
-        decode_seconds = model.token_seconds(device) * (request.output_tokens - session.kept_tokens - 1)
+        decode_seconds = replica.token_seconds * (request.output_tokens - session.kept_tokens - 1)
         session.replica = replica
         self._occupy(replica, session)
         self._end_at(session, now_seconds + prefill_seconds + decode_seconds)
@@ -130,7 +130,7 @@ class Serving:
         if replica is None or session.first_token_seconds is None:
             return session.request.input_tokens
         left_seconds = session.ends_seconds - self._clock.now_seconds
-        left = int(max(0.0, left_seconds) / max(1e-9, replica.model.token_seconds(replica.node.spec.device)))
+        left = int(max(0.0, left_seconds) / max(1e-9, replica.token_seconds))
         return session.request.input_tokens + max(0, session.request.output_tokens - left)
 
     def _occupy(self, replica: SimReplica, session: Session) -> None:

@@ -155,7 +155,13 @@ class World:
             raise AssertionError(f"{node.node_id}: devices {taken} of {devices} are taken, or too few")
         tier = self.tier_of(model, node)
         replica = SimReplica(
-            ReplicaId(f"{model.name}#{next(self._ids)}"), model, node, tuple(devices), self.now, tier
+            ReplicaId(f"{model.name}#{next(self._ids)}"),
+            model,
+            node,
+            tuple(devices),
+            self.now,
+            tier,
+            model.token_seconds(node.spec.device),
         )
         for index in devices:
             node.owners[index] = replica

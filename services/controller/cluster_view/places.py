@@ -1,0 +1,120 @@
+"""The sorted lists that a node belongs into, for the search to read: by rates, workers, worth. Pure.
+
+Of a node's places only those that differ are moved. The lists are fields of an `index.Index` under way, found
+by name, so that one rule serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
+
+from immutables import Map
+
+from services.controller.cluster_view.ladder import Ladder
+from services.controller.cluster_view.summary import ORIGINS, Shape, Summary
+from stoker.ids import NodeId
+
+T = TypeVar("T")
+K = TypeVar("K")
+Nodes = Ladder[tuple[float, NodeId]]
+"""Nodes in ascending order of a number: the first is the best."""
+Draft = Any
+"""An index on the way to the next one: its fields may be assigned; what they hold stays immutable."""
+
+
+class Rung(NamedTuple):
+    """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
+
+    Attributes:
+        origin: Where the bytes come from that its rates are about; one of `ORIGINS`.
+        free: Each has at least so many free slots; a power of two.
+        waits: A pre-started worker waits there.
+        shape: What they can ever take.
+    """
+
+    origin: str
+    free: int
+    waits: bool
+    shape: Shape
+
+
+Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
+"""One of a node's places: the list's name, its key where there are several, and the item."""
+
+
+placed_by = attrgetter("is_open", "shape", "rates", "openings", "device_rate", "free", "worker_seconds")
+"""Of a summary, what `places` reads."""
+
+
+def disturbed_by(summary: Summary) -> tuple[float | None, bool]:
+    """Return what of a summary decides where `disturbing_places` has the node, its rates aside."""
+    return summary.worth_keys[0][0] if summary.worth_keys else None, bool(summary.busy)
+
+
+def move(draft: Draft, had: Iterable[Place], has: Iterable[Place]) -> None:
+    """Take a node out of the lists that it does not belong into any more, and put it into the others."""
+    before, now = set(had), set(has)
+    for place in before - now:
+        _place(draft, place, present=False)
+    for place in now - before:
+        _place(draft, place, present=True)
+
+
+def places(summary: Summary | None, node_id: NodeId) -> Iterator[Place]:
+    """Yield the sorted lists a node belongs into, whatever may be disturbed there."""
+    if summary is None or not summary.is_open:
+        return
+    yield "open_nodes", None, node_id
+    yield "by_device", None, (summary.device_rate, node_id)
+    for origin, opening_seconds in zip(ORIGINS, summary.openings, strict=True):
+        yield "by_opening", origin, (opening_seconds, node_id)
+    waits = not summary.worker_seconds
+    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+        rank = (-rate, node_id)
+        for free in _steps(len(summary.free)):
+            yield "free", Rung(origin, free, waits, summary.shape), rank
+    if not waits:
+        for free in _steps(len(summary.free)):
+            by_worker = (summary.worker_seconds, node_id)
+            yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
+
+
+def disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[Place]:
+    """Yield the sorted lists of nodes with replicas that may go, as far as a node belongs into them."""
+    if summary is None or not summary.is_open:
+        return
+    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+        if summary.worth_keys:
+            yield "idle_by_rate", origin, (-rate, node_id)
+        if summary.busy:
+            yield "busy_by_rate", origin, (-rate, node_id)
+    if summary.worth_keys:
+        yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
+
+
+def _steps(count: int) -> Iterator[int]:
+    """Yield the powers of two that are no more than `count`."""
+    step = 1
+    while step <= count:
+        yield step
+        step *= 2
+
+
+def _place(draft: Draft, place: Place, *, present: bool) -> None:
+    name, key, item = place
+    lists = getattr(draft, name)
+    ladder = lists if key is None else lists.get(key, _NOBODY)
+    ladder = ladder.added(item) if present else ladder.removed(item)
+    setattr(draft, name, ladder if key is None else put(lists, key, ladder or None))
+
+
+_NOBODY: Ladder[NodeId] = Ladder()
+
+
+def put(mapping: Map[K, T], key: K, value: T | None) -> Map[K, T]:
+    """Return the mapping with this value; without the key where there is none."""
+    if value is not None:
+        return mapping.set(key, value)
+    return mapping.delete(key) if key in mapping else mapping
