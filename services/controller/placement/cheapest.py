@@ -26,6 +26,7 @@ from services.controller.placement.room import (
     free_slots,
     live_replicas,
     pool_has_room,
+    promised_slots,
     wanted_of,
 )
 from services.controller.placement.victims import Destinations, Victim, victims_on
@@ -63,7 +64,8 @@ class Cheapest:
         }
         wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
         self._fitting = frozenset(wanted.slots_that_fit(summary.shape))
-        self._missing_slots = wanted.slots - len(self._fitting.intersection(summary.free))
+        promised = promised_slots(situation, summary) if summary.leaving_for else 0
+        self._missing_slots = wanted.slots + promised - len(self._fitting.intersection(summary.free))
         self._pool_has_room = pool_has_room(situation, node, (), (wanted.model,))
         self._estimate = estimate_on(situation, node, wanted)
         self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio

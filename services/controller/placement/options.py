@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from services.controller.cluster_view.estimate import Estimate, start_estimate
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.view import Node, Policy
-from services.controller.placement.room import Situation, Wanted, free_slots, pool_has_room
+from services.controller.placement.room import Situation, Wanted, free_slots, pool_has_room, promised_slots
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 
@@ -76,7 +76,10 @@ def rank(option: Option, policy: Policy) -> Rank:
 
 def free_option(situation: Situation, node: Node, wanted: Wanted) -> Option | None:
     """Return the option that disturbs nobody."""
-    free = free_slots(wanted, situation.index.summaries[node.node_id])
+    summary = situation.index.summaries[node.node_id]
+    free = free_slots(wanted, summary)
+    if summary.leaving_for and len(free) - promised_slots(situation, summary) < wanted.slots:
+        return None
     if len(free) < wanted.slots or not pool_has_room(situation, node, (), (wanted.model,)):
         return None
     return make_option(

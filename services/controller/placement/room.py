@@ -242,6 +242,17 @@ def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Member] = ()
     return [slot for slot in wanted.slots_that_fit(summary.shape) if slot in free]
 
 
+def promised_slots(situation: Situation, summary: Summary) -> int:
+    """Return how many free slots of a node belong to others: replicas stop there for who needs these, too."""
+    promised = 0
+    for name in summary.leaving_for:
+        model = situation.view.models.get(name)
+        if model is not None and name != situation.model.name:
+            leaving = [trait.reservation.devices for trait in summary.traits if trait.leaving_for == name]
+            promised += max(0, devices_needed(model) - sum(map(len, leaving)))
+    return promised
+
+
 def pool_has_room(
     situation: Situation, node: Node, given_up: tuple[Member, ...], coming: Iterable[Model]
 ) -> bool:

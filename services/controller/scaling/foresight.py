@@ -207,14 +207,14 @@ def _prefetches(
             best = min(found, key=lambda option: (len(option.drop), option.gain_seconds, option.node_id))
             chosen.append(best)
             busy.add(best.node_id)
-    coming = {*under_way.values(), *(found.model for found in chosen)}
+    coming = (*under_way.values(), *(found.model for found in chosen))
     return (*chosen, *_filling(look, busy, coming, rests))
 
 
 def _filling(
     look: _Look,
     busy: set[NodeId],
-    coming: set[ModelName],
+    coming: Iterable[ModelName],
     rests: Mapping[tuple[NodeId, ModelName], float],
 ) -> Iterable[Prefetch]:
     view, limits = look.view, look.limits

@@ -5,18 +5,19 @@ A start from memory takes a fraction of one from disk, and free memory does noth
    checkpoints for starts and nothing else. On a processor's node replicas run from the pool.
 2. Only from the node's own disk: nothing is downloaded that nobody asked for.
 3. Only into free room, up to `fill_fraction` of the pool; nothing is dropped for it.
-4. First what is likely to be asked for, then the rest; of either first what no node has in memory yet or gets
-   at the moment, so that nobody finds only disks where there was time for one read. What is left to choose is
-   an order of the node's own: nodes that cannot hold everything hold different checkpoints, and bursts that
-   start on many nodes find memory on many.
+4. First what is likely to be asked for, then the rest; of either first what the fewest nodes have in memory
+   or get at the moment: nobody finds only disks where there was time for one read, and a burst that starts on
+   many nodes finds memory on many. What is left to choose is an order of the node's own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from heapq import nlargest, nsmallest
+from itertools import islice
 
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.streaming import has_own_memory, streams_on
@@ -27,7 +28,9 @@ from stoker.ids import ModelName, NodeId
 POOL_SLACK = 1.02
 """A checkpoint takes whole chunks of the pool, a little more than its bytes."""
 MAX_LOOKED = 64
-"""Checkpoints of a node, in its own order, of which is asked whether a node has them in memory."""
+"""Checkpoints of a node, in its own order, of which is asked how many nodes have them in memory."""
+MAX_HOLDERS = 256
+"""Nodes asked for that, at most."""
 MAX_NODES = 16
 """Nodes looked at per look, those with most free room."""
 
@@ -38,7 +41,7 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
     chances: Mapping[ModelName, float],
     *,
     taken: AbstractSet[NodeId],
-    coming: AbstractSet[ModelName],
+    coming: Iterable[ModelName],
     rests: Mapping[tuple[NodeId, ModelName], float],
     at_once: int,
     fill_fraction: float,
@@ -78,34 +81,36 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
             and never_fits(model, node) is None
         ]
         if found:
-            soon = {*coming, *(name for name, _ in chosen)}
+            soon = Counter((*coming, *(name for name, _ in chosen)))
             likely = {name for name, chance in chances.items() if chance >= least_likelihood}
             chosen.append((_first(view, node, found, likely, soon).name, node.node_id))
     return chosen
 
 
 def _first(
-    view: View, node: Node, found: list[Model], likely: AbstractSet[ModelName], soon: AbstractSet[ModelName]
+    view: View, node: Node, found: list[Model], likely: AbstractSet[ModelName], soon: Mapping[ModelName, int]
 ) -> Model:
     """Return which of these a node brings into memory first."""
     in_order = nsmallest(MAX_LOOKED, found, key=lambda model: _order(model, node, likely))
     alike = [model for model in in_order if (model.name in likely) == (in_order[0].name in likely)]
-    return next((model for model in alike if _is_nowhere(view, model, soon)), alike[0])
+    return min(alike, key=lambda model: soon.get(model.name, 0) + _copies(view, model))
 
 
-def _is_nowhere(view: View, model: Model, soon: AbstractSet[ModelName]) -> bool:
-    """Tell whether no node has the checkpoint in memory, or gets it at the moment."""
-    return model.name not in soon and not is_in_memory(view, model)
+def _copies(view: View, model: Model) -> int:
+    """Return how many nodes have a checkpoint in memory."""
+    holders = islice(index_of(view).holders.get(model.checkpoint, ()), MAX_HOLDERS)
+    return sum(_has_in_memory(view.nodes[node_id], model) for node_id in holders)
 
 
 def is_in_memory(view: View, model: Model) -> bool:
     """Tell whether a node that answers has all of a checkpoint in memory."""
-    for node_id in index_of(view).holders.get(model.checkpoint, ()):
-        node = view.nodes[node_id]
-        held = node.held.get(model.checkpoint)
-        if node.reachable and held is not None and held.dram_bytes >= model.file_bytes:
-            return True
-    return False
+    holders = index_of(view).holders.get(model.checkpoint, ())
+    return any(_has_in_memory(view.nodes[node_id], model) for node_id in holders)
+
+
+def _has_in_memory(node: Node, model: Model) -> bool:
+    held = node.held.get(model.checkpoint)
+    return node.reachable and held is not None and held.dram_bytes >= model.file_bytes
 
 
 def _order(model: Model, node: Node, likely: AbstractSet[ModelName]) -> tuple[bool, bytes]:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from services.controller.cluster_view.attention import asked_for
-from services.controller.cluster_view.events import ForecastMissed, MoveOrdered, Reserved, StopOrdered
+from services.controller.cluster_view.events import ForecastMissed
 from services.controller.cluster_view.fleet import Member, Standing, is_leaving, members_of
 from services.controller.cluster_view.forecast import prewarm_window_seconds
-from services.controller.cluster_view.view import Model, Policy, Reservation
+from services.controller.cluster_view.view import Model, Policy
 from services.controller.placement.options import Move
-from services.controller.placement.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
-from services.controller.placement.together import order_together
+from services.controller.placement.outcome import outcome
+from services.controller.placement.place import (
+    Decision,
+    Migrate,
+    Placed,
+    StopIdle,
+    Unplaceable,
+    Wait,
+    place,
+)
+from services.controller.placement.together import MAX_TOGETHER, Ask, order_together
 from services.controller.scaling.actions import Migrate as MigrateAction
 from services.controller.scaling.actions import Start, Stop
 from services.controller.scaling.planner import Planner
 from services.controller.scaling.stopping import LIVE
 from stoker.ids import ModelName, NodeId, ReplicaId
+
+MAX_BATCHES = 4
+"""Groups of `MAX_TOGETHER` models ordered jointly in one pass; the others come in order of waiting."""
 
 
 def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
@@ -27,12 +39,27 @@ def start_what_is_wanted(planner: Planner, names: Iterable[ModelName]) -> None:
     cold = {name for name in wanting if not _is_warm(planner, name)}
     wanting.sort(key=lambda name: (*_urgency(planner, name, cold), name))
     asked = [name for name in wanting if _urgency(planner, name, cold)[0] == 0]
-    others = wanting[len(asked) :]
-    for name in (*order_together(planner.view, asked, planner.now_seconds, planner.policy), *others):
+    _start_together(planner, asked, cold)
+    for name in wanting[len(asked) :]:
         _start_unless_it_still_waits(planner, name, cold)
     _start_more(planner, asked, cold)
     for name in sorted(name for name in looked - set(wanting) if name in planner.view.refusals):
         planner.lift(name)
+
+
+def _start_together(planner: Planner, names: Iterable[ModelName], cold: set[ModelName]) -> None:
+    """Start one replica of each, the order chosen jointly for so many at a time (`together`)."""
+    asks = []
+    for name in names:
+        terms = _terms(planner, name, cold)
+        if not planner.still_waits(name, may_disturb=terms.may_disturb):
+            asks.append(Ask(name=name, policy=terms.policy, may_disturb=terms.may_disturb))
+    for first in range(0, len(asks), MAX_TOGETHER):
+        batch = asks[first : first + MAX_TOGETHER]
+        if first < MAX_BATCHES * MAX_TOGETHER:
+            batch = list(order_together(planner.view, batch, planner.now_seconds))
+        for ask in batch:
+            _start_unless_it_still_waits(planner, ask.name, cold)
 
 
 def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelName]) -> None:
@@ -53,7 +80,29 @@ def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelNam
 
 
 def _start_unless_it_still_waits(planner: Planner, name: ModelName, cold: set[ModelName]) -> None:
-    """Start one more, unless nothing has changed since that was refused.
+    """Start one more, unless nothing has changed since that was refused."""
+    terms = _terms(planner, name, cold)
+    if not planner.still_waits(name, may_disturb=terms.may_disturb):
+        _start(planner, name, terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """What may be done for a model that wants a replica.
+
+    Attributes:
+        policy: The constants of its decision.
+        may_disturb: Replicas of others may be stopped or moved.
+        again_seconds: When more may be done; None = never.
+    """
+
+    policy: Policy
+    may_disturb: bool
+    again_seconds: float | None
+
+
+def _terms(planner: Planner, name: ModelName, cold: set[ModelName]) -> _Terms:
+    """Return what may be done for a model now.
 
     Sessions that wait for a place in a batch may have idle replicas stopped at once: nobody uses them.
     Running ones are disturbed only for who has no replica, or has waited for `queue_age_seconds`.
@@ -61,15 +110,13 @@ def _start_unless_it_still_waits(planner: Planner, name: ModelName, cold: set[Mo
     starved = (name in cold and _is_asked_for(planner, name)) or _queues(planner, name)
     starved = starved or _loses_its_node(planner, name)
     since_seconds = _waiting_since_seconds(planner, name)
-    may_disturb = starved or since_seconds is not None
-    if planner.still_waits(name, may_disturb=may_disturb):
-        return
-    policy = planner.policy
-    again_seconds = None
+    policy, again_seconds = planner.policy, None
     if since_seconds is not None and not starved:
         policy = replace(policy, may_migrate=False)
         again_seconds = since_seconds + policy.queue_age_seconds
-    _start(planner, name, policy, may_disturb=may_disturb, again_seconds=again_seconds)
+    return _Terms(
+        policy=policy, may_disturb=starved or since_seconds is not None, again_seconds=again_seconds
+    )
 
 
 def _wants(planner: Planner, name: ModelName) -> bool:
@@ -161,93 +208,82 @@ def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[i
     return (1 if name in planner.view.always else 2, 0.0)
 
 
-def _start(
-    planner: Planner, name: ModelName, policy: Policy, *, may_disturb: bool, again_seconds: float | None
-) -> None:
-    decision = place(planner.view, name, planner.now_seconds, policy, may_disturb=may_disturb)
+def _start(planner: Planner, name: ModelName, terms: _Terms) -> None:
+    may_disturb = terms.may_disturb
+    decision = place(planner.view, name, planner.now_seconds, terms.policy, may_disturb=may_disturb)
     planner.decisions.append((name, decision))
     match decision:
         case Placed():
             planner.lift(name)
-            _reserve(planner, name, decision)
-        case StopIdle(node_id=node_id, victims=victims, drained=drained):
-            for replica_id in victims:
-                _stop_for(planner, replica_id, node_id, name, drained=replica_id in drained)
+            planner.actions.append(_start_action(planner, name, decision))
+        case StopIdle():
+            planner.actions += _stops(name, decision.node_id, decision.victims, decision.drained)
+        case Migrate():
+            planner.actions += [_move(planner, name, decision.node_id, move) for move in decision.moves]
+            planner.actions += _stops(name, decision.node_id, decision.victims, frozenset())
+        case Wait() | Unplaceable():
+            pass
+    for event in outcome(planner.view, name, decision, planner.now_seconds, new_id=planner.tentative_id):
+        planner.fold(event)
+    _say_why_it_waits(planner, name, decision, terms)
+
+
+def _say_why_it_waits(planner: Planner, name: ModelName, decision: Decision, terms: _Terms) -> None:
+    may_disturb = terms.may_disturb
+    match decision:
+        case StopIdle(node_id=node_id):
             planner.refuse(name, f"{node_id} is stopping a replica to make room", disturbs=may_disturb)
-        case Migrate(node_id=node_id, moves=moves, victims=victims):
-            for move in moves:
-                _move_for(planner, move, node_id, name)
-            for replica_id in victims:
-                _stop_for(planner, replica_id, node_id, name, drained=False)
+        case Migrate(node_id=node_id):
             planner.refuse(name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb)
         case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
-            moments = [moment for moment in (retry_at_seconds, again_seconds) if moment is not None]
+            moments = [moment for moment in (retry_at_seconds, terms.again_seconds) if moment is not None]
             planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=min(moments, default=None))
         case Unplaceable(code=code, reasons=reasons):
             planner.refuse(name, "; ".join(reasons), code, disturbs=may_disturb)
+        case Placed():
+            pass
 
 
-def _stop_for(
-    planner: Planner, replica_id: ReplicaId, node_id: NodeId, name: ModelName, *, drained: bool
-) -> None:
-    planner.fold(StopOrdered(replica_id=replica_id, now_seconds=planner.now_seconds, for_model=name))
-    planner.actions.append(
+def _stops(
+    name: ModelName, node_id: NodeId, victims: Iterable[ReplicaId], drained: frozenset[ReplicaId]
+) -> list[Stop]:
+    return [
         Stop(
             replica_id=replica_id,
             node_id=node_id,
-            only_if_idle=not drained,
-            reason=f"{name} has waited too long for its room" if drained else f"makes room for {name}",
+            only_if_idle=replica_id not in drained,
+            reason=(
+                f"{name} has waited too long for its room"
+                if replica_id in drained
+                else f"makes room for {name}"
+            ),
             for_model=name,
         )
-    )
+        for replica_id in victims
+    ]
 
 
-def _move_for(planner: Planner, move: Move, node_id: NodeId, name: ModelName) -> None:
+def _move(planner: Planner, name: ModelName, node_id: NodeId, move: Move) -> MigrateAction:
     """Start the replica anew where it goes to; its sessions follow once that is ready."""
-    runtime = planner.view.models[move.model].runtime
-    planner.actions.append(
-        MigrateAction(
-            replica_id=move.replica_id,
-            model=move.model,
-            node_id=node_id,
-            to_node_id=move.to_node_id,
-            to_devices=move.to_devices,
-            runtime=runtime,
-            estimate=move.estimate,
-            move_seconds=move.seconds,
-            for_model=name,
-        )
-    )
-    tentative = Reservation(
-        replica_id=planner.tentative_id(),
+    return MigrateAction(
+        replica_id=move.replica_id,
         model=move.model,
-        node_id=move.to_node_id,
-        devices=move.to_devices,
-        runtime=runtime,
-        seen_seconds=planner.now_seconds,
+        node_id=node_id,
+        to_node_id=move.to_node_id,
+        to_devices=move.to_devices,
+        runtime=planner.view.models[move.model].runtime,
+        estimate=move.estimate,
+        move_seconds=move.seconds,
+        for_model=name,
     )
-    planner.fold(Reserved(reservation=tentative))
-    planner.fold(MoveOrdered(replica_id=move.replica_id, to=tentative.replica_id, for_model=name))
 
 
-def _reserve(planner: Planner, name: ModelName, placed: Placed) -> None:
-    runtime = planner.view.models[name].runtime
-    planner.actions.append(
-        Start(
-            model=name,
-            node_id=placed.node_id,
-            devices=placed.devices,
-            runtime=runtime,
-            estimate=placed.estimate,
-            options=placed.options,
-        )
-    )
-    tentative = Reservation(
-        replica_id=planner.tentative_id(),
+def _start_action(planner: Planner, name: ModelName, placed: Placed) -> Start:
+    return Start(
         model=name,
         node_id=placed.node_id,
         devices=placed.devices,
-        runtime=runtime,
-        seen_seconds=planner.now_seconds,
+        runtime=planner.view.models[name].runtime,
+        estimate=placed.estimate,
+        options=placed.options,
     )
-    planner.fold(Reserved(reservation=tentative))
