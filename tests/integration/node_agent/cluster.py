@@ -25,6 +25,8 @@ from stoker.v1.node_agent_pb2_grpc import NodeAgentStub
 from tests.integration.node_agent.processes import ServiceProcess
 
 MIB = 1 << 20
+LONG_TOKENS = 12_000
+"""Of an answer that does not end while a test looks at it."""
 PATIENCE_SECONDS = 90
 """How long a worker may take to start where several test runs share two cores."""
 

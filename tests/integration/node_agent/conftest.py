@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from stoker.v1.node_agent_pb2 import REPLICA_STATE_READY
-from tests.integration.node_agent.cluster import OneNode
+from tests.integration.node_agent.cluster import LONG_TOKENS, OneNode
 from tests.integration.tiny_model import make_tiny_model
 
 
@@ -25,6 +25,12 @@ def tmp_path() -> Iterator[Path]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny Llama."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny Llama that goes on for longer than any test waits: `LONG_TOKENS`."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "long", context_tokens=LONG_TOKENS + 100)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

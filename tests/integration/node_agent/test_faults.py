@@ -11,15 +11,18 @@ import psutil
 import pytest
 
 from services.node_agent.workers.session_socket import SUFFIX
-from stoker.errors import WorkerDied
+from stoker.errors import Fenced, NotFound, ReplicaGone, StokerError, WorkerDied
 from stoker.rpc import translated
 from stoker.v1.node_agent_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY, REPLICA_STATE_STARTING
-from tests.integration.node_agent.cluster import OneNode, request
+from stoker.v1.session_kv_pb2 import HoldSessionRequest
+from tests.integration.node_agent.cluster import LONG_TOKENS, OneNode, request
 from tests.integration.node_agent.processes import ServiceProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPT = [5, 6, 7]
+HANG_FOUND_SECONDS = 40
+"""Far from what it takes, on a machine that does other things as well, and from gRPC's own minute."""
 
 
 def workers_of(agent_pid: int) -> list[psutil.Process]:
@@ -63,6 +66,60 @@ async def test_a_worker_killed_while_generating_ends_its_streams_with_an_error_a
     with pytest.raises(WorkerDied, match=r"is lost|killed by SIGKILL"), translated("node agent"):
         [os.kill(replica.worker_pid, signal.SIGKILL) async for event in call if event.position == 3]
     failed = await node.listener.replica("rep-1", REPLICA_STATE_FAILED)
+
+    assert failed.error_code == "worker_died"
+    await node.listener.until(lambda report: report.warm_workers == 1)
+
+
+async def test_a_held_session_stands_still_alone_and_then_goes_on(node: OneNode, long_model: Path) -> None:
+    await node.start_replica("rep-held", long_model)
+    await node.listener.replica("rep-held", REPLICA_STATE_READY)
+    asked = request("rep-held", PROMPT, session_id="ses-held", max_tokens=LONG_TOKENS, ignore_eos=True)
+    call = node.stub.Generate(asked)
+    events = aiter(call)
+    tokens = [token.id for token in (await anext(events)).tokens]
+
+    held = await node.stub.HoldSession(hold(seconds=5))
+    others = node.stub.Generate(request("rep-held", PROMPT, max_tokens=4, ignore_eos=True))
+    beside = [token.id async for event in others for token in event.tokens]
+    still = await node.stub.HoldSession(hold(seconds=0))
+    while len(tokens) < held.tokens - len(PROMPT) + 20:
+        event = await anext(events)
+        assert event.position == len(tokens)
+        tokens += [token.id for token in event.tokens]
+    refused = [await refusal(node, order) for order in (hold(epoch=2), hold("ses-x"), hold(at="rep-x"))]
+    call.cancel()
+
+    assert still.tokens == held.tokens > len(PROMPT)
+    assert len(beside) == 4
+    assert tokens[:4] == beside
+    assert refused == [Fenced, NotFound, ReplicaGone]
+
+
+def hold(
+    session_id: str = "ses-held", *, at: str = "rep-held", epoch: int = 1, seconds: float = 1.0
+) -> HoldSessionRequest:
+    return HoldSessionRequest(session_id=session_id, replica_id=at, epoch=epoch, seconds=seconds)
+
+
+async def refusal(node: OneNode, order: HoldSessionRequest) -> type[StokerError]:
+    with pytest.raises(StokerError) as refused, translated("node agent"):
+        await node.stub.HoldSession(order)
+    return type(refused.value)
+
+
+async def test_a_worker_that_hangs_in_the_middle_of_a_stream_is_found_in_seconds(
+    node: OneNode, long_model: Path
+) -> None:
+    """By keep-alive, 6 to 9 s; a ping of gRPC's own once stood for it, which was waited for 60 s (0023)."""
+    await node.start_replica("rep-hangs", long_model)
+    replica = await node.listener.replica("rep-hangs", REPLICA_STATE_READY)
+    call = node.stub.Generate(request("rep-hangs", PROMPT, max_tokens=LONG_TOKENS, ignore_eos=True))
+
+    with pytest.raises(WorkerDied, match="is lost"), translated("node agent"):
+        async with asyncio.timeout(HANG_FOUND_SECONDS):
+            [os.kill(replica.worker_pid, signal.SIGSTOP) async for event in call if event.position == 3]
+    failed = await node.listener.replica("rep-hangs", REPLICA_STATE_FAILED)
 
     assert failed.error_code == "worker_died"
     await node.listener.until(lambda report: report.warm_workers == 1)
