@@ -1,4 +1,4 @@
-"""A node is made free for a model whose bytes it has: who streams there goes on elsewhere."""
+"""A node is made free, for a model whose bytes it has or by a drain: who streams there goes on elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openai import AsyncOpenAI, AsyncStream
 from openai.types import Completion
 
 from stoker.client import AsyncClient
-from stoker.v1 import model_pb2
+from stoker.v1 import controller_pb2, model_pb2
 from tests.integration.end_to_end.stoker_up import StokerUp, stoker_up
 from tests.integration.tiny_model import make_tiny_model
 
@@ -30,7 +30,7 @@ def up(tmp_path: Path) -> Iterator[StokerUp]:
         yield running
 
 
-async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes(
+async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes_and_a_drain_moves_it_back(
     up: StokerUp, tmp_path: Path
 ) -> None:
     small = make_tiny_model(tmp_path / "small", context_tokens=STREAM_TOKENS + 100)
@@ -57,14 +57,21 @@ async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes(
         answer = await ask(model="large", prompt="the", max_tokens=1)
 
         seen += await _text(stream, tokens=5)
-        at_the_end = await _nodes_of(admin, "small", count=1)
+        after_the_start = await _nodes_of(admin, "small", count=1)
+        await _nodes_of(admin, "large", count=0)
+        await admin.set_node_scheduling(has_small, controller_pb2.NODE_SCHEDULING_DRAINED)
+        while await _nodes_of(admin, "small") != {has_large}:
+            seen += await _text(stream, tokens=1)
+        seen += await _text(stream, tokens=5)
         await stream.close()
 
     assert answer.usage is not None
     assert has_small != has_large
-    assert at_the_end == {has_small}
+    assert after_the_start == {has_small}
     moves = up.log_events("gateway", "session.moved")
-    assert [moved["to_node_id"] for moved in moves] == [has_large, has_small]
+    assert [moved["to_node_id"] for moved in moves] == [has_large, has_small, has_large]
+    assert "drain" in moves[-1]["reason"]
+    assert up.log_events("gateway", "session.resumed") == []
     assert up.log_events("controller", "replica.placed")[-1]["tier"] == "dram"
     assert calm.choices[0].text.startswith(seen[: len(calm.choices[0].text)])
 
