@@ -20,6 +20,9 @@ EVICTIONS = Counter(
     "stoker_store_evictions_total", "Checkpoints dropped from the pool, by reason.", ["reason"]
 )
 POOL_BYTES = Gauge("stoker_store_pool_bytes", "Memory of the pool, by what it is.", ["state"])
+POOL_FREE_BYTES = POOL_BYTES.labels(state="free")
+POOL_LEASED_BYTES = POOL_BYTES.labels(state="leased")
+POOL_CACHED_BYTES = POOL_BYTES.labels(state="cached")
 PAGE_BYTES = Gauge("stoker_store_page_bytes", "Page size of the pool that the kernel really gave.")
 FAULTED_IN_BYTES = Gauge(
     "stoker_store_faulted_in_bytes", "Bytes of the pool whose pages were faulted in ahead."

@@ -71,9 +71,9 @@ def record_failed(resident: Resident, error: StokerError, *, seconds: float) -> 
 
 def record_pool(*, total_bytes: int, free_bytes: int, leased_bytes: int, leases: int) -> None:
     """Set the pool's gauges."""
-    metrics.POOL_BYTES.labels(state="free").set(free_bytes)
-    metrics.POOL_BYTES.labels(state="leased").set(leased_bytes)
-    metrics.POOL_BYTES.labels(state="cached").set(max(0, total_bytes - free_bytes - leased_bytes))
+    metrics.POOL_FREE_BYTES.set(free_bytes)
+    metrics.POOL_LEASED_BYTES.set(leased_bytes)
+    metrics.POOL_CACHED_BYTES.set(max(0, total_bytes - free_bytes - leased_bytes))
     metrics.LEASES.set(leases)
 
 

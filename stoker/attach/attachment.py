@@ -313,6 +313,7 @@ def runs(chunk_offsets: Sequence[int], chunk_bytes: int) -> list[Run]:
 
 
 def _tensor(described: pb.AttachedTensor) -> Tensor:
+    layer = described.layer
     return Tensor(
         name=described.name,
         dtype=described.dtype,
@@ -320,5 +321,5 @@ def _tensor(described: pb.AttachedTensor) -> Tensor:
         file=described.file,
         offset=described.offset,
         nbytes=described.bytes,
-        layer=described.layer if described.HasField("layer") else None,
+        layer=layer if layer or described.HasField("layer") else None,
     )

@@ -38,7 +38,10 @@ def _tensor(attachment: Attachment, name: str, whole: Callable[[int], memoryview
     raw = whole(place.file)
     if place.offset % dtype.itemsize == 0:
         count = place.nbytes // dtype.itemsize
-        return torch.frombuffer(raw, dtype=dtype, count=count, offset=place.offset).view(shape)
+        flat = torch.frombuffer(raw, dtype=dtype, count=count, offset=place.offset)
+        if len(shape) == 1:
+            return flat
+        return flat.view(*shape) if shape else flat.view(shape)  # sizes one by one are read faster
     attachment.wait_tensor(name)
     found = torch.frombuffer(raw, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
     return shaped(found, dtype=place.dtype, shape=place.shape, name=name)

@@ -7,6 +7,11 @@ import torch
 from stoker.checkpoint.dtypes import TORCH_NAMES
 from stoker.errors import CheckpointInvalid
 
+_DTYPES = {
+    stored: getattr(torch, name)
+    for stored, name in TORCH_NAMES.items()
+    if isinstance(getattr(torch, name, None), torch.dtype)
+}
 _PACKED = {"F4": 2}
 """Elements per item of torch's type, where that is not one."""
 
@@ -21,8 +26,8 @@ def torch_dtype(dtype: str, *, name: str) -> torch.dtype:
     Raises:
         CheckpointInvalid: torch has no such dtype.
     """
-    found = getattr(torch, TORCH_NAMES.get(dtype, ""), None)
-    if not isinstance(found, torch.dtype):
+    found: torch.dtype | None = _DTYPES.get(dtype)
+    if found is None:
         raise CheckpointInvalid(
             f"tensor {name!r} is {dtype}, which torch {torch.__version__} does not have; "
             "convert the checkpoint to another dtype"

@@ -61,8 +61,12 @@ class VerifiedParts:
             part: Its number.
             parts: How many the copy has.
         """
+        return self.are_sound(key, range(part, part + 1), parts=parts)
+
+    def are_sound(self, key: str, numbers: range, *, parts: int) -> bool:
+        """Tell whether all of these neighbouring parts were found sound; as `is_sound`."""
         with self._lock:
-            return bool(self._copy(key, parts).sound[part])
+            return all(self._copy(key, parts).sound[numbers.start : numbers.stop])
 
     def found_sound(self, key: str, numbers: list[int], *, parts: int) -> None:
         """Remember that these parts of a copy, which has so many, are sound; blocks for a moment."""

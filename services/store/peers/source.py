@@ -15,7 +15,7 @@ from services.store.peers.fetching import Fault, FetchFailed, PeerConnections
 from services.store.peers.limits import Limits
 from services.store.peers.swarm import Choice, FileSwarm
 from services.store.peers.wire import FileIdentity, StoreId
-from services.store.reading.chunk_source import ChunkSource, GradualSource
+from services.store.reading.chunk_source import ChunkSource, reads_gradually
 from stoker import log
 from stoker.checkpoint.reading import ReadPart
 from stoker.errors import LoadFailed
@@ -184,7 +184,7 @@ class SwarmSource:
         self, chunk: memoryview, piece: memoryview, offset: int, told: Callable[[int], None]
     ) -> list[ReadPart]:
         origin = self._origin
-        if isinstance(origin, GradualSource):
+        if reads_gradually(origin):
             parts = origin.read_gradually(chunk, offset=offset, length=len(piece), told=told)
         else:
             parts = origin.read(chunk, offset=offset, length=len(piece))

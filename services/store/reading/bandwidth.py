@@ -8,7 +8,7 @@ before; time that one has counted the next does not count again.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -61,15 +61,16 @@ class RunningRates:
 
     def __init__(self) -> None:
         self._pending: dict[str, list[ReadPart]] = {}
+        self._pending_bytes: Counter[str] = Counter()
         self._rates: dict[str, deque[float]] = {}
         self._counted_until: dict[str, float] = {}
 
     def add(self, parts: Iterable[ReadPart]) -> None:
         """Learn from reads, of all loads together, as they end."""
         for part in parts:
-            pending = self._pending.setdefault(part.tier, [])
-            pending.append(part)
-            if sum(each.byte_count for each in pending) >= SAMPLE_BYTES:
+            self._pending.setdefault(part.tier, []).append(part)
+            self._pending_bytes[part.tier] += part.byte_count
+            if self._pending_bytes[part.tier] >= SAMPLE_BYTES:
                 self._sample(part.tier)
 
     def flush(self) -> None:
@@ -93,8 +94,9 @@ class RunningRates:
 
     def _sample(self, tier: str) -> None:
         parts = self._pending.pop(tier, [])
+        byte_count = self._pending_bytes.pop(tier, 0)
         busy = _busy_seconds(parts, since_seconds=self._counted_until.get(tier, float("-inf")))
         if busy > 0:
             rates = self._rates.setdefault(tier, deque(maxlen=WINDOW))
-            rates.append(sum(part.byte_count for part in parts) / busy)
+            rates.append(byte_count / busy)
             self._counted_until[tier] = max(part.ended_seconds for part in parts)

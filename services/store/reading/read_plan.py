@@ -12,18 +12,21 @@ from services.store.pool.arena import Arena
 from services.store.pool.resident import Resident, ResidentFile
 from services.store.reading.disk_sources import DiskSources
 from services.store.reading.lanes import Lane
-from services.store.reading.read_queue import ChunkRead
+from services.store.reading.read_queue import ChunkRead, Urgency
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.layout import chunk_count
 
 MAX_RUN_CHUNKS = 4
 """Beyond 64 MiB a read gains nothing: see `fill_chunks`."""
 
-FIRST_CHUNKS = 4
+FIRST_CHUNKS = 2
 """Read one by one, so that the first layers are there early."""
 
-AHEAD_SECONDS = 0.125
-"""What an urgent load may have to wait for reads that run already."""
+AHEAD_SECONDS = {Urgency.DEMAND: 0.25, Urgency.PREFETCH: 0.125}
+"""What another urgent load may have to wait for a load's reads that run already, by that load's urgency.
+
+Loads that somebody waits for share the disk in any case. Longer reads take less of the processor: 0.31 GB
+are 11.5 ms of the daemon's in 16 reads and 8.2 ms in 7."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,12 @@ class ReadingDisk:
 
 
 def chunks_per_read(
-    bytes_per_second: float | None, *, threads: int, chunk_bytes: int, window_chunks: int | None = None
+    bytes_per_second: float | None,
+    *,
+    threads: int,
+    chunk_bytes: int,
+    urgency: Urgency = Urgency.DEMAND,
+    window_chunks: int | None = None,
 ) -> int:
     """Return how many chunks of a file on disk are read in one go.
 
@@ -51,12 +59,14 @@ def chunks_per_read(
         bytes_per_second: Of the disk; None when that was not learnt yet.
         threads: That read from it.
         chunk_bytes: Of one.
+        urgency: Of the load.
         window_chunks: Of the window that they are read into: each thread gets a part of it.
     """
     if bytes_per_second is None:
         return 1
     most = MAX_RUN_CHUNKS if window_chunks is None else min(MAX_RUN_CHUNKS, window_chunks // (2 * threads))
-    return max(1, min(most, int(bytes_per_second * AHEAD_SECONDS / (threads * chunk_bytes))))
+    ahead_bytes = bytes_per_second * AHEAD_SECONDS[urgency]
+    return max(1, min(most, int(ahead_bytes / (threads * chunk_bytes))))
 
 
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
@@ -100,6 +110,7 @@ def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
             disk.bytes_per_second,
             threads=disk.threads,
             chunk_bytes=arena.chunk_bytes,
+            urgency=resident.urgency,
             window_chunks=None if window is None else window.chunks,
         ),
     )

@@ -7,6 +7,7 @@ import pytest
 from services.store.pool.resident import ResidentFile
 from services.store.reading.lanes import Lane
 from services.store.reading.read_plan import FIRST_CHUNKS, MAX_RUN_CHUNKS, chunks_per_read, plan_reads
+from services.store.reading.read_queue import Urgency
 from stoker.units import GB, MIB
 
 CHUNK = 4096
@@ -68,7 +69,14 @@ def test_what_comes_from_afar_is_not_read_in_longer_runs():
 
 
 @pytest.mark.parametrize(
-    ("rate", "expected"), [(None, 1), (0.15 * GB, 1), (2 * GB, 3), (100 * GB, MAX_RUN_CHUNKS)]
+    ("rate", "urgency", "expected"),
+    [
+        (None, Urgency.DEMAND, 1),
+        (0.15 * GB, Urgency.DEMAND, 1),
+        (1 * GB, Urgency.DEMAND, 3),
+        (1 * GB, Urgency.PREFETCH, 1),
+        (100 * GB, Urgency.PREFETCH, MAX_RUN_CHUNKS),
+    ],
 )
-def test_a_fast_disk_is_read_in_longer_runs_and_an_unknown_or_slow_one_is_not(rate, expected):
-    assert chunks_per_read(rate, threads=4, chunk_bytes=16 * MIB) == expected
+def test_a_fast_disk_is_read_in_longer_runs_where_nobody_more_urgent_may_come(rate, urgency, expected):
+    assert chunks_per_read(rate, threads=4, chunk_bytes=16 * MIB, urgency=urgency) == expected
