@@ -14,7 +14,7 @@ from services.controller.cluster import Cluster
 from services.controller.cluster_view.view import Node
 from services.controller.records import ModelRecord
 from services.controller.settings import ControllerSettings
-from services.controller.specs import check_architecture, resolve
+from services.controller.specs import check_architecture, on_devices, resolve
 from stoker.errors import AlreadyExists, CapacityError, ModelNotFound, PeerError
 from stoker.ids import ModelName
 from stoker.v1 import model_pb2
@@ -55,6 +55,7 @@ class Registry:
         name = ModelName(full.name)
         self._check_new(name, create_only=create_only)
         checkpoint = await self._describe(full)
+        full = on_devices(full, checkpoint)
         if full.adapters:
             full = await self._with_adapters(full)
         async with self._writing:

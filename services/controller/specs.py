@@ -26,8 +26,6 @@ MAX_LABEL_CHARACTERS = 256
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_KV_CACHE_BYTES = 1 << 44
 """16 TiB: more than any host's memory."""
-SERVED_DEVICES = 1
-"""Devices that one replica can use today: an engine of this version runs one rank."""
 NEAR_ARCHITECTURES = 3
 
 
@@ -47,8 +45,44 @@ def resolve(spec: model_pb2.ModelSpec, settings: ControllerSettings) -> model_pb
     full.engine = spec.engine or ENGINES[0]
     full.dtype = spec.dtype or DTYPES[0]
     full.resume = spec.resume or RESUMES[0]
-    full.devices = spec.devices or 1
     _check(full)
+    return full
+
+
+def on_devices(spec: model_pb2.ModelSpec, checkpoint: model_pb2.CheckpointInfo) -> model_pb2.ModelSpec:
+    """Return a copy of `spec` with as many devices as its checkpoint has tensor-parallel ranks.
+
+    Args:
+        spec: Resolved; devices may be unset.
+        checkpoint: What a store says of it.
+
+    Raises:
+        InvalidRequest: It asks for another number, or for what ranks don't have.
+    """
+    ranks = max(1, checkpoint.tensor_parallel)
+    if spec.devices not in (0, ranks) and ranks == 1:
+        raise InvalidRequest(
+            f"model {spec.name}: devices is {spec.devices}, and checkpoint {checkpoint.uri} is in one piece: "
+            f"cut it with `stoker convert --tensor-parallel {spec.devices} SRC DST` and deploy DST, or leave "
+            "devices out",
+            param="devices",
+        )
+    if spec.devices not in (0, ranks):
+        raise InvalidRequest(
+            f"model {spec.name}: devices is {spec.devices}, and checkpoint {checkpoint.uri} is cut for "
+            f"{ranks} ranks, one device each; leave devices out, or convert the original with "
+            f"--tensor-parallel {spec.devices}",
+            param="devices",
+        )
+    if ranks > 1 and spec.adapters:
+        raise InvalidRequest(
+            f"model {spec.name}: adapters are not added to tensor-parallel ranks, and checkpoint "
+            f"{checkpoint.uri} is cut for {ranks}; deploy them with a conversion without --tensor-parallel",
+            param="adapters",
+        )
+    full = model_pb2.ModelSpec()
+    full.CopyFrom(spec)
+    full.devices = ranks
     return full
 
 
@@ -107,12 +141,6 @@ def _check(spec: model_pb2.ModelSpec) -> None:
     _check_choice(spec, "resume", spec.resume, RESUMES)
     _check_most(spec, "max_context_tokens", spec.max_context_tokens, MAX_CONTEXT_TOKENS)
     _check_most(spec, "kv_cache_bytes", spec.kv_cache_bytes, MAX_KV_CACHE_BYTES)
-    if spec.devices > SERVED_DEVICES:
-        raise InvalidRequest(
-            f"model {spec.name}: devices {spec.devices} is not served yet: an engine of this version puts a "
-            f"replica on {SERVED_DEVICES} device; deploy it with devices 1 on a device that is large enough",
-            param="devices",
-        )
     _check_labels(spec, "labels", spec.labels)
     _check_labels(spec, "required_node_labels", spec.required_node_labels)
     _check_labels(spec, "preferred_node_labels", spec.preferred_node_labels)

@@ -36,8 +36,10 @@ def tell_event(state: HostState, event: Event) -> None:
 
 
 def _tell_start(state: HostState, worker_id: WorkerId) -> None:
+    worker = state.workers.get(worker_id)
     for hosted in state.replicas.values():
-        if hosted.worker_id == worker_id and hosted.loaded is not None and not hosted.is_loading:
+        is_its = worker is not None and worker.replica_id == hosted.replica_id
+        if is_its and hosted.loaded is not None and not hosted.is_loading:
             timings = start_timings(hosted)
             metrics.observe_start(timings)
             log.get().info("replica.loaded", **_start_line(hosted), **metrics.stages(timings))

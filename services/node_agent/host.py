@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from services.node_agent import metrics
 from services.node_agent.background import Background
@@ -43,6 +42,7 @@ from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
 from services.node_agent.workers.fork_server import ForkServer
 from services.node_agent.workers.log_folder import LogFolder
+from services.node_agent.workers.replica_workers import group_of, socket_path
 from services.node_agent.workers.worker_link import LinkOptions, WorkerLink
 from services.node_agent.workers.worker_process import WorkerOptions, WorkerProcess, worker_environment
 from stoker import log
@@ -275,9 +275,12 @@ class Host:
             case SpawnWorker(worker_id=worker_id, is_awaited=is_awaited):
                 niceness = 0 if is_awaited else self._settings.pool_niceness
                 self._background.spawn(self._live(worker_id, niceness), f"worker {worker_id}")
-            case LoadModel(worker_id=worker_id, order=order):
-                self._logs.assign(ReplicaId(order.replica_id), worker_id)
-                self._background.spawn(self._links[worker_id].load(order), f"load {order.replica_id}")
+            case LoadModel(worker_id=worker_id, order=order, devices=devices, rank=rank):
+                if rank == 0:
+                    self._logs.assign(ReplicaId(order.replica_id), worker_id)
+                group = group_of(effect, self._settings.run_dir)
+                loading = self._links[worker_id].load(order, devices, group)
+                self._background.spawn(loading, f"load {order.replica_id}")
             case EndWorker(worker_id=worker_id):
                 self._end(worker_id)
             case FailSessions(worker_id=worker_id, error_code=code, error_message=message):
@@ -374,8 +377,3 @@ class Host:
             forked=link.process.is_forked,
             seconds=round(link.start_seconds, 3),
         )
-
-
-def socket_path(run_dir: Path, worker_id: WorkerId) -> Path:
-    """Return where a worker listens."""
-    return run_dir / f"worker-{worker_id}.sock"

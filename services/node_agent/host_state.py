@@ -63,6 +63,8 @@ class Worker:
     replica_id: ReplicaId | None = None
     devices: tuple[int, ...] = ()
     """Slots it holds until it has ended."""
+    loaded: LoadModelResponse | None = None
+    """What it said when it had loaded."""
     is_surplus: bool = False
     """It was ended because the pool needs fewer: its end is no failure."""
 
@@ -84,7 +86,8 @@ class Hosted:
     phase: ReplicaPhase
     ordered_seconds: float
     worker_id: WorkerId | None = None
-    """None while it waits for a worker or a device."""
+    """Which has its sessions: the first one, where it has several (`workers.replica_workers`). None while it
+    waits for workers or devices."""
     handed_seconds: float = 0.0
     """When a worker got it."""
     ready_seconds: float = 0.0
@@ -278,6 +281,13 @@ class LoadModel:
 
     worker_id: WorkerId
     order: StartReplicaRequest
+    devices: tuple[int, ...] = ()
+    """Of this worker."""
+    first_worker_id: WorkerId | None = None
+    """Which has the replica's sessions, where it takes several workers."""
+    rank: int = 0
+    """This worker's place among them."""
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Rules:
 3. Orders are idempotent by replica id; an order with a lower fence than the highest seen is refused.
 4. A failed replica stays, and is reported, until it is ordered to stop.
 5. A replica may take sessions before its weights are there: it counts as loading, and fails with its load.
-6. How many workers wait for orders: `worker_pool`.
+6. How many workers wait for orders: `worker_pool`; which make up a replica: `replica_workers`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from services.node_agent.host_state import (
     FenceSeen,
     Hosted,
     HostState,
-    LoadModel,
     LoadRefused,
     LoadSucceeded,
     Policy,
@@ -42,6 +41,15 @@ from services.node_agent.host_state import (
     WorkerPhase,
     WorkerWarm,
 )
+from services.node_agent.workers.replica_workers import (
+    are_serving,
+    handed_over,
+    shares_of,
+    workers_needed,
+    workers_of,
+)
+from services.node_agent.workers.slots import check_slots
+from services.node_agent.workers.wake_up import spawn_deadline_seconds, wake_up_seconds
 from services.node_agent.workers.worker_pool import (
     POOL,
     at_hand,
@@ -53,7 +61,6 @@ from services.node_agent.workers.worker_pool import (
 from stoker.errors import (
     CapacityError,
     Fenced,
-    InvalidRequest,
     LoadFailed,
     ReplicaBusy,
     ReplicaGone,
@@ -126,8 +133,10 @@ class _Turn:
                 self._loaded(event)
             case LoadRefused(worker_id=worker_id, error_code=code, error_message=message):
                 if self._phase(worker_id) is WorkerPhase.LOADING:
+                    hosted = self._replica_of(self._workers[worker_id])
                     self._fail_replica_of(self._workers[worker_id], code, message)
                     self._end(worker_id)
+                    self._end_workers_of(hosted)
             case WeightsArrived():
                 self._weights_arrived(event)
             case WeightsLost():
@@ -159,19 +168,7 @@ class _Turn:
             raise ReplicaGone(f"replica {replica_id} was stopped here; a new start needs a new id")
         if self._state.draining:
             raise CapacityError(f"replica {replica_id} refused: this node agent is about to stop")
-        if not hosted.devices:
-            raise InvalidRequest(f"replica {replica_id} names no device", param="devices")
-        for index in hosted.devices:
-            if index not in self._policy.devices:
-                raise InvalidRequest(
-                    f"replica {replica_id} wants device {index}; this node has {list(self._policy.devices)}",
-                    param="devices",
-                )
-            for other in self._replicas.values():
-                if index in other.devices and other.phase in (ReplicaPhase.STARTING, ReplicaPhase.READY):
-                    raise CapacityError(
-                        f"device {index} is held by replica {other.replica_id} ({other.phase}): stop it first"
-                    )
+        check_slots(self._policy, hosted, self._replicas.values())
         self._replicas[replica_id] = hosted
 
     def _stop(self, event: StopOrdered) -> None:
@@ -189,7 +186,7 @@ class _Turn:
             hosted, phase=ReplicaPhase.STOPPING, stop_at_seconds=stop_at_seconds
         )
         if event.session_count == 0 or stop_at_seconds <= self._now:
-            self._end(hosted.worker_id)
+            self._end_workers_of(hosted)
 
     def _drain(self) -> None:
         self._state = replace(self._state, draining=True)
@@ -206,14 +203,17 @@ class _Turn:
         if self._phase(event.worker_id) is not WorkerPhase.LOADING:
             return
         self._set_phase(event.worker_id, WorkerPhase.SERVING)
+        worker = replace(self._workers[event.worker_id], loaded=event.response)
+        self._workers[event.worker_id] = worker
         self._state = replace(self._state, pool_failures=0)
-        hosted = self._replica_of(self._workers[event.worker_id])
-        if hosted is not None:
+        hosted = self._replica_of(worker)
+        if hosted is not None and are_serving(workers_of(self._workers.values(), hosted.replica_id)):
+            first = self._workers.get(hosted.worker_id or worker.worker_id, worker)
             self._replicas[hosted.replica_id] = replace(
                 hosted,
                 phase=ReplicaPhase.READY,
                 ready_seconds=self._now,
-                loaded=event.response,
+                loaded=first.loaded,
             )
         if not event.response.loading:
             self._pause_refill()
@@ -238,7 +238,7 @@ class _Turn:
         self._fail_sessions(worker, WorkerDied.code, message)
         if hosted.phase is ReplicaPhase.READY:
             self._fail(hosted, event.error_code, event.error_message)
-        self._end(event.worker_id)
+        self._end_workers_of(hosted)
 
     def _loading_replica(self, worker_id: WorkerId) -> Hosted | None:
         worker = self._workers.get(worker_id)
@@ -254,9 +254,11 @@ class _Turn:
         if worker is None:
             return
         hosted = self._replica_of(worker)
+        self._end_workers_of(hosted)
         if hosted is not None and hosted.phase is ReplicaPhase.STOPPING:
             self._fail_sessions(worker, ReplicaGone.code, f"replica {hosted.replica_id} was stopped")
-            self._retire(hosted.replica_id)
+            if not workers_of(self._workers.values(), hosted.replica_id):
+                self._retire(hosted.replica_id)
         elif worker.phase in (WorkerPhase.LOADING, WorkerPhase.SERVING):
             doing = "loading" if worker.phase is WorkerPhase.LOADING else "serving"
             message = f"worker {worker.worker_id} ended while {doing} {worker.replica_id}: {event.reason}"
@@ -281,40 +283,37 @@ class _Turn:
 
     def _sessions_ended(self, replica_id: ReplicaId) -> None:
         hosted = self._replicas.get(replica_id)
-        if hosted is not None and hosted.phase is ReplicaPhase.STOPPING and hosted.worker_id is not None:
-            self._end(hosted.worker_id)
+        if hosted is not None and hosted.phase is ReplicaPhase.STOPPING:
+            self._end_workers_of(hosted)
 
     # --- what follows from the state ---
 
     def _pass_deadlines(self) -> None:
         for hosted in list(self._replicas.values()):
             if hosted.phase is ReplicaPhase.STOPPING and hosted.stop_at_seconds <= self._now:
-                self._end(hosted.worker_id)
+                self._end_workers_of(hosted)
         for worker in list(self._workers.values()):
-            if worker.phase is WorkerPhase.SPAWNING and self._spawn_deadline(worker) <= self._now:
+            if worker.phase is not WorkerPhase.SPAWNING:
+                continue
+            if spawn_deadline_seconds(self._policy, worker) <= self._now:
                 self._end(worker.worker_id)
 
     def hand_over_orders(self) -> None:
         warm = [worker for worker in self._workers.values() if worker.phase is WorkerPhase.WARM]
         held = {index for worker in self._workers.values() for index in worker.devices}
         for hosted in waiting_orders(self._replicas.values()):
-            if not warm:
+            shares = shares_of(hosted.order)
+            if len(warm) < len(shares):
                 return
             if held.intersection(hosted.devices):
                 continue
-            worker = warm.pop(0)
+            taken, warm = warm[: len(shares)], warm[len(shares) :]
             held.update(hosted.devices)
-            self._workers[worker.worker_id] = replace(
-                worker,
-                phase=WorkerPhase.LOADING,
-                since_seconds=self._now,
-                replica_id=hosted.replica_id,
-                devices=hosted.devices,
-            )
-            self._replicas[hosted.replica_id] = replace(
-                hosted, worker_id=worker.worker_id, handed_seconds=self._now
-            )
-            self._effects.append(LoadModel(worker_id=worker.worker_id, order=hosted.order))
+            first = taken[0].worker_id
+            self._replicas[hosted.replica_id] = replace(hosted, worker_id=first, handed_seconds=self._now)
+            for worker, load in handed_over(hosted, taken, self._now):
+                self._workers[worker.worker_id] = worker
+                self._effects.append(load)
 
     def refill_pool(self) -> None:
         if self._state.spawn_not_before_seconds > self._now:
@@ -326,7 +325,8 @@ class _Turn:
             self._workers[worker_id] = Worker(
                 worker_id=worker_id, phase=WorkerPhase.SPAWNING, since_seconds=self._now
             )
-            is_awaited = len(waiting_orders(self._replicas.values())) >= at_hand(self._workers.values())
+            needed = workers_needed(waiting_orders(self._replicas.values()))
+            is_awaited = needed >= at_hand(self._workers.values())
             self._effects.append(SpawnWorker(worker_id=worker_id, is_awaited=is_awaited))
 
     def trim_pool(self) -> None:
@@ -336,24 +336,16 @@ class _Turn:
             self._end(worker.worker_id)
 
     def ask_for_wake_up(self) -> None:
-        deadlines = [
-            hosted.stop_at_seconds
-            for hosted in self._replicas.values()
-            if hosted.phase is ReplicaPhase.STOPPING
-            and self._phase(hosted.worker_id) not in (None, WorkerPhase.ENDING)
-        ]
-        deadlines += [
-            self._spawn_deadline(worker)
-            for worker in self._workers.values()
-            if worker.phase is WorkerPhase.SPAWNING
-        ]
-        if self._state.spawn_not_before_seconds > self._now and self._missing_workers():
-            deadlines.append(self._state.spawn_not_before_seconds)
-        if self._state.refill_not_before_seconds > self._now:
-            deadlines.append(self._state.refill_not_before_seconds)
-        earliest = min(deadlines, default=math.inf)
-        if earliest < math.inf:
-            self._effects.append(WakeAt(at_seconds=earliest))
+        at_seconds = wake_up_seconds(
+            self._policy,
+            self._state,
+            self._workers.values(),
+            self._replicas.values(),
+            now_seconds=self._now,
+            is_short=self._missing_workers() > 0,
+        )
+        if at_seconds < math.inf:
+            self._effects.append(WakeAt(at_seconds=at_seconds))
 
     def _missing_workers(self) -> int:
         return missing_workers(
@@ -361,9 +353,6 @@ class _Turn:
         )
 
     # --- small steps ---
-
-    def _spawn_deadline(self, worker: Worker) -> float:
-        return worker.since_seconds + self._policy.spawn_timeout_seconds
 
     def _phase(self, worker_id: WorkerId | None) -> WorkerPhase | None:
         worker = self._workers.get(worker_id) if worker_id is not None else None
@@ -376,6 +365,11 @@ class _Turn:
         if worker_id is not None and self._phase(worker_id) not in (None, WorkerPhase.ENDING):
             self._set_phase(worker_id, WorkerPhase.ENDING)
             self._effects.append(EndWorker(worker_id=worker_id))
+
+    def _end_workers_of(self, hosted: Hosted | None) -> None:
+        if hosted is not None:
+            for worker in workers_of(self._workers.values(), hosted.replica_id):
+                self._end(worker.worker_id)
 
     def _replica_of(self, worker: Worker) -> Hosted | None:
         return self._replicas.get(worker.replica_id) if worker.replica_id is not None else None
@@ -391,6 +385,10 @@ class _Turn:
         )
 
     def _fail_sessions(self, worker: Worker, code: str, message: str) -> None:
+        """End the sessions of a worker's replica, which its first worker has; they end with that one."""
+        hosted = self._replica_of(worker)
+        first = self._workers.get(hosted.worker_id) if hosted is not None and hosted.worker_id else None
+        worker = first or worker
         self._effects.append(FailSessions(worker_id=worker.worker_id, error_code=code, error_message=message))
 
     def _retire(self, replica_id: ReplicaId) -> None:

@@ -6,6 +6,7 @@ Stores and workers load them through a window of the pool (decision 0026). Rules
 2. On a device the copy is the device's memory, as always. On the processor each replica has a copy of its own
    in the host's memory, beside the pool, as long as it lives.
 3. A store that names no window can't load one: such a checkpoint never fits its node.
+4. One that is cut for several devices doesn't go through a window: its ranks read side by side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from services.controller.cluster_view.view import Device, Model, Node
 
 def streams(model: Model, *, pool_bytes: int, window_bytes: int) -> bool:
     """Tell whether a checkpoint comes through a window of a pool of so many bytes (0 = not known)."""
-    return 0 < pool_bytes < model.file_bytes and window_bytes > 0
+    return 0 < pool_bytes < model.file_bytes and window_bytes > 0 and model.devices <= 1
 
 
 def streams_on(model: Model, node: Node) -> bool:

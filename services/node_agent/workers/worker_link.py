@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from stoker.frames import FrameLink
 from stoker.ids import WorkerId
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
+from stoker.v1.rank_group_pb2 import RankGroup
 from stoker.v1.session_kv_pb2 import (
     HoldSessionRequest,
     HoldSessionResponse,
@@ -117,14 +118,23 @@ class WorkerLink:
         self._emit(WorkerExited(worker_id=self.worker_id, reason=reason))
         await self._channel.close()
 
-    async def load(self, order: StartReplicaRequest) -> None:
-        """Have the worker load a model, then relay its sessions until it ends."""
+    async def load(
+        self, order: StartReplicaRequest, devices: Sequence[int], group: RankGroup | None = None
+    ) -> None:
+        """Have the worker load a model, then relay its sessions until it ends.
+
+        Args:
+            order: Of the replica.
+            devices: Its slots that are this worker's.
+            group: Which of the replica's ranks this worker is; None = it is all of it.
+        """
         request = LoadModelRequest(
             spec=order.spec,
             revision=order.checkpoint.revision,
             replica_id=order.replica_id,
             attach_socket=self._options.attach_socket,
-            devices=[index for index in order.devices if index in self._options.cuda_devices],
+            devices=[index for index in devices if index in self._options.cuda_devices],
+            group=group,
         )
         try:
             response, connection = await self._order(request)
@@ -135,8 +145,10 @@ class WorkerLink:
         except StokerError as error:
             self._refuse(error)
         else:
-            link = FrameLink(connection, on_frame=self.relay.take_frame, on_end=self.relay.lose)
-            self.relay.use(link)
+            link = None
+            if connection is not None:
+                link = FrameLink(connection, on_frame=self.relay.take_frame, on_end=self.relay.lose)
+                self.relay.use(link)
             self._emit(LoadSucceeded(worker_id=self.worker_id, response=response))
             if response.loading:
                 timeout_seconds = self._options.load_timeout_seconds
@@ -145,18 +157,23 @@ class WorkerLink:
                 await self._relay()
             finally:
                 self._cancel_late()
-                link.close()
+                if link is not None:
+                    link.close()
 
-    async def _order(self, request: LoadModelRequest) -> tuple[LoadModelResponse, socket.socket]:
-        """Have the model loaded; return the worker's answer, and its connection for sessions.
+    async def _order(self, request: LoadModelRequest) -> tuple[LoadModelResponse, socket.socket | None]:
+        """Have the model loaded; return the worker's answer, and its connection for sessions, if it has some.
 
         Raises:
             StokerError: It could not be loaded.
         """
+        timeout_seconds = self._options.load_timeout_seconds
+        if request.group.rank > 0:
+            with translated(f"worker {self.worker_id}"):
+                return await self._stub.LoadModel(request, timeout=timeout_seconds), None
         path = self.process.socket.with_suffix(session_socket.SUFFIX)
         with SessionSocket(path) as awaited, translated(f"worker {self.worker_id}"):
             request.session_socket = str(path)
-            response = await self._stub.LoadModel(request, timeout=self._options.load_timeout_seconds)
+            response = await self._stub.LoadModel(request, timeout=timeout_seconds)
             return response, await awaited.accept()
 
     async def read_kv(self, request: ReadKvRequest, *, timeout_seconds: float) -> AsyncGenerator[KvPart]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from services.node_agent.host_state import Hosted, HostState, Policy, ReplicaPhase, Worker, WorkerPhase
+from services.node_agent.workers.replica_workers import workers_needed
 
 POOL = (WorkerPhase.SPAWNING, WorkerPhase.WARM)
 
@@ -38,14 +39,14 @@ def missing_workers(
     is_arriving = any(hosted.is_loading and hosted.phase is ReplicaPhase.READY for hosted in replicas)
     is_paused = is_loading or is_arriving or state.refill_not_before_seconds > now_seconds
     idle_pool = 0 if state.draining or is_paused else pool_target(policy, state)
-    return max(0, len(waiting_orders(replicas)) + idle_pool - at_hand(workers))
+    return max(0, workers_needed(waiting_orders(replicas)) + idle_pool - at_hand(workers))
 
 
 def surplus_workers(
     policy: Policy, state: HostState, workers: Collection[Worker], replicas: Collection[Hosted]
 ) -> list[Worker]:
     """Return those more than orders and the pool need; those that are still starting first."""
-    surplus = at_hand(workers) - len(waiting_orders(replicas)) - pool_target(policy, state)
+    surplus = at_hand(workers) - workers_needed(waiting_orders(replicas)) - pool_target(policy, state)
     pool = [worker for worker in workers if worker.phase in POOL]
     pool.sort(key=lambda worker: worker.phase is WorkerPhase.WARM)
     return pool[: max(0, surplus)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from services.node_agent.workers.fork_server import ForkServer, NoForkServer
 from services.node_agent.workers.forked_child import ForkedChild, describe_exit
+from services.node_agent.workers.replica_workers import SOCKET_SUFFIX, STORE_SUFFIX
 from services.node_agent.workers.worker_log import WorkerLog
 from stoker.ids import WorkerId
 from stoker.units import KIB
@@ -140,14 +141,15 @@ class WorkerProcess:
         return isinstance(self._process, ForkedChild)
 
     async def wait(self) -> str:
-        """Return how the process ended, for people, once it has; its socket is gone then."""
+        """Return how the process ended, for people, once it has; its sockets are gone then."""
         async with asyncio.TaskGroup() as tasks:
             copying = tasks.create_task(self._copy_output())
             code = await self._process.wait()
             await asyncio.wait([copying], timeout=LAST_OUTPUT_SECONDS)
             copying.cancel()
         self.log.end()
-        self.socket.unlink(missing_ok=True)
+        for suffix in (self.socket.suffix, SOCKET_SUFFIX, STORE_SUFFIX):
+            self.socket.with_suffix(suffix).unlink(missing_ok=True)
         return describe_exit(code)
 
     async def _copy_output(self) -> None:

@@ -74,7 +74,7 @@ async def test_an_operator_deploys_a_file_and_sees_what_happens_and_why(desk: De
     pruned = await desk.run("deploy", "-f", str(file), "--prune")
     models = await desk.client.models()
 
-    assert f"{file}:3: model two: devices 2 is not served yet" in refusal
+    assert f"{file}:3: model two: devices is 2, and checkpoint /m/two is in one piece" in refusal
     assert (after_refusal, after_dry_run) == ({}, {})
     assert "+ one" in dry
     assert "- other" in pruned

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.controller.settings import ControllerSettings
-from services.controller.specs import check_architecture, resolve
+from services.controller.specs import check_architecture, on_devices, resolve
 from stoker.errors import CheckpointInvalid, InvalidRequest
 from stoker.v1 import model_pb2
 
@@ -60,7 +60,6 @@ def test_ordinary_names_are_accepted(name: str) -> None:
         ("required_node_labels", {"required_node_labels": {"": "a100"}}),
         ("required_node_labels", {"required_node_labels": {"gpu": "x" * 257}}),
         ("preferred_node_labels", {"preferred_node_labels": {str(key): "" for key in range(33)}}),
-        ("devices", {"devices": 2}),
         ("max_context_tokens", {"max_context_tokens": 1_000_000_000}),
         ("kv_cache_bytes", {"kv_cache_bytes": 1 << 50}),
         ("keep_alive_seconds", {"keep_alive_auto": True, "keep_alive_seconds": 0}),
@@ -73,9 +72,32 @@ def test_a_field_out_of_range_is_refused_and_named(field: str, fields: dict[str,
     assert refused.value.param == field
 
 
-def test_devices_that_no_engine_serves_yet_are_refused_with_what_to_do() -> None:
-    with pytest.raises(InvalidRequest, match=r"devices 4 is not served yet.*deploy it with devices 1"):
-        resolve(a_spec(devices=4), SETTINGS)
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_replica_takes_a_device_for_each_rank_of_its_checkpoint(asked: int) -> None:
+    cut = model_pb2.CheckpointInfo(uri="/m", tensor_parallel=2)
+
+    assert on_devices(a_spec(devices=asked), cut).devices == 2
+    assert on_devices(a_spec(), model_pb2.CheckpointInfo(uri="/m")).devices == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [(0, "in one piece.*convert --tensor-parallel 4 SRC DST"), (2, "cut for 2 ranks.*leave devices out")],
+)
+def test_devices_that_a_checkpoint_is_not_cut_for_are_refused_with_what_to_do(ranks: int, why: str) -> None:
+    checkpoint = model_pb2.CheckpointInfo(uri="/m", tensor_parallel=ranks)
+
+    with pytest.raises(InvalidRequest, match=why) as refused:
+        on_devices(a_spec(devices=4), checkpoint)
+    assert refused.value.param == "devices"
+
+
+def test_adapters_of_a_checkpoint_that_is_cut_are_refused() -> None:
+    spec = a_spec()
+    spec.adapters.add(name="poet", uri="/a")
+
+    with pytest.raises(InvalidRequest, match="adapters are not added to tensor-parallel ranks"):
+        on_devices(spec, model_pb2.CheckpointInfo(uri="/m", tensor_parallel=2))
 
 
 def test_what_placement_heeds_is_kept_as_given() -> None:
@@ -83,7 +105,7 @@ def test_what_placement_heeds_is_kept_as_given() -> None:
 
     full = resolve(a_spec(**fields), SETTINGS)
 
-    assert (full.pinned, dict(full.required_node_labels), full.devices) == (True, {"gpu": "a100"}, 1)
+    assert (full.pinned, dict(full.required_node_labels)) == (True, {"gpu": "a100"})
 
 
 def test_an_architecture_nobody_serves_is_refused_with_near_ones() -> None:

@@ -655,3 +655,103 @@ def test_a_replica_that_is_being_stopped_is_not_failed_by_its_load() -> None:
 
     assert EndWorker(worker_id=WorkerId("w-1")) in desk.lost("w-1")
     assert desk.state.replicas[ReplicaId("rep-1")].phase is ReplicaPhase.STOPPING
+
+
+# --- replicas of several ranks ---
+
+
+def start_ranks(desk: Desk, replica: str = "rep-1", devices: tuple[int, ...] = (0, 1)) -> tuple[Effect, ...]:
+    """Order a replica whose checkpoint is cut for two ranks."""
+    order = StartReplicaRequest(replica_id=replica, devices=devices, fence=1)
+    order.checkpoint.tensor_parallel = 2
+    return desk.take(StartOrdered(order=order))
+
+
+def ranks_ready(desk: Desk) -> tuple[str, str]:
+    """Bring a replica of two ranks up; returns its workers."""
+    start_ranks(desk)
+    for worker in desk.spawning():
+        desk.warm(worker)
+    first, second = [w.worker_id for w in desk.state.workers.values() if w.replica_id == "rep-1"]
+    desk.loaded(second)
+    desk.loaded(first)
+    return first, second
+
+
+def test_a_replica_of_two_ranks_waits_for_two_workers_and_gives_each_one_device():
+    desk = Desk(prestarted_workers=1)
+    desk.take(Tick())
+    desk.warm("w-1")
+
+    start_ranks(desk)
+    assert desk.phase() is ReplicaPhase.STARTING
+    assert [effect for effect in desk.effects if isinstance(effect, LoadModel)] == []
+    spawns = [effect.is_awaited for effect in desk.effects if isinstance(effect, SpawnWorker)]
+    assert spawns == [True, False]  # the second rank's, and one for the pool
+
+    loads = [effect for effect in desk.warm(desk.spawning()[0]) if isinstance(effect, LoadModel)]
+    assert [(load.rank, load.ranks, load.devices, load.first_worker_id) for load in loads] == [
+        (0, 2, (0,), "w-1"),
+        (1, 2, (1,), "w-1"),
+    ]
+
+
+def test_a_replica_of_two_ranks_takes_sessions_when_both_have_loaded():
+    desk = Desk(prestarted_workers=0)
+    start_ranks(desk)
+    for worker in desk.spawning():
+        desk.warm(worker)
+
+    desk.loaded("w-1")
+    assert desk.phase() is ReplicaPhase.STARTING
+    desk.loaded("w-2")
+    assert desk.phase() is ReplicaPhase.READY
+    assert desk.state.replicas[ReplicaId("rep-1")].loaded.max_batch == 8
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_end_of_one_rank_is_the_end_of_all_and_is_told_once(dead):
+    desk = Desk(prestarted_workers=0)
+    workers = ranks_ready(desk)
+
+    effects = desk.exit(workers[dead])
+
+    assert desk.phase() is ReplicaPhase.FAILED
+    assert [e.worker_id for e in effects if isinstance(e, EndWorker)] == [workers[1 - dead]]
+    assert len([e for e in effects if isinstance(e, FailSessions)]) == 1
+    after = desk.exit(workers[1 - dead])
+    assert not [e for e in after if isinstance(e, FailSessions | EndWorker)]
+    assert desk.phase() is ReplicaPhase.FAILED
+
+
+def test_a_rank_that_cannot_load_ends_the_others_while_they_wait_for_it():
+    desk = Desk(prestarted_workers=0)
+    start_ranks(desk)
+    for worker in desk.spawning():
+        desk.warm(worker)
+
+    refused = LoadRefused(worker_id=WorkerId("w-2"), error_code="load_failed", error_message="disk broke")
+    effects = desk.take(refused)
+
+    assert {e.worker_id for e in effects if isinstance(e, EndWorker)} == {"w-1", "w-2"}
+    assert desk.phase() is ReplicaPhase.FAILED
+    assert desk.state.replicas[ReplicaId("rep-1")].error_message == "disk broke"
+
+
+def test_a_stopped_replica_of_two_ranks_is_gone_when_both_have_ended_and_a_slot_is_free_by_itself():
+    desk = Desk(prestarted_workers=0)
+    first, second = ranks_ready(desk)
+
+    effects = desk.stop("rep-1")
+    assert {e.worker_id for e in effects if isinstance(e, EndWorker)} == {first, second}
+    desk.exit(first)
+    assert desk.phase() is ReplicaPhase.STOPPING
+    desk.start("rep-2", 0)
+    assert [e.devices for e in desk.warm(desk.spawning()[0]) if isinstance(e, LoadModel)] == [(0,)]
+    desk.exit(second)
+    assert desk.phase() is None
+
+
+def test_a_replica_of_ranks_without_a_device_for_each_is_refused():
+    with pytest.raises(InvalidRequest, match="2 tensor-parallel ranks and 1 devices"):
+        start_ranks(Desk(), devices=(0,))
