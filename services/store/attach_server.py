@@ -212,7 +212,7 @@ class AttachServer:
         self, connection: socket.socket, resident: Resident, files: range, *, warm_seconds: float | None
     ) -> bool:
         told = [0] * len(files)
-        with resident.watched() as further:
+        with resident.changes.watched() as further:
             while True:
                 further.clear()
                 if resident.phase is Phase.GONE:
