@@ -6,19 +6,10 @@ import asyncio
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from services.gateway.job import Job
-from services.gateway.routing.routes import RouteTable
-from services.gateway.sampling import SamplingRequest
-from services.gateway.sessions.hops import HopPolicy
-from services.gateway.sessions.session_run import SessionRun
-from services.gateway.text_request import Prompts, TextRequest
-from services.gateway.trace import Trace
-from stoker.v1 import controller_pb2, model_pb2
-from tests.integration.streams.client import HastyClock, Seen
-from tests.simulation.streams.toy_cluster import ToyCluster, ToyPlacement, toy_token
-from tests.unit.services.gateway.builders import TOKENIZER, session
+from tests.simulation.streams.toy_cluster import ToyCluster, toy_token
+from tests.simulation.streams.toy_gateway import ToyClient, ToyGateway
+from tests.unit.services.gateway.builders import TOKENIZER
 
-POLICY = HopPolicy(max_attempts=1_000, max_hops=1_000, resume_timeout_seconds=1e9)
 FAULTS = (0.02, 0.05, 0.1, 0.2)
 """Probability of a fault at each event; during a move each of its phases is struck four times as often."""
 
@@ -31,11 +22,18 @@ class Schedule:
     nodes: int
     faults: float
     tokens: int = 24
+    gateways: int = 1
+    """Through which its client gets the answer; all but the last die, or are paused and wake, meanwhile."""
 
     @classmethod
     def of(cls, seed: int) -> Schedule:
         """Return the schedule of a seed."""
-        return cls(seed=seed, nodes=2 + seed % 3, faults=FAULTS[seed % len(FAULTS)])
+        return cls(
+            seed=seed,
+            nodes=2 + seed % 3,
+            faults=FAULTS[seed % len(FAULTS)],
+            gateways=(1, 1, 2, 1, 1, 3)[seed % 6],
+        )
 
     @classmethod
     def read(cls, path: Path) -> Schedule:
@@ -47,6 +45,7 @@ class Schedule:
             nodes=int(told["nodes"]),
             faults=float(told["faults"]),
             tokens=int(told["tokens"]),
+            gateways=int(told.get("gateways", 1)),
         )
 
     def write(self, folder: Path, outcome: Outcome) -> Path:
@@ -67,39 +66,59 @@ class Outcome:
     history: tuple[str, ...]
     hops: int
     moves: int
+    gateways: int
+    """That had to do with it."""
+    found_tokens: int
+    """That a gateway did not have to have made again."""
 
 
 async def play(schedule: Schedule) -> Outcome:
     """Run a stream to its end under a schedule's faults and look whether anybody could tell."""
-    seed = schedule.seed
-    cluster = ToyCluster(seed, nodes=schedule.nodes, faults=schedule.faults)
-    clock, seen, table = HastyClock(), Seen(), RouteTable()
-    route = controller_pb2.Route(
-        model=model_pb2.Model(spec=model_pb2.ModelSpec(name="tiny", checkpoint_uri="/m")),
-        replicas=[controller_pb2.RouteReplica(replica_id=name, max_batch=4) for name in cluster.nodes],
+    cluster = ToyCluster(
+        schedule.seed,
+        nodes=schedule.nodes,
+        faults=schedule.faults,
+        leader_changes=schedule.gateways > 1,
     )
-    table.apply(controller_pb2.RoutesUpdate(snapshot=True, routes=[route]))
-    trace = Trace(
-        request_id="r", model="tiny", kind="chat", started_seconds=clock.now_seconds(), unix_seconds=0
-    )
-    trace.first_token_seconds = 0.0  # its client has seen something: nothing but success will do
-    request = TextRequest(
-        request_id="r", model="tiny", content=Prompts(prompts=["x"]), sampling=SamplingRequest()
-    )
-    job = Job(request=request, trace=trace, sink=seen, clock=clock, timeout_seconds=1e12)
-    stream = session(max_tokens=schedule.tokens, seed=seed)
-    placement = ToyPlacement(table, clock, cluster)
-    run = SessionRun(stream, 0, job, placement, cluster, POLICY)  # type: ignore[arg-type]
-    await run.run(table.find("tiny").replicas[0])
+    client = ToyClient()
+    gateways: list[ToyGateway] = []
+    for number in range(schedule.gateways):
+        gateway = ToyGateway(
+            cluster,
+            client,
+            number=number,
+            count=schedule.gateways,
+            seed=schedule.seed,
+            tokens=schedule.tokens,
+        )
+        gateways.append(gateway)
+        await gateway.serve()
+        if client.has_end or gateway.error:
+            break
+    for gateway in gateways:
+        await gateway.end()
     await asyncio.sleep(0)
     log: list[int] = []
     while len(log) < schedule.tokens:
-        log.append(toy_token(stream.prompt_token_ids, seed, log))
-    wrong = ""
-    if seen.text != TOKENIZER.decode(log) or stream.token_ids != log:
-        wrong = f"the client saw {seen.text!r}, without faults it is {TOKENIZER.decode(log)!r}"
-    elif cluster.streams:
-        wrong = f"{cluster.streams} calls are open"
-    elif placement.in_flight:
-        wrong = f"sessions are still counted: {dict(placement.in_flight)}"
-    return Outcome(wrong=wrong, history=tuple(cluster.history), hops=trace.hops, moves=trace.moves)
+        log.append(toy_token(gateways[-1].session.prompt_token_ids, schedule.seed, log))
+    return Outcome(
+        wrong=_wrong(client, cluster, gateways, log),
+        history=tuple(cluster.history),
+        hops=sum(gateway.trace.hops for gateway in gateways),
+        moves=sum(gateway.trace.moves for gateway in gateways),
+        gateways=len(gateways),
+        found_tokens=sum(gateway.found_tokens for gateway in gateways),
+    )
+
+
+def _wrong(client: ToyClient, cluster: ToyCluster, gateways: list[ToyGateway], log: list[int]) -> str:
+    if gateways[-1].error:
+        return f"its gateway ended it with {gateways[-1].error}"
+    if client.text != TOKENIZER.decode(log) or gateways[-1].session.token_ids != log:
+        return f"the client saw {client.text!r}, without faults it is {TOKENIZER.decode(log)!r}"
+    if cluster.streams:
+        return f"{cluster.streams} calls are open"
+    for gateway in gateways:
+        if gateway.placement.in_flight:
+            return f"sessions are still counted: {dict(gateway.placement.in_flight)}"
+    return ""

@@ -1,7 +1,8 @@
 """Random fault schedules: whatever happens, a stream is what it would have been, and no call stays open.
 
-The gateway's own session, hops, move rounds and mover run over toy replicas. More seeds, and files of those
-that fail: `python -m tests.simulation.streams --seeds 20000 --write tests/simulation/streams`.
+The gateway's own session, hops, moves and re-attachment run over toy replicas; a third of the streams loses
+its gateway, to its death or to a pause after which it goes on beside its successor. More seeds, and files of
+those that fail: `python -m tests.simulation.streams --seeds 20000 --write tests/simulation/streams`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ async def test_no_fault_schedule_changes_a_stream_or_leaves_a_call_open() -> Non
 
     seen = {event for outcome in outcomes for event in outcome.history}
     for what in ("source", "destination", "both", "connection", "controller"):
-        for phase in ("ships", "begins", "has computed", "is switched"):
+        for phase in ("ships", "begins", "has computed", "is held", "is switched"):
             assert f"{what} fails as a move {phase}" in seen
+    for what in ("a gateway dies", "a gateway is paused", "the leader changes", "a zombie speaks"):
+        assert what in seen
     assert max(outcome.hops for outcome in outcomes) >= 10
     assert max(outcome.moves for outcome in outcomes) >= 3
     assert sum(outcome.moves for outcome in outcomes) > 100
+    assert sum(outcome.gateways for outcome in outcomes) > SEEDS * 5 // 4
+    assert sum(outcome.found_tokens for outcome in outcomes) > SEEDS // 2
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.schedule")), ids=lambda path: path.stem)

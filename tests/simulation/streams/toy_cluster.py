@@ -1,4 +1,8 @@
-"""Replicas with a toy engine and a seeded fate: they die, come back, drain, refuse, and speak of the past."""
+"""Replicas with a toy engine and a seeded fate: they die, come back, drain, refuse, and speak of the past.
+
+Where a stream has more than one gateway in its life (`schedules`), agents keep its tokens and the leader
+changes. These draw from a fate of their own, so that schedules without them stay what they were.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from services.gateway.routing.routes import Replica, RouteTable
 from services.node_agent.sessions.epoch_fence import EpochFence
 from stoker.clock import ManualClock
 from stoker.errors import (
+    Fenced,
     KvUnavailable,
     LoadFailed,
     PeerError,
@@ -20,7 +25,7 @@ from stoker.errors import (
     StokerError,
     WorkerDied,
 )
-from stoker.v1 import node_agent_pb2, session_pb2
+from stoker.v1 import controller_pb2, model_pb2, node_agent_pb2, session_pb2
 from tests.unit.services.gateway.builders import ids_of
 
 LETTERS = ids_of("abcdefghijklmnopqrstuvwxyz")
@@ -43,6 +48,7 @@ class ToyNode:
         self.leaves = 0
         self.fence = EpochFence()
         self.owners: dict[str, int] = {}
+        self.kept: dict[str, node_agent_pb2.KeptSession] = {}
 
 
 class ToyCluster:
@@ -52,13 +58,17 @@ class ToyCluster:
         seed: Of the faults.
         nodes: How many.
         faults: Probability of one at each event.
+        leader_changes: Whether the controller that leads is among what fails.
     """
 
-    def __init__(self, seed: int, *, nodes: int, faults: float) -> None:
+    def __init__(self, seed: int, *, nodes: int, faults: float, leader_changes: bool = False) -> None:
         self._random = random.Random(seed)
+        self.fate = random.Random(-1 - seed)
         self._faults = faults
+        self._leader_changes = leader_changes
         self.nodes = {f"rep-{number}": ToyNode() for number in range(nodes)}
         self.history: list[str] = []
+        self.tables: list[RouteTable] = []
         self.streams = 0
         self.away_asks = 0
         self._owner: dict[str, str] = {}
@@ -86,6 +96,8 @@ class ToyCluster:
                 yield event
         finally:
             self.streams -= 1
+            if node.owners.get(session_id) == order.epoch:
+                del node.owners[session_id]
 
     async def fetch_kv(
         self, destination: Replica, order: node_agent_pb2.FetchKvRequest, *, timeout_seconds: float
@@ -117,15 +129,46 @@ class ToyCluster:
             raise KvUnavailable("not now")
         return 0
 
+    async def find_sessions(
+        self, address: str, session_ids: Sequence[str], *, timeout_seconds: float
+    ) -> Sequence[node_agent_pb2.KeptSession]:
+        """Say what a node has kept of a session, unless it is away."""
+        await asyncio.sleep(0)
+        node = self.nodes[address]
+        if node.is_dead or self.fate.random() < 3 * self._faults:
+            self._note(f"{address} does not say what it has")
+            raise PeerError(f"{address} is away")
+        found = []
+        for name in session_ids:
+            if name in node.kept:
+                found.append(node.kept[name])
+            elif (highest := node.fence.highest(name)) >= 0:
+                found.append(node_agent_pb2.KeptSession(session_id=name, epoch=highest))
+        return found
+
+    def release(self, replica: Replica, session_id: str, epoch: int) -> None:
+        """Do nothing: that nobody needs a session any more must not matter to its client."""
+
+    def _change_leader(self) -> None:
+        """No controller answers for a while; the next one has not heard of every replica at first."""
+        self._note("the leader changes")
+        self.away_asks = 1 + self.fate.randrange(4)
+        heard = [name for name in self.nodes if self.fate.random() < 0.5]
+        for table in self.tables:
+            table.apply(routes(heard or list(self.nodes)))
+
     def _admit(self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest) -> None:
         if node.is_dead:
             if self._random.random() < 0.5:
                 self._note(f"{replica.replica_id} is back")
                 node.is_dead, node.fence = False, EpochFence()
+                node.owners, node.kept = {}, {}
             raise ReplicaGone(f"{replica.replica_id} is dead")
         if self._random.random() < self._faults:
             self._note(f"{replica.replica_id} is full")
             raise QueueFull("full")
+        if node.owners.get(order.session_id, -1) >= order.epoch:
+            raise Fenced(f"{order.session_id} has a later owner here")
         node.fence.admit(order.session_id, order.epoch, follows=order.follows)
 
     async def _events(
@@ -139,8 +182,7 @@ class ToyCluster:
             for _ in range(1 + self._random.randrange(3)):
                 await asyncio.sleep(0)
             self._strike(node, replica)
-            if node.is_dead or node.owners.get(order.session_id) != order.epoch:
-                raise WorkerDied(f"{replica.replica_id} died")
+            _check_owner(node, order)
             if node.leaves > left:
                 left = node.leaves
                 yield session_pb2.GenerateEvent(epoch=order.epoch, leave=session_pb2.Leave(grace_seconds=9))
@@ -154,6 +196,8 @@ class ToyCluster:
                 event = session_pb2.GenerateEvent(epoch=order.epoch, position=len(log))
             if len(log) == sampling.max_tokens:
                 event.finish_reason = LENGTH
+            if order.keep_seconds:
+                node.kept[order.session_id] = _kept(order, log, event.finish_reason)
             yield event
             if event.finish_reason:
                 return
@@ -174,6 +218,8 @@ class ToyCluster:
             self.away_asks = 8
 
     def _strike(self, node: ToyNode, replica: Replica) -> None:
+        if self._leader_changes and self.fate.random() < self._faults / 2:
+            self._change_leader()
         draw = self._random.random()
         if draw < self._faults:
             self._note(f"{replica.replica_id} dies")
@@ -189,6 +235,9 @@ class ToyCluster:
         """Return what the controller answers instead of a replica, if fate will have it."""
         if self.away_asks:
             self.away_asks -= 1
+            if not self.away_asks:
+                for table in self.tables:
+                    table.apply(routes(list(self.nodes)))
             return PeerError("no controller")
         if self._random.random() < 0.3:
             return self._random.choice([PeerError("no controller"), LoadFailed("x", retry_after_seconds=1)])
@@ -197,6 +246,38 @@ class ToyCluster:
     def any_replica(self, table: RouteTable) -> Replica:
         """Return what the controller answers."""
         return self._random.choice(table.find("tiny").replicas)
+
+
+def _check_owner(node: ToyNode, order: session_pb2.GenerateRequest) -> None:
+    """Raise what ends a session here: a later owner, or the node's death."""
+    if node.owners.get(order.session_id, 0) > order.epoch:
+        raise Fenced(f"{order.session_id} was taken over")
+    if node.is_dead or node.owners.get(order.session_id) != order.epoch:
+        raise WorkerDied(f"{order.replica_id} died")
+
+
+def routes(names: Sequence[str]) -> controller_pb2.RoutesUpdate:
+    """Return the routes of a controller that knows these replicas."""
+    route = controller_pb2.Route(
+        model=model_pb2.Model(spec=model_pb2.ModelSpec(name="tiny", checkpoint_uri="/m")),
+        replicas=[
+            controller_pb2.RouteReplica(replica_id=name, agent_address=name, max_batch=4) for name in names
+        ],
+    )
+    return controller_pb2.RoutesUpdate(snapshot=True, routes=[route])
+
+
+def _kept(
+    order: session_pb2.GenerateRequest, log: Sequence[int], finish_reason: session_pb2.FinishReason.ValueType
+) -> node_agent_pb2.KeptSession:
+    return node_agent_pb2.KeptSession(
+        session_id=order.session_id,
+        epoch=order.epoch,
+        replica_id=order.replica_id,
+        fingerprint=order.fingerprint,
+        tokens=[session_pb2.Token(id=token) for token in log],
+        finish_reason=finish_reason,
+    )
 
 
 def _event(epoch: int, position: int, token: int) -> session_pb2.GenerateEvent:
