@@ -11,7 +11,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -32,6 +32,8 @@ ANY_FENCE = 2**62
 """An order's that no controller gives: chaos stands for all of them."""
 LONG_SECONDS = (7.0, 9.0)
 """A worker's pause that its agent takes for its death."""
+GATEWAY_SECONDS = (1.0, 14.0)
+"""A gateway's pause: one that everybody sits out, up to one after which agents and clients have left it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +137,18 @@ class Faults:
     async def kill_gateway(self, node: str, seconds: float) -> None:
         """SIGKILL one of the gateways; the other one stays."""
         del node
-        name = self._cluster.gateways[int(seconds * len(self._cluster.gateways))].name
-        if not self._is_gateway_busy:
-            self._is_gateway_busy = True
-            try:
+        with self._one_gateway(seconds) as name:
+            if name:
                 await self._kill("kill gateway", f"gateway of {name}", name)
-            finally:
-                self._is_gateway_busy = False
+
+    async def pause_gateway(self, node: str, seconds: float) -> None:
+        """Stop one of the gateways and wake it: some of its clients have gone to the other one meanwhile."""
+        del node
+        with self._one_gateway(2.0 * seconds % 1.0) as name:
+            process = self._cluster.process(f"gateway of {name}") if name else None
+            if process is not None:
+                async with self._paused("pause gateway", name, process):
+                    await asyncio.sleep(_between(GATEWAY_SECONDS, seconds))
 
     async def zombie_agent(self, node: str, seconds: float) -> None:
         """Stop a node agent beyond its lease, then wake it."""
@@ -262,6 +269,18 @@ class Faults:
             process.kill()
             await self._cluster.until_serving(title, not_pid=process.pid)
 
+    @contextmanager
+    def _one_gateway(self, pick: float) -> Iterator[str]:
+        """Yield the gateway to hurt; empty while one is hurt already: the other one must serve."""
+        if self._is_gateway_busy:
+            yield ""
+            return
+        self._is_gateway_busy = True
+        try:
+            yield self._cluster.gateways[int(pick * len(self._cluster.gateways))].name
+        finally:
+            self._is_gateway_busy = False
+
     @asynccontextmanager
     async def _paused(self, kind: str, node: str, process: psutil.Process) -> AsyncIterator[None]:
         self._note(kind, node, process.pid)
@@ -343,6 +362,7 @@ KINDS: dict[str, Callable[[Faults, str, float], Awaitable[None]]] = {
     "kill store": Faults.kill_store,
     "kill controller": Faults.kill_controller,
     "kill gateway": Faults.kill_gateway,
+    "pause gateway": Faults.pause_gateway,
     "zombie agent": Faults.zombie_agent,
     "partition": Faults.partition,
     "blip": Faults.blip,

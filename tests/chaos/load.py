@@ -20,6 +20,8 @@ MAX_TRIES = 200
 RETRY_SECONDS = 0.3
 SILENCE_SECONDS = 60.0
 """A stream that says nothing at all for so long is lost: a keep-alive comment is due every second."""
+PATIENCE_SECONDS = 8.0
+"""After so much silence a client with a key turns to the other gateway: this one may only be paused."""
 
 
 class Lost(Exception):
@@ -58,7 +60,7 @@ class Clients:
     Args:
         gateways: Where they ask; the first that answers serves a request.
         tally: Told what became of each request.
-        gateways_die: Whether a gateway's death is among the faults.
+        gateways_die: Whether a gateway's death, or its pause, is among the faults.
     """
 
     def __init__(self, gateways: Sequence[Gateway], tally: Tally, *, gateways_die: bool = False) -> None:
@@ -66,7 +68,6 @@ class Clients:
         self._tally = tally
         self._gateways_die = gateways_die
         self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(SILENCE_SECONDS, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
@@ -113,7 +114,9 @@ class Clients:
         if answer.event_id:
             headers["last-event-id"] = answer.event_id
         url, body, event_id = gateway.rest_url + ask.path, dict(ask.body), answer.event_id
-        async with self._http.stream("POST", url, json=body, headers=headers) as response:
+        timeout = httpx.Timeout(PATIENCE_SECONDS if key else SILENCE_SECONDS, connect=5.0)
+        stream = self._http.stream("POST", url, json=body, headers=headers, timeout=timeout)
+        async with stream as response:
             if response.status_code in REFUSED:
                 return False
             if response.status_code != httpx.codes.OK:

@@ -156,7 +156,8 @@ async def _storm(
     say: Callable[[str], None],
 ) -> None:
     """Load and faults, until the time is up and every stream has ended."""
-    clients = Clients(cluster.gateways, account.tally, gateways_die="kill gateway" in weather.kinds)
+    gateways_die = not {"kill gateway", "pause gateway"}.isdisjoint(weather.kinds)
+    clients = Clients(cluster.gateways, account.tally, gateways_die=gateways_die)
     stop = asyncio.Event()
     limit_seconds = weather.seconds + CALM_SECONDS + (ROLL_SECONDS if weather.rolling else 0.0)
     try:
