@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from services.store.adapters import refuse_adapter
@@ -46,6 +46,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         peers: Peers | None = None,
         attach_socket: str = "",
         described: Callable[[CatalogEntry], None] | None = None,
+        expected: Mapping[str, float] | None = None,
     ) -> None:
         """Take what answers.
 
@@ -58,6 +59,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
             peers: What is shared with other stores, if anything is.
             attach_socket: Path of the attach socket, to be told.
             described: Told of each checkpoint that is described.
+            expected: Of far tiers, bytes per second until something was moved.
         """
         super().__init__(catalog=catalog, pulls=pulls, cache=cache)
         self._catalog = catalog
@@ -66,6 +68,7 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
         self._peers = peers
         self._attach_socket = attach_socket
         self._described = described
+        self._expected = expected or {}
 
     async def Describe(  # noqa: N802 - the method's name in the contract
         self, request: pb.DescribeRequest, context: Context
@@ -155,6 +158,10 @@ class CheckpointStoreService(CopiesService, checkpoint_store_pb2_grpc.Checkpoint
     def _status(self) -> pb.StoreStatus:
         status = store_status(self._loads, self._catalog.entries())
         status.attach_socket = self._attach_socket
+        measured = {bandwidth.stage for bandwidth in status.bandwidths}
+        for tier, rate in self._expected.items():
+            if tier not in measured:
+                status.bandwidths.add(stage=tier, bytes_per_second=rate)
         if self._peers is not None:
             status.peer_address = self._peers.address
         return status

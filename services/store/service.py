@@ -14,6 +14,7 @@ from services.store.grpc_service import SERVICE_NAME, CheckpointStoreService
 from services.store.integrity.damaged_copies import DamagedCopies
 from services.store.integrity.verified_parts import FOLDER_NAME as VERIFIED_FOLDER_NAME
 from services.store.integrity.verified_parts import VerifiedParts
+from services.store.link_speed import expected_rates, link_bytes_per_second
 from services.store.loads import Loads
 from services.store.peers.service import Peers
 from services.store.peers.shared_file import DiskCopy
@@ -91,6 +92,7 @@ class StoreService:
             peers=peers,
             attach_socket=str(folder.socket_path),
             described=probe.consider,
+            expected=expected_rates(settings.paced_bytes_per_second, link_bytes_per_second()),
         )
         checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server(service, server.grpc_server)
         server.bind(settings.address)
