@@ -222,7 +222,7 @@ def _node_reported(view: View, node: Node) -> View:
         view,
         nodes=_with(view.nodes, node.node_id, node),
         fleet=fleet,
-        distrusted=view.distrusted - seen.keys() - replicas.keys(),
+        distrusted=view.distrusted - seen.keys() - replicas.keys() if view.distrusted else view.distrusted,
     )
     for replica_id in view.index.on_node.get(node.node_id, ()) if view.index else ():
         if view.reservations[replica_id].lost:
@@ -235,6 +235,8 @@ def _node_reported(view: View, node: Node) -> View:
         if mine is not None and not mine.reported:
             view = _reservation(view, replica.replica_id, reported=True)
         was = seen.get(replica.replica_id)
+        if was is replica:
+            continue
         if is_complete(replica) and (was is None or not is_complete(was)):
             view = _started(view, replica)
         if replica.sessions and was is not None and was.phase is Phase.READY and not was.sessions:

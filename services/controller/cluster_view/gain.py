@@ -65,8 +65,6 @@ def load_makes_room(was: Summary, now: Summary) -> bool:
     """Tell the same of a report of nothing but sessions, from the summaries of its node."""
     if not now.is_open:
         return now.leaving_for != ()
-    if was.worth_keys == now.worth_keys and was.busy == now.busy:
-        return False
     return _may_be_disturbed_more(was, now)
 
 
@@ -87,6 +85,8 @@ def _gains(before: View, after: View, node_id: NodeId) -> bool:
 
 
 def _may_be_disturbed_more(was: Summary, now: Summary) -> bool:
+    if was.worth_keys == now.worth_keys and was.busy == now.busy:
+        return False
     was_idle = {replica_id for _, replica_id in was.worth_keys}
     now_idle = {replica_id for _, replica_id in now.worth_keys}
     return not was_idle.issuperset(now_idle) or not {*was_idle, *was.busy}.issuperset(now.busy)
@@ -94,11 +94,11 @@ def _may_be_disturbed_more(was: Summary, now: Summary) -> bool:
 
 def _may_go_more(was: Summary, now: Summary) -> bool:
     return (
-        not set(was.free).issuperset(now.free)
+        (was.free != now.free and not set(was.free).issuperset(now.free))
         or _may_be_disturbed_more(was, now)
-        or not set(was.settling).issuperset(now.settling)
+        or (was.settling != now.settling and not set(was.settling).issuperset(now.settling))
         or was.leaving_for != now.leaving_for
-        or not set(now.coming).issuperset(was.coming)
+        or (was.coming != now.coming and not set(now.coming).issuperset(was.coming))
     )
 
 

@@ -21,6 +21,7 @@ from immutables import Map
 from services.controller.cluster_view.attention import EMPTY, Mark, Tally, due_of, mark_of
 from services.controller.cluster_view.fleet import member
 from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.groups import Groups, Members
 from services.controller.cluster_view.holdings import held_changes
 from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
 from services.controller.cluster_view.load_report import Load, differs_in_sessions
@@ -46,7 +47,6 @@ from stoker.ids import ModelName, NodeId, ReplicaId
 
 T = TypeVar("T")
 K = TypeVar("K")
-Members = Map[NodeId, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,8 @@ class Index:
     on_node: Map[NodeId, tuple[ReplicaId, ...]] = field(default_factory=Map)
     of_model: Map[ModelName, tuple[ReplicaId, ...]] = field(default_factory=Map)
     summaries: Map[NodeId, Summary] = field(default_factory=Map)
-    holders: Map[Checkpoint, Members] = field(default_factory=Map)
-    in_memory: Map[Checkpoint, Members] = field(default_factory=Map)
+    holders: Groups[Checkpoint] = field(default_factory=Groups)
+    in_memory: Groups[Checkpoint] = field(default_factory=Groups)
     free: Map[Rung, Nodes] = field(default_factory=Map)
     free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
     marks: Map[ReplicaId, Mark] = field(default_factory=Map)
@@ -278,18 +278,21 @@ def _rehold(
     if was is now:
         return
     changes = held_changes(was, now)
-    draft.holders = _regrouped(
-        draft.holders,
-        [each for each, held, _ in changes if held is not None],
-        [each for each, _, held in changes if held is not None],
+    draft.holders = draft.holders.moved(
         node_id,
+        [each for each, before, after in changes if before is not None and after is None],
+        [each for each, before, after in changes if before is None and after is not None],
     )
-    draft.in_memory = _regrouped(
-        draft.in_memory,
-        [each for each, held, _ in changes if held is not None and held.dram_bytes],
-        [each for each, _, held in changes if held is not None and held.dram_bytes],
+    draft.in_memory = draft.in_memory.moved(
         node_id,
+        [each for each, before, after in changes if _has_some(before) and not _has_some(after)],
+        [each for each, before, after in changes if _has_some(after) and not _has_some(before)],
     )
+
+
+def _has_some(held: Held | None) -> bool:
+    """Tell whether some of a checkpoint is in memory."""
+    return held is not None and held.dram_bytes > 0
 
 
 def _recount(draft: Draft, was: Summary | None, now: Summary | None) -> None:

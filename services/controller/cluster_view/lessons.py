@@ -46,15 +46,20 @@ def is_complete(replica: Replica) -> bool:
 def lessons_of(before: Node | None, replicas: Mapping[ReplicaId, Replica]) -> list[Transferred]:
     """Return what a node's stages moved in the starts that `replicas`, its new report, shows complete."""
     seen = before.replicas if before else {}
+    ended = [
+        replica
+        for replica_id, replica in replicas.items()
+        if (was := seen.get(replica_id)) is not None
+        and was is not replica
+        and not is_complete(was)
+        and is_complete(replica)
+    ]
+    if not ended:
+        return []
     loading = sum(not is_complete(found) and found.phase is not Phase.FAILED for found in seen.values())
     if loading > 1:
         return []
-    return [
-        transferred
-        for replica_id, replica in replicas.items()
-        if (was := seen.get(replica_id)) is not None and not is_complete(was) and is_complete(replica)
-        for transferred in _by_stage(replica.stages)
-    ]
+    return [transferred for replica in ended for transferred in _by_stage(replica.stages)]
 
 
 def rates_after(

@@ -6,6 +6,7 @@ object, so that `index` need not look at it again.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from operator import attrgetter
 from statistics import median
 
@@ -41,6 +42,10 @@ _LOAD = (
 """Of a replica, what its sessions change."""
 _REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
 """Of a replica, what no agent says: this controller knows it."""
+_reported = attrgetter(
+    *(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, "waiting_since_seconds"})
+)
+"""Of a replica, what its agent says."""
 
 
 def narrowed(view: View, node: Node) -> LoadReported | None:
@@ -112,16 +117,23 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
 
     It is the one before, where nothing of it has changed: what follows from it need not be looked at again.
     """
+    waiting_since_seconds = waiting_since(replica, before, now_seconds)
+    if (
+        before is not None
+        and before.waiting_since_seconds == waiting_since_seconds
+        and (before.ready_since_seconds is not None or not is_complete(replica))
+        and _reported(before) == _reported(replica)
+    ):
+        return before
     ready_since_seconds = before.ready_since_seconds if before else None
     if ready_since_seconds is None and is_complete(replica):
         ready_since_seconds = now_seconds
-    now = changed(
+    return changed(
         replica,
         first_seen_seconds=before.first_seen_seconds if before else now_seconds,
         ready_since_seconds=ready_since_seconds,
-        waiting_since_seconds=waiting_since(replica, before, now_seconds),
+        waiting_since_seconds=waiting_since_seconds,
     )
-    return before if before is not None and before == now else now
 
 
 def waiting_since(replica: Replica, before: Replica | None, now_seconds: float) -> float | None:

@@ -7,7 +7,6 @@ by name, so that one rule serves all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from immutables import Map
@@ -44,8 +43,17 @@ Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
 """One of a node's places: the list's name, its key where there are several, and the item."""
 
 
-placed_by = attrgetter("is_open", "shape", "rates", "openings", "device_rate", "free", "worker_seconds")
-"""Of a summary, what `places` reads."""
+def placed_by(summary: Summary) -> tuple[object, ...]:
+    """Return what of a summary decides where `places` has the node: of its free slots the number of steps."""
+    return (
+        summary.is_open,
+        len(summary.free).bit_length(),
+        summary.worker_seconds,
+        summary.device_rate,
+        summary.rates,
+        summary.openings,
+        summary.shape,
+    )
 
 
 def disturbed_by(summary: Summary) -> tuple[float | None, bool]:

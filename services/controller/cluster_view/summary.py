@@ -9,14 +9,13 @@ from functools import lru_cache
 from operator import attrgetter, is_
 
 from services.controller.cluster_view.estimate import (
-    NOTHING,
     bytes_per_second,
     opening_seconds,
     worker_wait_seconds,
 )
 from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.streaming import has_own_memory
-from services.controller.cluster_view.traits import Trait, trait_of, traits_hold, with_load
+from services.controller.cluster_view.traits import Trait, trait_holds, trait_of, with_load
 from services.controller.cluster_view.view import (
     Checkpoint,
     Device,
@@ -154,7 +153,7 @@ def summary_of(
     else:
         traits = _traits(view, node, reservations, known, was)
         if was is not node and not only_replicas_differ(was, node):
-            known = _of_report(node)
+            known = _of_later_report(node, known) if _same_but_for_queues(was, node) else _of_report(node)
     taken = {device for trait in traits for device in trait.reservation.devices}
     taken |= known.occupied
     loading = dict([trait.loading for trait in traits if trait.loading is not None])
@@ -213,24 +212,12 @@ def _traits(
     """Return the traits of a node's reservations; those already known of what did not change."""
     before = {id(trait.reservation): trait for trait in known.traits}  # kept alive by their traits
     if was is not node:
-        if not traits_hold(was, node):
-            before = {}
-        elif was.held is not node.held or was.replicas is not node.replicas:
-            for reservation in reservations:
-                if not _holds(view, was, node, reservation):
-                    before.pop(id(reservation), None)
+        holds = trait_holds(was, node)
+        for trait in known.traits:
+            if not holds(trait, view.models.get(trait.reservation.model)):
+                del before[id(trait.reservation)]
     return tuple(
         [before.get(id(reservation)) or trait_of(view, node, reservation) for reservation in reservations]
-    )
-
-
-def _holds(view: View, was: Node, node: Node, reservation: Reservation) -> bool:
-    """Tell whether what a trait says of its replica and checkpoint is as it was."""
-    replica_id, model = reservation.replica_id, view.models.get(reservation.model)
-    return was.replicas.get(replica_id) is node.replicas.get(replica_id) and (
-        was.held is node.held
-        or model is None
-        or was.held.get(model.checkpoint) == node.held.get(model.checkpoint)
     )
 
 
@@ -257,9 +244,42 @@ def _of_report(node: Node) -> Summary:
         rates=rates,
         openings=tuple(opening_seconds(node, origin) for origin in ORIGINS),
         device_rate=device_rate,
-        occupied=frozenset(device for replica in node.replicas.values() for device in replica.devices),
-        stages_queue=any(node.stages.get(stage, NOTHING).queued_bytes for stage in (*ORIGINS, "device")),
+        occupied=_occupied(node),
+        stages_queue=_stages_queue(node),
     )
+
+
+def _of_later_report(node: Node, known: Summary) -> Summary:
+    """Return the same, given a summary of the node when it was `_same_but_for_queues`."""
+    return changed(known, occupied=_occupied(node), stages_queue=_stages_queue(node))
+
+
+def _same_but_for_queues(was: Node, now: Node) -> bool:
+    """Tell whether of what `_of_report` reads only the queues and the replicas' slots may differ."""
+    return (
+        _paced_by(was) == _paced_by(now)
+        and was.pool.total_bytes == now.pool.total_bytes
+        and was.pool.window_bytes == now.pool.window_bytes
+        and was.stages.keys() == now.stages.keys()
+        and all(
+            stage is now.stages[name] or stage.bytes_per_second == now.stages[name].bytes_per_second
+            for name, stage in was.stages.items()
+        )
+    )
+
+
+_paced_by = attrgetter("architectures", "devices", "learnt", "opening")
+
+
+def _occupied(node: Node) -> frozenset[int]:
+    return frozenset([device for replica in node.replicas.values() for device in replica.devices])
+
+
+def _stages_queue(node: Node) -> bool:
+    return any(stage.queued_bytes for name, stage in node.stages.items() if name in _STAGES)
+
+
+_STAGES = frozenset((*ORIGINS, "device"))
 
 
 def _rates(node: Node) -> tuple[float, tuple[float, ...]]:

@@ -7,6 +7,7 @@ about one costs the trait of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from services.controller.cluster_view.estimate import (
     worker_wait_seconds,
 )
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, member
-from services.controller.cluster_view.streaming import pool_bytes_on
+from services.controller.cluster_view.streaming import pool_bytes_on, streams_on
 from services.controller.cluster_view.view import Checkpoint, Model, Node, Reservation, View
 from stoker.ids import ModelName, ReplicaId
 
@@ -76,28 +77,41 @@ def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
     )
 
 
+def trait_holds(was: Node, now: Node) -> Callable[[Trait, Model | None], bool]:
+    """Return what tells of a trait on `was`, and its model, whether it is the same on `now`."""
+    same = _read_by_all(was) == _read_by_all(now) and (
+        was.pool.total_bytes == now.pool.total_bytes and was.pool.window_bytes == now.pool.window_bytes
+    )
+    same_device = same and was.stages.get("device") == now.stages.get("device")
+    same_stages = same_device and was.stages == now.stages
+
+    def holds(trait: Trait, model: Model | None) -> bool:
+        replica_id = trait.reservation.replica_id
+        if not same or was.replicas.get(replica_id) is not now.replicas.get(replica_id):
+            return False
+        if model is None:
+            return True
+        held = now.held.get(model.checkpoint, NOTHING_HELD)
+        if was.held is not now.held and was.held.get(model.checkpoint, NOTHING_HELD) != held:
+            return False
+        if same_stages or trait.restart_log is None:
+            return True
+        return same_device and held.dram_bytes >= model.file_bytes and not streams_on(model, now)
+
+    return holds
+
+
 _read_by_all = attrgetter(
     "warm_workers",
     "worker_start_seconds",
     "next_worker_seconds",
-    "draining",
     "connected",
     "reachable",
     "devices",
-    "stages",
     "opening",
     "learnt",
 )
-"""Of a node, what the traits of all its replicas may depend on; beside its pool."""
-
-
-def traits_hold(was: Node, now: Node) -> bool:
-    """Tell whether a trait is the same on both, where its own replica and checkpoint are."""
-    return (
-        was.pool.total_bytes == now.pool.total_bytes
-        and was.pool.window_bytes == now.pool.window_bytes
-        and _read_by_all(was) == _read_by_all(now)
-    )
+"""Of a node, what the traits of all its replicas may depend on; beside its pool and its stages."""
 
 
 def with_load(view: View, node: Node, trait: Trait) -> Trait:

@@ -64,6 +64,8 @@ class Bounds:
         self.wanted = wanted
         self.limit_seconds = inf
         """Whoever disturbs others and costs more is out: something better was found."""
+        self.best: Rank | None = None
+        """Of the options found, once they are enough: who at most ties with it has to have the lower id."""
         self.disturbs_busy = may_disturb and (policy.may_migrate or situation.waited_too_long)
         self._may_disturb = may_disturb
         self._slots = wanted.slots
@@ -138,6 +140,16 @@ class Bounds:
         if seconds > self.limit_seconds:
             return None
         return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
+
+    def is_behind(self, bound: Rank, node_id: NodeId) -> bool:
+        """Tell whether a node is no better than as good as the best one, and its id comes later."""
+        best = self.best
+        return (
+            best is not None
+            and bound[:4] == best[:4]
+            and bound[4] >= best[4] * ROUNDING
+            and node_id > best[5]
+        )
 
     def _fits(self, shape: Shape) -> bool:
         """Tell whether nodes of a shape can ever take the model; most ask about the one just asked about."""

@@ -70,14 +70,17 @@ class _Elsewhere:
         situation, wanted = self._situation, self._wanted
         found: list[tuple[Rank, Option]] = []
         looked: set[NodeId] = set()
+        self._bounds.best = None
         for bound, node_id in free_streams(situation, self._bounds, self._bounded, self._known):
             if len(found) >= count and bound > found[count - 1][0]:
                 break
-            if node_id == NOBODY or node_id in looked:
+            if node_id == NOBODY or node_id in looked or self._bounds.is_behind(bound, node_id):
                 continue
             looked.add(node_id)
             node, summary = situation.view.nodes[node_id], situation.index.summaries[node_id]
             option = free_option(situation, node, wanted) if can_ever(wanted, node, summary) else None
             if option is not None:
                 insort(found, (rank(option, situation.policy), option), key=itemgetter(0))
+                if len(found) >= count:
+                    self._bounds.best = found[count - 1][0]
         return tuple(option for _, option in found[:count])

@@ -111,7 +111,7 @@ def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
 
 
 def _sources(view: View, index: Index, model: Model) -> Iterator[NodeId]:
-    for node_id in index.holders.get(model.checkpoint, ()):
+    for node_id in index.holders.get(model.checkpoint):
         node = view.nodes[node_id]
         if node.reachable and holds_all(node.held.get(model.checkpoint), model.file_bytes):
             yield node_id

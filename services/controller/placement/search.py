@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from services.controller.placement.bounds import ROUNDING, Bounded, Bounds
+from services.controller.placement.bounds import Bounded, Bounds
 from services.controller.placement.cheapest import best_on
 from services.controller.placement.destinations import Destinations
 from services.controller.placement.options import Option, Rank, rank
@@ -51,8 +51,8 @@ def search(situation: Situation, *, exhaustive: bool = False) -> Found:
             break
         if node_id == NOBODY or node_id in looked:
             continue
-        if len(ranked) >= SHOWN and best_rank is not None and _ties_behind(bound, node_id, best_rank):
-            continue
+        if bounds.is_behind(bound, node_id):
+            continue  # of a thousand equal nodes only the first ones are worked out
         looked.add(node_id)
         option = best_on(
             situation, situation.view.nodes[node_id], destinations, None if exhaustive else best_rank
@@ -63,17 +63,11 @@ def search(situation: Situation, *, exhaustive: bool = False) -> Found:
             if best_rank is None or found < best_rank:
                 best_rank = found
                 bounds.limit_seconds = (found[0] + 1) * situation.policy.tie_seconds
+            if len(ranked) >= SHOWN:
+                bounds.best = best_rank
     ranked.sort(key=_rank_of)
     options = tuple([option for _, option in ranked])
     return Found(best=options[0] if options else None, options=options)
-
-
-def _ties_behind(bound: Rank, node_id: NodeId, best: Rank) -> bool:
-    """Tell whether a node is no better than as good as the best one, and its id comes later.
-
-    Of a thousand equal nodes only the first ones are worked out.
-    """
-    return bound[:4] == best[:4] and bound[4] >= best[4] * ROUNDING and node_id > best[5]
 
 
 def _rank_of(ranked: tuple[Rank, Option]) -> Rank:

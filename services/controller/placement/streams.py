@@ -19,8 +19,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from itertools import islice
-from typing import Final
+from itertools import dropwhile, islice
+from typing import Final, NamedTuple
 
 from services.controller.placement.bounds import Bounded, Bounds, rungs_of
 from services.controller.placement.options import Rank
@@ -67,7 +67,7 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
         carriers = [index.labelled.get(label, {}).keys() for label in model.required_labels]
         return set(carriers[0]).intersection(*carriers[1:])
     holders = index.in_memory if wanted.origin == "disk" else index.holders
-    nodes = set(holders.get(model.checkpoint, ()))
+    nodes = set(holders.get(model.checkpoint))
     if free:
         nodes = {each for each in nodes if index.summaries[each].is_open and index.summaries[each].free}
     for label in model.preferred_labels:
@@ -84,8 +84,7 @@ def _free_streams(
             by_rate,
             None if rung.waits else by_worker[rung._replace(origin="")],
             known,
-            bounds.beyond,
-            bounds.on,
+            _Ranks(bounds.beyond, bounds.on, bounds.is_behind),
         )
         for rung, by_rate in rungs_of(situation.index, bounds.wanted)
     ]
@@ -96,7 +95,8 @@ def _idle_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
     if by_rate is None:
         return iter(())
     by_worth = situation.index.idle_by_worth
-    return _threshold_search(by_rate, by_worth, known, bounds.idle_beyond, bounds.idle_on)
+    ranks = _Ranks(bounds.idle_beyond, bounds.idle_on, bounds.is_behind)
+    return _threshold_search(by_rate, by_worth, known, ranks)
 
 
 def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]) -> Iterator[Bounded]:
@@ -111,15 +111,28 @@ def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
         return bounds.busy_beyond(rate)
 
     candidates = tuple(islice(by_rate, policy.migration_candidates))
-    return _threshold_search(candidates, None, known, beyond, bounds.on)
+    return _threshold_search(candidates, None, known, _Ranks(beyond, bounds.on, bounds.is_behind))
+
+
+class _Ranks(NamedTuple):
+    """What a threshold search orders nodes by.
+
+    Attributes:
+        beyond: The rank that nodes behind both cursors can't beat.
+        on: The rank that one node can't beat; None = it is out.
+        is_behind: Tells whether a node of a rank ties with the best one at most, and loses that by its id.
+    """
+
+    beyond: Callable[[float, float], Rank]
+    on: Callable[[NodeId], Rank | None]
+    is_behind: Callable[[Rank, NodeId], bool]
 
 
 def _threshold_search(
     by_rate: Iterable[tuple[float, NodeId]],
     by_other: Iterable[tuple[float, NodeId]] | None,
     known: AbstractSet[NodeId],
-    beyond: Callable[[float, float], Rank],
-    bound_on: Callable[[NodeId], Rank | None],
+    ranks: _Ranks,
 ) -> Iterator[Bounded]:
     """Yield nodes of two lists by their own bounds, reading each list only as far as that takes.
 
@@ -127,13 +140,14 @@ def _threshold_search(
         by_rate: Nodes by negative rate.
         by_other: The same nodes by another number that costs; None = it is 0 for all of them.
         known: Nodes to leave out, for another stream has them.
-        beyond: The rank that nodes behind both cursors can't beat.
-        bound_on: The rank that one node can't beat; None = it is out.
+        ranks: What they are ordered by.
     """
     seen = set(known)
     ready: list[Bounded] = []
+    beyond, bound_on = ranks.beyond, ranks.on
     rates, others, count = _Cursor(by_rate), _Cursor(by_other or ()), 1
     while True:
+        _skip_behind(rates, ranks, alone=by_other is None)
         reached = beyond(-rates.reached, others.reached)
         while ready and ready[0][0] <= reached:
             yield heapq.heappop(ready)
@@ -157,6 +171,12 @@ def _threshold_search(
         yield heapq.heappop(ready)
 
 
+def _skip_behind(rates: _Cursor, ranks: _Ranks, *, alone: bool) -> None:
+    """Pass nodes of a list read `alone` that tie with the best one at most: of equal ones the ids ascend."""
+    while alone and rates.rows_left and ranks.is_behind(ranks.beyond(-rates.reached, 0.0), rates.next_id):
+        rates.skip_equal()
+
+
 class _Cursor:
     """How far a list has been read."""
 
@@ -167,6 +187,24 @@ class _Cursor:
         self._ahead: list[tuple[float, NodeId]] = []
         self.reached = 0.0
         """The number of the next row, which no later one is below."""
+        self.read(0)
+
+    @property
+    def rows_left(self) -> bool:
+        """Tell whether there is a next row."""
+        return bool(self._ahead)
+
+    @property
+    def next_id(self) -> NodeId:
+        """The next row's node; IndexError where there is none."""
+        return self._ahead[0][1]
+
+    def skip_equal(self) -> None:
+        """Go on to the first row with another number."""
+        reached = self.reached
+        self._ahead = [row for row in self._ahead if row[0] != reached]
+        if not self._ahead:
+            self._rows = dropwhile(lambda row: row[0] == reached, self._rows)
         self.read(0)
 
     def ahead(self, count: int) -> float:

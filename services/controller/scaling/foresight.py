@@ -256,7 +256,7 @@ def _candidates(look: _Look) -> list[ModelName]:
 def _nodes_for(view: View, model: Model, busy: set[NodeId]) -> Iterable[Node]:
     """Return the nodes that may take a prefetch, those that hold the checkpoint on disk first."""
     index = index_of(view)
-    holders = index.holders.get(model.checkpoint, ())
+    holders = index.holders.get(model.checkpoint)
 
     def promises(node_id: NodeId) -> tuple[bool, int, NodeId]:
         return (node_id not in holders, -view.nodes[node_id].pool.free_bytes, node_id)

@@ -98,13 +98,13 @@ def _first(
 
 def _copies(view: View, model: Model) -> int:
     """Return how many nodes have a checkpoint in memory."""
-    holders = islice(index_of(view).holders.get(model.checkpoint, ()), MAX_HOLDERS)
+    holders = islice(index_of(view).holders.get(model.checkpoint), MAX_HOLDERS)
     return sum(_has_in_memory(view.nodes[node_id], model) for node_id in holders)
 
 
 def is_in_memory(view: View, model: Model) -> bool:
     """Tell whether a node that answers has all of a checkpoint in memory."""
-    holders = index_of(view).holders.get(model.checkpoint, ())
+    holders = index_of(view).holders.get(model.checkpoint)
     return any(_has_in_memory(view.nodes[node_id], model) for node_id in holders)
 
 
