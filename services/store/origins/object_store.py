@@ -26,6 +26,9 @@ MAX_LISTED = 100_000
 """Objects in a checkpoint's folder; more are not a checkpoint."""
 
 PIECE_BYTES = 4 * 1024 * 1024
+_WHOLE_ANSWER = "non-partial response"
+"""What obstore says of a server that sends all of an object though a range was asked for; a text, no kind."""
+
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
 _TIMES_FOR_A_RANGE = 4
 """obstore limits a whole request, not the wait for its next bytes: a range over a slow link needs longer."""
@@ -158,8 +161,16 @@ class ObjectStoreOrigin:
                 return changed(url)
             case kinds.NotSupportedError():
                 return OriginRefused(f"{url}: {reason_of(error)}")
-        status = _STATUS.search(str(error))  # a listing's error has no kind of its own
-        told = fault(int(status[1]), {}, url=url, now_unix_seconds=0.0) if status else None
-        if told is not None and not isinstance(told, Broken):
-            return told
-        return Broken(f"{url}: {reason_of(error)}", done_bytes=done_bytes)
+        return _untyped_fault(str(error), url) or Broken(f"{url}: {reason_of(error)}", done_bytes=done_bytes)
+
+
+def _untyped_fault(text: str, url: str) -> StokerError | None:
+    """Return what is final by an error's text, where obstore has no kind for it; None when it may pass."""
+    if _WHOLE_ANSWER in text:
+        return OriginRefused(
+            f"{url}: the object store ignores Range, so a checkpoint cannot be read from it in parts; "
+            "serve it from one that knows ranges"
+        )
+    status = _STATUS.search(text)  # a listing's error
+    told = fault(int(status[1]), {}, url=url, now_unix_seconds=0.0) if status else None
+    return None if isinstance(told, Broken) else told

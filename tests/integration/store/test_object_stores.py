@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import threading
 import urllib.parse
+from collections import deque
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -11,21 +15,26 @@ from xml.sax.saxutils import escape
 import grpc
 import pytest
 
+from services.store.origins.object_store import ObjectStoreOrigin, cloud_store
+from services.store.origins.origin import OriginChanged, OriginRefused
+from services.store.origins.ranges import Ranges, Retry
 from stoker.attach import attach
 from stoker.checkpoint.adapter import adapter_index
 from stoker.checkpoint.convert import convert
 from stoker.checkpoint.index import open_checkpoint
 from stoker.cli.push import push
-from stoker.errors import AlreadyExists, InvalidRequest, PeerError
+from stoker.errors import AlreadyExists, InvalidRequest, NotFound, PeerError
 from stoker.units import KIB
 from stoker.v1 import checkpoint_store_pb2 as pb
 from tests.integration.store.daemon import running, small_disk
-from tests.integration.store.origin_server import OriginServer, origin_server, serve_file, tag_of
+from tests.integration.store.origin_server import Fault, OriginServer, origin_server, serve_file, tag_of
 from tests.integration.store.test_store import SECONDS, contents, files, write_checkpoint
 from tests.unit.services.store.test_adapters import base, lora
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CHUNK = 64 * KIB
+S3 = "s3://bucket/model"
+WEIGHTS = "model.safetensors"
 
 
 def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
@@ -112,6 +121,72 @@ def test_an_s3_that_refuses_is_told_as_such(s3: OriginServer, tmp_path, monkeypa
 
     assert "credentials" in caught.value.details()
     assert "secret-of-test" not in caught.value.details() + daemon.log.read_text()
+
+
+@pytest.fixture
+def ranges(s3: OriginServer):
+    origin = ObjectStoreOrigin(S3, lambda: cloud_store(S3, timeout_seconds=SECONDS))
+    return Ranges(origin, retry=Retry(attempts=2, first_seconds=0.0), stopped=threading.Event())
+
+
+def read(ranges: Ranges, *, offset: int, length: int) -> bytes:
+    (file,) = ranges.find([WEIGHTS]).values()
+    into = bytearray(length)
+    ranges.read_into(file, memoryview(into), offset=offset)
+    return bytes(into)
+
+
+@pytest.mark.parametrize("fault", [Fault(status=429), Fault(status=500), Fault(cut_after=1000)])
+def test_an_s3_that_stumbles_is_asked_again(ranges: Ranges, s3: OriginServer, fault: Fault):
+    s3.faults[WEIGHTS] = deque([fault])
+
+    assert read(ranges, offset=4096, length=100_000) == files(s3.folder)[WEIGHTS][4096:104_096]
+    assert len(s3.gets[WEIGHTS]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (Fault(status=403), OriginRefused, "credentials"),
+        (Fault(status=404), NotFound, "no such object"),
+        (Fault(whole=True), OriginRefused, "ignores Range"),
+        (Fault(status=500), PeerError, "500.*2 times"),
+        (Fault(cut_after=0), PeerError, "2 times"),
+    ],
+)
+def test_an_s3_that_cannot_give_a_range_is_given_up_with_its_reason(
+    ranges: Ranges, s3: OriginServer, fault: Fault, error: type[Exception], message: str
+):
+    s3.always[WEIGHTS] = fault
+
+    with pytest.raises(error, match=message):
+        read(ranges, offset=4096, length=100_000)
+    assert len(s3.gets[WEIGHTS]) == (2 * 4 if error is PeerError else 1)  # each of ours is 4 of obstore's
+
+
+def test_an_object_that_was_replaced_in_s3_is_never_mixed_with_the_old_one(ranges: Ranges, s3: OriginServer):
+    (file,) = ranges.find([WEIGHTS]).values()
+    (s3.folder / WEIGHTS).write_bytes(os.urandom(file.size_bytes))
+
+    with pytest.raises(OriginChanged, match="was changed"):
+        ranges.read_into(file, memoryview(bytearray(100)), offset=0)
+
+
+def test_an_adapter_is_loaded_from_s3_and_from_a_shared_folder(tmp_path, s3: OriginServer):
+    checkpoint = base(tmp_path / "m")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    poet = Path(lora(shared / "poet"))
+    shutil.rmtree(s3.folder)
+    lora(s3.folder)
+    settings = {"cache_dir": tmp_path / "cache", "shared_roots": json.dumps([str(shared)])}
+    with running(tmp_path / "run", chunk_bytes=CHUNK, **settings) as daemon, daemon.stub() as stub:
+        for uri, folder in ((S3, s3.folder), (str(poet), poet)):
+            request = pb.DescribeAdapterRequest(uri=uri, checkpoint_uri=checkpoint)
+            found = stub.DescribeAdapter(request, timeout=SECONDS)
+
+            assert (found.far, list(found.target_modules)) == (True, ["q_proj"])
+            assert loaded(daemon, uri) == files(folder)
 
 
 def test_a_model_of_the_hub_is_loaded_at_one_commit(folder, tmp_path, monkeypatch):
