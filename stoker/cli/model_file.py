@@ -71,7 +71,7 @@ class Defaults(_Strict):
     labels: Labels | None = LABELS
     """For the owner; not interpreted."""
     devices: int | None = Field(default=None, ge=1, le=64)
-    """Device slots of one node that a replica occupies."""
+    """Device slots of one node that a replica occupies: as many as its checkpoint is cut for."""
     pinned: bool | None = None
     """Its replicas are never stopped or moved to make room for other models."""
     required_node_labels: Labels | None = LABELS

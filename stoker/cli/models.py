@@ -62,7 +62,7 @@ def deploy(
             "--adapter", help="NAME=FOLDER or NAME=URI of a LoRA adapter, asked for as MODEL:NAME; repeatable"
         ),
     ] = None,
-    devices: Annotated[int, typer.Option(min=0, help="device slots per replica; 0 = default (1)")] = 0,
+    devices: Annotated[int, typer.Option(min=0, help="device slots per replica; 0 = as it is cut")] = 0,
     require: Annotated[
         list[str] | None, typer.Option("--require", help="KEY=VALUE that a node must carry; repeatable")
     ] = None,

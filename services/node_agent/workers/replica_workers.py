@@ -19,9 +19,9 @@ from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
 from stoker.v1.rank_group_pb2 import RankGroup
 
-SOCKET_SUFFIX = ".ranks"
+SOCKET_SUFFIX = ".rank"
 """Of the first rank's socket for the others; else it has the name of that worker's own."""
-STORE_SUFFIX = ".store"
+STORE_SUFFIX = ".meet"
 """Of the file through which ranks find each other, likewise."""
 
 

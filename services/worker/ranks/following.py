@@ -28,6 +28,7 @@ def start_following(rank: LoadedFollower, on_end: Callable[[], None]) -> None:
         except Exception as error:  # noqa: BLE001 - the boundary of this thread: the process ends with it
             log.get().error("rank.failed", exc_info=error)
         finally:
+            rank.orders.close()
             on_end()
 
     threading.Thread(target=run, name="stoker-engine", daemon=True).start()

@@ -80,7 +80,3 @@ class RankMeeting:
         else:
             distributed.all_gather(parts, own)
         return parts
-
-    def leave(self) -> None:
-        """Meet no more."""
-        distributed.destroy_process_group()

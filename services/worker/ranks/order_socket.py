@@ -121,5 +121,5 @@ class OrderReader:
             return b""
 
     def close(self) -> None:
-        """Read no more."""
+        """Read no more: the first rank finds this one gone."""
         self._connection.close()
