@@ -102,6 +102,7 @@ def step_event(outputs: Sequence[protocol.Output], owners: Mapping[SessionId, Ow
             _add_token(item.event, output)
         elif output.reason is protocol.FinishReason.ERROR:
             item.error.CopyFrom(error_message(StokerError(output.message)))
+            item.epoch = owner.epoch
         else:
             item.event.finish_reason = FINISH_REASONS[output.reason]
             _set_timings(item.event.timings, output.timings)
@@ -133,7 +134,9 @@ def errors_for(owners: Sequence[Owner], error: StokerError) -> worker_pb2.StepEv
     """Return the message that ends these sessions with an error."""
     return worker_pb2.StepEvent(
         sessions=[
-            worker_pb2.SessionEvent(session_id=owner.session_id, error=error_message(error))
+            worker_pb2.SessionEvent(
+                session_id=owner.session_id, epoch=owner.epoch, error=error_message(error)
+            )
             for owner in owners
         ]
     )

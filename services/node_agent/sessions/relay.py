@@ -289,6 +289,8 @@ class SessionRelay:
 
     def _deliver(self, session: RelayedSession, item: SessionEvent) -> None:
         if item.HasField("error"):
+            if item.epoch != session.epoch:
+                return  # as below: the present owner's session goes on
             session.fail(BY_CODE.get(item.error.code, StokerError)(item.error.message))
             self._forget(session)
             return

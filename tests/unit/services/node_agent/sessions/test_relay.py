@@ -156,11 +156,27 @@ async def test_an_error_of_the_worker_is_raised_after_the_events_before_it() -> 
         session = played.open()
         played.worker.say("ses-1")
         error = SessionError(code="worker_died", message="out of memory")
-        played.worker.steps.put_nowait(StepEvent(sessions=[SessionEvent(session_id="ses-1", error=error)]))
+        played.worker.steps.put_nowait(
+            StepEvent(sessions=[SessionEvent(session_id="ses-1", epoch=1, error=error)])
+        )
 
         assert (await session.next()).position == 0
         with pytest.raises(WorkerDied, match="out of memory"):
             await session.next()
+
+
+async def test_an_error_of_an_earlier_owners_request_that_comes_late_ends_nobody_elses_session() -> None:
+    async with scene() as played:
+        played.open(epoch=1)
+        present = played.open(epoch=2)
+        error = SessionError(code="queue_full", message="no room for epoch 1")
+        played.worker.steps.put_nowait(
+            StepEvent(sessions=[SessionEvent(session_id="ses-1", epoch=1, error=error)])
+        )
+        played.worker.say("ses-1", epoch=2, position=4)
+
+        assert (await present.next()).position == 4
+        assert played.relay.session_count == 1
 
 
 async def test_when_the_worker_dies_every_session_ends_and_none_is_opened() -> None:
