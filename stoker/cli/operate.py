@@ -8,17 +8,13 @@ from typing import Annotated
 
 import typer
 from rich.live import Live
-from rich.table import Table
 
+from stoker.cli.live_view import live_view, node_state
 from stoker.cli.models import ControllerOption
 from stoker.cli.output import Format, FormatOption, as_json, console, print_json, print_table
 from stoker.client import AsyncClient
 from stoker.units import format_bytes, format_count, format_rate, format_seconds
-from stoker.v1 import controller_pb2, node_agent_pb2
-
-READY = node_agent_pb2.REPLICA_STATE_READY
-TOP_REPLICAS = 30
-"""Rows of the live view, the busiest first."""
+from stoker.v1 import controller_pb2, start_pb2
 
 
 def register(app: typer.Typer) -> None:
@@ -71,17 +67,6 @@ def _node_row(node: controller_pb2.Node) -> tuple[str, ...]:
     )
 
 
-def node_state(node: controller_pb2.Node) -> str:
-    """Return how a node is used: `ready`, `cordoned`, `drained`, `draining`, or since when it is silent."""
-    if not node.reachable:
-        return f"unreachable {format_seconds(node.last_seen_seconds)}"
-    if node.scheduling == controller_pb2.NODE_SCHEDULING_CORDONED:
-        return "cordoned"
-    if node.scheduling == controller_pb2.NODE_SCHEDULING_DRAINED:
-        return "drained"
-    return "draining" if node.report.draining else "ready"
-
-
 def explain(
     subject: Annotated[str, typer.Argument(help="name of a model, or id of a request")],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="decisions at most")] = 3,
@@ -115,19 +100,38 @@ def _print_decision(decision: controller_pb2.ExplainedDecision) -> None:
         empty="  there was no option",
     )
     if decision.outcome == "ready":
-        measured = decision.measured
-        console.print(
-            f"  it took {format_seconds(measured.total_seconds)} (predicted "
-            f"{format_seconds(measured.predicted_seconds)}): "
-            f"worker {format_seconds(measured.worker_seconds)}, "
-            f"weights {format_seconds(measured.weights_seconds)}, "
-            f"skeleton {format_seconds(measured.skeleton_seconds)}, "
-            f"first forward {format_seconds(measured.first_forward_seconds)}",
-            highlight=False,
-        )
+        console.print(f"  it took {_off_by(decision.measured)}", highlight=False)
+        predicted = decision.options[0] if decision.options else controller_pb2.ExplainedOption()
+        print_table(("  STAGE", "PREDICTED", "MEASURED"), stage_rows(predicted, decision.measured), empty="")
     elif decision.outcome:
         why = f": {decision.outcome_message}" if decision.outcome_message else ""
         console.print(f"  the start {decision.outcome}{why}", highlight=False, markup=False)
+
+
+def _off_by(measured: start_pb2.StartTimings) -> str:
+    took, predicted = measured.total_seconds, measured.predicted_seconds
+    if not took:
+        return "no time"
+    off = f", {abs(predicted - took) / took:.0%} off" if predicted else ""
+    return f"{format_seconds(took)}, predicted {format_seconds(predicted)}{off}"
+
+
+def stage_rows(
+    predicted: controller_pb2.ExplainedOption, measured: start_pb2.StartTimings
+) -> list[tuple[str, ...]]:
+    """Return what each stage of a start was expected to take and took; what overlaps is not a sum."""
+    explained = measured.worker_seconds + max(
+        measured.weights_seconds, measured.skeleton_seconds + measured.first_forward_seconds
+    )
+    rows = (
+        ("worker", predicted.worker_seconds, measured.worker_seconds),
+        ("weights", predicted.load_seconds, measured.weights_seconds),
+        ("skeleton", predicted.skeleton_seconds, measured.skeleton_seconds),
+        ("first forward", predicted.first_forward_seconds, measured.first_forward_seconds),
+        ("the rest", predicted.overhead_seconds, max(0.0, measured.total_seconds - explained)),
+        ("total", predicted.total_seconds, measured.total_seconds),
+    )
+    return [(f"  {name}", format_seconds(expected), format_seconds(took)) for name, expected, took in rows]
 
 
 def _option_row(option: controller_pb2.ExplainedOption) -> tuple[str, ...]:
@@ -237,44 +241,7 @@ def top(
             with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
                 while True:
                     nodes, replicas = list(await client.nodes()), list(await client.replicas())
-                    live.update(top_table(nodes, replicas), refresh=True)
+                    live.update(live_view(nodes, replicas), refresh=True)
                     await asyncio.sleep(interval)
 
     asyncio.run(work())
-
-
-def top_table(nodes: list[controller_pb2.Node], replicas: list[node_agent_pb2.Replica]) -> Table:
-    """Return one look at the cluster: a line per node in the title, a row per replica, the busiest first."""
-    slots = sum(len(node.report.devices) for node in nodes)
-    taken = sum(len(replica.devices) for replica in replicas)
-    title = (
-        f"{format_count(len(nodes), 'node')}, {taken} of {format_count(slots, 'slot')} taken, "
-        f"{format_count(len(replicas), 'replica')}"
-    )
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("REPLICA", "MODEL", "NODE", "STATE", "RUNNING", "WAITING", "IDLE"):
-        table.add_column(column)
-    busiest = sorted(
-        replicas,
-        key=lambda found: (
-            -found.running_sessions - found.waiting_sessions,
-            found.idle_seconds,
-            found.replica_id,
-        ),
-    )
-    for replica in busiest[:TOP_REPLICAS]:
-        state = node_agent_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
-        if replica.state != READY:
-            state += f" {replica.loaded_fraction:.0%}"
-        table.add_row(
-            replica.replica_id,
-            replica.model,
-            replica.node_id,
-            state,
-            str(replica.running_sessions),
-            str(replica.waiting_sessions),
-            format_seconds(replica.idle_seconds),
-        )
-    if len(busiest) > TOP_REPLICAS:
-        table.caption = f"and {len(busiest) - TOP_REPLICAS} more replicas: stoker ps"
-    return table
