@@ -79,7 +79,8 @@ def _node(world: World, words: list[str]) -> None:
     settings = _settings(words[1:])
     node_id = NodeId(words[0])
     kind = "cuda" if "device_memory" in settings else "cpu"
-    memory_bytes = int(quantity(settings.get("device_memory") or settings.get("memory", "0")))
+    sizes = settings.get("device_memory") or settings.get("memory", "0")
+    memory_bytes = [int(quantity(size)) for size in sizes.split(",")]
     in_memory, on_disk = (settings.get(tier, "").split(",") for tier in ("dram", "disk_holds"))
     held = {
         model.checkpoint: Held(
@@ -93,7 +94,7 @@ def _node(world: World, words: list[str]) -> None:
         node_id=node_id,
         agent_address=f"{node_id}:7071",
         devices=tuple(
-            Device(index=index, kind=kind, memory_bytes=memory_bytes)
+            Device(index=index, kind=kind, memory_bytes=memory_bytes[index % len(memory_bytes)])
             for index in range(int(settings.get("devices", "1")))
         ),
         held=held,
@@ -122,6 +123,9 @@ def _model(world: World, words: list[str]) -> None:
     settings = _settings(words[1:])
     before = world.view.models.get(ModelName(words[0]), model(words[0]))
     values: dict[str, Any] = {}
+    if settings.get("keep_alive") == "auto":  # the one that was set before is the longest
+        values["keep_alive_auto"] = True
+        del settings["keep_alive"]
     for key, field, kind in MODEL_SETTINGS:
         if key in settings:
             values[field] = kind(settings[key])
