@@ -146,7 +146,7 @@ class Bounds:
         best = self.best
         return (
             best is not None
-            and bound[:4] == best[:4]
+            and bound[1:4] == best[1:4]
             and bound[4] >= best[4] * ROUNDING
             and node_id > best[5]
         )

@@ -141,6 +141,47 @@ def test_the_search_chooses_what_a_look_at_every_node_chooses(
     assert choice(searched) == choice(scanned)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from((1.0, 2.0)), st.integers(0, 2)), min_size=1, max_size=24))
+def test_among_nodes_that_tie_the_search_chooses_what_a_look_at_every_node_chooses(
+    drawn: list[tuple[float, int]],
+) -> None:
+    """Nodes of two rates, some full, some with a start under way: most of them are equal."""
+    nodes = tuple(alike(f"n{index:02}", rate, slots) for index, (rate, slots) in enumerate(drawn))
+    started = a_reservation("s", "m1", "n00", devices=(0,)) if drawn[0][1] else None
+    view = a_view(
+        models=(a_model("m0", max_replicas=9), a_model("m1", max_replicas=9)),
+        nodes=nodes,
+        reservations=(started,) if started else (),
+    )
+
+    searched = place(view, ModelName("m0"), NOW_SECONDS, POLICY)
+    scanned = place(view, ModelName("m0"), NOW_SECONDS, POLICY, exhaustive=True)
+
+    assert choice(searched) == choice(scanned)
+
+
+def alike(node_id: str, gigabytes_per_second: float, slots: int) -> Node:
+    """A node that differs from others in its disk's rate and its slots alone."""
+    return Node(
+        node_id=NodeId(node_id),
+        devices=tuple(Device(index=index, kind="cpu", memory_bytes=0) for index in range(slots)),
+        stages={"disk": Stage(bytes_per_second=gigabytes_per_second * GB)},
+        warm_workers=4,
+        last_seen_seconds=NOW_SECONDS,
+    )
+
+
+def test_of_a_hundred_equal_nodes_few_are_worked_out() -> None:
+    view = a_view(models=(a_model("m0"),), nodes=tuple(alike(f"n{index:02}", 1.0, 1) for index in range(99)))
+
+    found = place(view, ModelName("m0"), NOW_SECONDS, POLICY)
+
+    assert isinstance(found, Placed)
+    assert found.node_id == "n00"
+    assert len(found.options) < 9
+
+
 @settings(max_examples=20, deadline=None)
 @given(views(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 5)), max_size=8))
 def test_an_index_kept_by_fold_is_the_one_made_anew(
