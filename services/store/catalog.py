@@ -7,7 +7,7 @@ import functools
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -60,6 +60,8 @@ class CatalogEntry:
     folder_signature: tuple[FileSignature | None, ...]
     far: FarWeights | None = None
     """How its weights come when they are not, or not all, in its folder; None where they are."""
+    attach_tables: dict[range, bytes] = field(init=False, default_factory=dict, compare=False, repr=False)
+    """Tensor tables of attach replies, serialised at the first attach, by the files that they tell of."""
 
     @property
     def uri(self) -> str:

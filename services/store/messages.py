@@ -41,8 +41,8 @@ def files_of(entry: CatalogEntry, rank: int | None) -> range:
 def attach_reply(loads: Loads, resident: Resident, files: range, *, tier: str) -> bytes:
     """Return the serialised first reply to an attach.
 
-    The big part, chunk map and tensor table, is the same for every attach and kept on the resident; what
-    differs is appended: protobuf merges a message field that comes twice. Ranks each have their own part.
+    The big part, the tensor table, is the same for every attach and load and kept with the catalog's entry;
+    what differs is appended: protobuf merges a message field that comes twice. Ranks have their own tables.
 
     Args:
         loads: Where the resident is.
@@ -50,22 +50,16 @@ def attach_reply(loads: Loads, resident: Resident, files: range, *, tier: str) -
         files: See `files_of`.
         tier: The best one that held all of it when it was asked for.
     """
-    if len(files) < len(resident.files):
-        attached = pb.AttachReply(attached=_attached(loads, resident, files)).SerializeToString()
-    else:
-        if not resident.attach_reply:
-            whole = pb.AttachReply(attached=_attached(loads, resident, files))
-            resident.attach_reply = whole.SerializeToString()
-        attached = resident.attach_reply
-    return attached + pb.AttachReply(attached=pb.Attached(tier=tier)).SerializeToString()
+    tables = resident.entry.attach_tables
+    if files not in tables:
+        tables[files] = pb.AttachReply(attached=_table(resident.entry, files)).SerializeToString()
+    chunks = _chunks(loads, resident, files, tier=tier)
+    return tables[files] + pb.AttachReply(attached=chunks).SerializeToString()
 
 
-def _attached(loads: Loads, resident: Resident, files: range) -> pb.Attached:
-    entry = resident.entry
-    own = [(entry.index.files[number], resident.files[number]) for number in files]
-    number = {file.name: at for at, (file, _) in enumerate(own)}
+def _chunks(loads: Loads, resident: Resident, files: range, *, tier: str) -> pb.Attached:
+    """Return where a load's files lie in the pool."""
     return pb.Attached(
-        checkpoint=entry.info,
         arena_bytes=loads.arena.total_bytes,
         chunk_bytes=loads.arena.chunk_bytes,
         files=[
@@ -75,8 +69,18 @@ def _attached(loads: Loads, resident: Resident, files: range) -> pb.Attached:
                 chunk_offsets=[loads.arena.offset(chunk) for chunk in file.chunks],
                 ready_counter_offset=loads.counters.offset(file.slot),
             )
-            for described, file in own
+            for described, file in ((resident.entry.index.files[at], resident.files[at]) for at in files)
         ],
+        window_bytes=0 if resident.window is None else resident.window.bytes,
+        tier=tier,
+    )
+
+
+def _table(entry: CatalogEntry, files: range) -> pb.Attached:
+    """Return what is in a checkpoint's files, wherever they lie."""
+    number = {entry.index.files[index].name: at for at, index in enumerate(files)}
+    return pb.Attached(
+        checkpoint=entry.info,
         tensors=[
             pb.AttachedTensor(
                 name=tensor.name,
@@ -95,7 +99,6 @@ def _attached(loads: Loads, resident: Resident, files: range) -> pb.Attached:
             for name, content in entry.attached_files.items()
         ],
         tied=[pb.TiedTensors(names=group) for group in entry.index.tied_groups],
-        window_bytes=0 if resident.window is None else resident.window.bytes,
     )
 
 

@@ -138,8 +138,6 @@ class Resident:
     seconds: float = 0.0
     error: StokerError | None = None
     window: Window | None = None
-    attach_reply: bytes = b""
-    """Serialised once for all attaches: the chunk map does not change."""
     changes: Changes = field(default_factory=Changes)
     """Told whenever it gets further, is done, or fails."""
 
