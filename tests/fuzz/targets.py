@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ class _Folder:
     def __init__(self, replaced: str) -> None:
         memory = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="stoker-fuzz-", dir=memory if memory.is_dir() else None))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also when the process ends
         self._replaced = replaced
         (self._folder / "config.json").write_bytes(_CONFIG)
         if replaced == SHARD_INDEX_NAME:
@@ -145,9 +147,6 @@ class _Folder:
                 (self._folder / name).write_bytes(content)
         else:
             (self._folder / WEIGHTS_NAME).write_bytes(_weights())
-
-    def __del__(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def accepts(self, content: bytes) -> bool:
         """Open the folder with `content` in place of the file."""
