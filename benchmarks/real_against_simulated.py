@@ -6,7 +6,9 @@ Real: `stoker up` with 4 nodes of 2 devices, disks of 40 MB/s, random models of 
 requests (Gamma, CV 2, popularity falling as 1/rank). Simulated: the same arrivals, hosts, models and
 keep-alive, under the same controller rules (`locality`). What the simulator can't know comes from a
 calibration before the run, on a cluster of its own: the disks' rate, what a start takes beside its bytes, a
-warm request's first token and its time per token.
+warm request's first token and its time per token, and how much longer a first token takes for each further
+session that computes at the same time: all nodes of this run share the processors of one host, which the
+simulator's nodes do not.
 
 Judged: the mean start-up, from sending a request to its first token, over all requests. Target: within 15 %.
 """
@@ -39,6 +41,8 @@ CV = 2.0
 SHAPE = Shape(pool_bytes=2**30)
 CALIBRATED = (1, 5, 8)
 """Models that the calibration starts, by their place in `SIZES_MB`."""
+CROWDS = 3
+"""How often the calibration has all of these answer at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +54,19 @@ class Constants:
         overhead_seconds: Of a start, beside its bytes.
         first_token_seconds: Of a warm request.
         token_seconds: Of each further token.
+        crowding: What a first token takes longer for each further session that computes at the same time, as
+            a share of itself.
     """
 
     disk_bytes_per_second: float
     overhead_seconds: float
     first_token_seconds: float
     token_seconds: float
+    crowding: float
+
+    def crowded_seconds(self, seconds: float, others: float) -> float:
+        """Return how long what takes so long alone takes beside so many others that compute."""
+        return seconds * (1.0 + self.crowding * others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +99,27 @@ async def calibrate() -> Constants:
             first_seconds, last_seconds = await ask(running, model.name, OUTPUT_TOKENS)
             firsts.append(first_seconds - began)
             tokens.append((last_seconds - first_seconds) / (OUTPUT_TOKENS - 1))
+        crowded = [await crowd(running) for _ in range(CROWDS)]
+    crowding = (median(crowded) / median(firsts) - 1.0) / (len(CALIBRATED) - 1)
     return Constants(
         disk_bytes_per_second=median(rates),
         overhead_seconds=median(overheads),
         first_token_seconds=median(firsts),
         token_seconds=median(tokens),
+        crowding=max(0.0, crowding),
     )
+
+
+async def crowd(running: RealCluster) -> float:
+    """Return the mean time to the first token when all models, warm, are asked at once."""
+
+    async def first(name: str) -> float:
+        began = time.monotonic()
+        return (await ask(running, name, OUTPUT_TOKENS))[0] - began
+
+    names = [model.name for model in running.models]
+    await asyncio.gather(*map(first, names))  # starts them
+    return sum(await asyncio.gather(*map(first, names))) / len(names)
 
 
 async def ask(running: RealCluster, name: str, output_tokens: int) -> tuple[float, float]:
@@ -153,11 +179,38 @@ def run_simulated(requests: Sequence[Request], models: Sequence[ModelSpec], know
     runs: list[Run] = []
 
     def keep(world: World) -> None:
-        waited = [session.wait_seconds + known.first_token_seconds for session in world.sessions]
+        spans = [(session.started_seconds or 0.0, session.ends_seconds) for session in world.sessions]
+        waited = [
+            session.wait_seconds + extra_seconds(began, session.wait_seconds, spans, known)
+            for session, (began, _) in zip(world.sessions, spans, strict=True)
+        ]
         runs.append(Run(first_token_seconds=waited, starts=world.counters.starts))
 
     simulate(["locality"], [host] * SHAPE.nodes, models, requests, seed=1, then=keep)
     return runs[0]
+
+
+def extra_seconds(
+    began_seconds: float, wait_seconds: float, spans: Sequence[tuple[float, float]], known: Constants
+) -> float:
+    """Return what a session that began then takes to its first token beside its simulated wait.
+
+    The first token itself, and what it and the end of a start take longer because others compute meanwhile.
+    """
+    first_seconds = known.first_token_seconds
+    beside = others(began_seconds, began_seconds + first_seconds, spans)
+    seconds = known.crowded_seconds(first_seconds, beside)
+    if wait_seconds >= known.overhead_seconds:  # it waited for a start
+        beside = others(began_seconds - known.overhead_seconds, began_seconds, spans)
+        seconds += known.crowded_seconds(known.overhead_seconds, beside) - known.overhead_seconds
+    return seconds
+
+
+def others(from_seconds: float, until_seconds: float, spans: Sequence[tuple[float, float]]) -> float:
+    """Return how many other sessions compute in this time, on average; the session itself began in it."""
+    overlaps = (max(0.0, min(ended, until_seconds) - max(began, from_seconds)) for began, ended in spans)
+    own_seconds = until_seconds - from_seconds if any(began == from_seconds for began, _ in spans) else 0.0
+    return max(0.0, sum(overlaps) - own_seconds) / (until_seconds - from_seconds)
 
 
 def spec_of(name: str, weight_bytes: int) -> ModelSpec:
@@ -188,7 +241,8 @@ def main() -> int:
         f"calibrated: disk {known.disk_bytes_per_second / 1e6:.1f} MB/s, a start "
         f"{known.overhead_seconds:.3f} s beside its bytes, "
         f"warm first token {known.first_token_seconds:.3f} s, then "
-        f"{1000 * known.token_seconds:.1f} ms a token",
+        f"{1000 * known.token_seconds:.1f} ms a token; each further session beside it adds "
+        f"{known.crowding:.0%} to a first token",
         flush=True,
     )
     names = [f"local-{megabytes}-{place}" for place, megabytes in enumerate(SIZES_MB)]
