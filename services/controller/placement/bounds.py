@@ -142,12 +142,12 @@ class Bounds:
         return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
 
     def is_behind(self, bound: Rank, node_id: NodeId) -> bool:
-        """Tell whether a node is no better than as good as the best one, and its id comes later."""
+        """Tell whether a node at most ties with the best one, and its id comes later."""
         best = self.best
         return (
             best is not None
             and bound[1:4] == best[1:4]
-            and bound[4] >= best[4] * ROUNDING
+            and best[4] * ROUNDING <= bound[4] <= best[4]
             and node_id > best[5]
         )
 

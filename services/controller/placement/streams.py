@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from itertools import dropwhile, islice
+from itertools import chain, dropwhile, islice
 from typing import Final, NamedTuple
 
 from services.controller.placement.bounds import Bounded, Bounds, rungs_of
@@ -31,6 +31,8 @@ NOBODY = NodeId("")
 """In place of a node: whatever the stream gives next is not below this rank."""
 MOST_ROWS = 8
 """Rows of a list read between two looks at what those that follow cost at least."""
+FEW_ROWS, MANY_ROWS = 2, 32
+"""Rows taken from a list at first, and when they are used up."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -69,7 +71,7 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
     holders = index.in_memory if wanted.origin == "disk" else index.holders
     nodes = set(holders.get(model.checkpoint))
     if free:
-        nodes = {each for each in nodes if index.summaries[each].is_open and index.summaries[each].free}
+        nodes = {each for each in nodes if (known := index.summaries[each]).free and known.is_open}
     for label in model.preferred_labels:
         nodes.update(index.labelled.get(label, ()))
     return nodes
@@ -144,19 +146,16 @@ def _threshold_search(
     """
     seen = set(known)
     ready: list[Bounded] = []
-    beyond, bound_on = ranks.beyond, ranks.on
+    beyond, bound_on, alone = ranks.beyond, ranks.on, by_other is None
     rates, others, count = _Cursor(by_rate), _Cursor(by_other or ()), 1
+    reached = beyond(-rates.reached, others.reached)
     while True:
-        _skip_behind(rates, ranks, alone=by_other is None)
-        reached = beyond(-rates.reached, others.reached)
+        if alone:
+            reached = _skipped_behind(rates, ranks, reached)
         while ready and ready[0][0] <= reached:
             yield heapq.heappop(ready)
         yield reached, NOBODY
-        faster = rates
-        if by_other is not None:
-            by_rate_reached = beyond(-rates.ahead(count), others.reached)
-            if beyond(-rates.reached, others.ahead(count))[_SECONDS] > by_rate_reached[_SECONDS]:
-                faster = others
+        faster, reached = _next_reached(rates, others, count, beyond, alone=alone)
         rows = faster.read(count)
         if not rows:
             break
@@ -171,56 +170,79 @@ def _threshold_search(
         yield heapq.heappop(ready)
 
 
-def _skip_behind(rates: _Cursor, ranks: _Ranks, *, alone: bool) -> None:
-    """Pass nodes of a list read `alone` that tie with the best one at most: of equal ones the ids ascend."""
-    while alone and rates.rows_left and ranks.is_behind(ranks.beyond(-rates.reached, 0.0), rates.next_id):
+def _next_reached(
+    rates: _Cursor, others: _Cursor, count: int, beyond: Callable[[float, float], Rank], *, alone: bool
+) -> tuple[_Cursor, Rank]:
+    """Return the list to read `count` rows of, and the rank that no node behind them beats."""
+    by_rate = beyond(-rates.ahead(count), others.reached)
+    if alone:
+        return rates, by_rate
+    by_other = beyond(-rates.reached, others.ahead(count))
+    return (others, by_other) if by_other[_SECONDS] > by_rate[_SECONDS] else (rates, by_rate)
+
+
+def _skipped_behind(rates: _Cursor, ranks: _Ranks, reached: Rank) -> Rank:
+    """Pass nodes of a list that tie with the best one at most; return what is reached then.
+
+    Of nodes with the same rate the ids ascend: the first of equal ones wins.
+    """
+    while rates.rows_left and ranks.is_behind(reached, rates.next_id):
         rates.skip_equal()
+        reached = ranks.beyond(-rates.reached, 0.0)
+    return reached
 
 
 class _Cursor:
     """How far a list has been read."""
 
-    __slots__ = ("_ahead", "_rows", "reached")
+    __slots__ = ("_at", "_buffer", "_rows", "reached")
 
     def __init__(self, rows: Iterable[tuple[float, NodeId]]) -> None:
         self._rows = iter(rows)
-        self._ahead: list[tuple[float, NodeId]] = []
-        self.reached = 0.0
+        self._buffer: list[tuple[float, NodeId]] = list(islice(self._rows, FEW_ROWS))
+        self._at = 0
+        self.reached = self._buffer[0][0] if self._buffer else 0.0
         """The number of the next row, which no later one is below."""
-        self.read(0)
 
     @property
     def rows_left(self) -> bool:
         """Tell whether there is a next row."""
-        return bool(self._ahead)
+        self._fill(1)
+        return self._at < len(self._buffer)
 
     @property
     def next_id(self) -> NodeId:
         """The next row's node; IndexError where there is none."""
-        return self._ahead[0][1]
+        return self._buffer[self._at][1]
 
     def skip_equal(self) -> None:
         """Go on to the first row with another number."""
         reached = self.reached
-        self._ahead = [row for row in self._ahead if row[0] != reached]
-        if not self._ahead:
-            self._rows = dropwhile(lambda row: row[0] == reached, self._rows)
+        rows = chain(self._buffer[self._at :], self._rows)
+        self._rows = dropwhile(lambda row: row[0] == reached, rows)
+        self._buffer, self._at = [], 0
         self.read(0)
 
     def ahead(self, count: int) -> float:
         """Return what would be reached `count` rows further; what is reached now where the list ends."""
         self._fill(count + 1)
-        return self._ahead[-1][0] if self._ahead else self.reached
+        buffer, at = self._buffer, self._at + count
+        if at < len(buffer):
+            return buffer[at][0]
+        return buffer[-1][0] if self._at < len(buffer) else self.reached
 
     def read(self, count: int) -> list[tuple[float, NodeId]]:
         """Return the next rows, at most `count`."""
         self._fill(count + 1)
-        rows, self._ahead = self._ahead[:count], self._ahead[count:]
-        last = self._ahead or rows
-        if last:
-            self.reached = last[0][0] if self._ahead else last[-1][0]
+        rows = self._buffer[self._at : self._at + count]
+        self._at += len(rows)
+        if self._at < len(self._buffer):
+            self.reached = self._buffer[self._at][0]
+        elif rows:
+            self.reached = rows[-1][0]
         return rows
 
     def _fill(self, count: int) -> None:
-        if len(self._ahead) < count:
-            self._ahead.extend(islice(self._rows, count - len(self._ahead)))
+        if self._at + count > len(self._buffer):
+            self._buffer = [*self._buffer[self._at :], *islice(self._rows, MANY_ROWS)]
+            self._at = 0
