@@ -180,7 +180,7 @@ def test_a_session_computes_the_same_bits_beside_others_as_alone(group):
 
 
 def test_stores_of_sessions_that_ended_or_were_cancelled_or_set_back_are_given_back_on_every_rank(group):
-    """Two sessions in room for one and a half: the younger is set back and computed again; one is cancelled."""
+    """Two sessions in room for one and a half: the younger is set back and computed again."""
     model = reference("llama")
     tight = EngineLimits(max_batch=3, max_waiting=4, max_context_tokens=256, max_kv_tokens=256)
     wanted = [request(str(n), tuple(range(2 + n, 120 + n)), max_tokens=14) for n in range(2)]
