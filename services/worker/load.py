@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from services.worker.engine.adapter_cache import AdapterCache
+from services.worker.engine.foreseen_products import start_proving
+from services.worker.engine.forward import prefill_group_rows
 from services.worker.engine.protocol import Engine, EngineLimits
 from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.kv.kv_budget import kv_bytes_per_token, max_kv_tokens
@@ -115,6 +117,9 @@ def load_model(
     weights = weights_for(attachment, order, device=device, dtype=dtype, pool=pool)
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
+    if device.type == "cpu":
+        in_layers = [name for name, tensor in attachment.tensors.items() if tensor.layer is not None]
+        start_proving(weights.tensors, in_layers, group_rows=prefill_group_rows())
     began = time.monotonic()
     skeleton = build_skeleton(config_of(attachment), device=device)
     timings.skeleton_seconds = time.monotonic() - began

@@ -98,9 +98,7 @@ class ModelRunner:
         widths = _row_widths(model)
         is_aligned = all(width % VECTOR_ELEMENTS == 0 for width in widths)
         self._tail_rows = 0 if is_aligned else -(-VECTOR_ELEMENTS // min(widths))
-        self._prefill_rows = (
-            SINGLE_THREAD_PREFILL_GROUP_ROWS if torch.get_num_threads() == 1 else PREFILL_GROUP_ROWS
-        )
+        self._prefill_rows = prefill_group_rows()
         self.packs_prefill = (
             is_aligned and self.device.type == "cpu" and torch.get_num_threads() in EVEN_THREADS
         )
@@ -218,6 +216,11 @@ class ModelRunner:
             )
         rows: np.ndarray = out.logits[0].float().cpu().numpy()
         return list(rows[: len(wanted)])
+
+
+def prefill_group_rows() -> int:
+    """Return how many rows a matrix product of a prefill pass takes on a CPU, with as many threads as now."""
+    return SINGLE_THREAD_PREFILL_GROUP_ROWS if torch.get_num_threads() == 1 else PREFILL_GROUP_ROWS
 
 
 def _shares_attention(dtype: torch.dtype) -> bool:

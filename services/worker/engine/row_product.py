@@ -12,11 +12,15 @@ weight's blocks are made once for each number of rows. They are no copies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from services.worker.engine.row_proof import MAX_ROWS, ProductShape, RowProofs, product
+from services.worker.engine.row_proof import MAX_ROWS, MAX_SHAPES, ProductShape, RowProofs, product
 from stoker.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
 
 BLOCK_BYTES = 8 * MIB
 """Of a weight, multiplied with all groups of rows before the next part is read from memory."""
@@ -26,6 +30,9 @@ PASSES_ROWS = 16
 """Below so many rows MKL goes through a weight once for each few of them."""
 WIDENED_ROWS = 16
 """Groups of so many rows are worth a conversion of the weight."""
+PROVEN_AT_ONCE_ROWS = 16
+"""Groups of so many are those of prefills, where MKL copies the weight for each product: 64 rows of SmolLM2's
+layers take 344 ms in groups of 32 and 204 at once, a proof of all their shapes 30."""
 CACHE_LINE_BYTES = 64
 FLOAT32_BYTES = 4
 PROOFS = RowProofs()
@@ -90,27 +97,68 @@ def row_product(rows: int, group: int, weight: torch.Tensor, bias: torch.Tensor 
         weight: [terms, columns], stored either way.
         bias: [columns].
     """
-    is_widened = group >= WIDENED_ROWS and _multiplies_as_float32(weight)
-    step, at_once, is_settled = _block_columns(weight, is_widened=is_widened), group, True
-    if group < rows <= MAX_ROWS and weight.device.type == "cpu":
-        large_step = _large_block_columns(rows, weight, step)
-        shapes = _shapes(rows, group, weight, bias, step, large_step, is_widened=is_widened)
-        # Every shape is asked for, so that all that lack a proof get one.
-        proofs = [PROOFS.holds(shape) for shape in shapes]
-        is_settled = all(PROOFS.is_settled(shape) for shape in shapes)
-        if all(proofs):
-            at_once, step = rows, large_step
+    cut = _cut(rows, group, weight, bias)
     columns = weight.shape[1]
-    biases = [None] * -(-columns // step) if bias is None else torch.split(bias, step)
+    if cut.step >= columns:
+        blocks: tuple[tuple[torch.Tensor, torch.Tensor | None], ...] = ((weight, bias),)
+    else:
+        biases = [None] * -(-columns // cut.step) if bias is None else torch.split(bias, cut.step)
+        blocks = tuple(zip(torch.split(weight, cut.step, 1), biases, strict=True))
     return RowProduct(
-        blocks=tuple(zip(torch.split(weight, step, 1), biases, strict=True)),
-        block_columns=step,
+        blocks=blocks,
+        block_columns=cut.step,
         columns=columns,
         rows=rows,
-        at_once=at_once,
-        is_widened=is_widened,
-        is_settled=is_settled,
+        at_once=cut.at_once,
+        is_widened=cut.is_widened,
+        is_settled=cut.is_settled,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a product is cut, whatever the weight's numbers; fields as of `RowProduct`."""
+
+    step: int
+    """Columns of a block."""
+    at_once: int
+    is_widened: bool
+    is_settled: bool
+
+
+_CUTS: dict[tuple[Hashable, ...], _Cut] = {}
+"""Those that are settled: the layers of a model ask for the same few, a first pass 200 times."""
+
+
+def _cut(rows: int, group: int, weight: torch.Tensor, bias: torch.Tensor | None) -> _Cut:
+    key = (
+        *(rows, group, weight.shape, weight.stride(0) == 1, weight.dtype, weight.device.type, bias is None),
+        *(weight.data_ptr() % CACHE_LINE_BYTES, torch.get_num_threads()),
+    )
+    cut = _CUTS.get(key)
+    if cut is None:
+        cut = _find_cut(rows, group, weight, bias)
+        if cut.is_settled:
+            if len(_CUTS) >= MAX_SHAPES:
+                _CUTS.clear()
+            _CUTS[key] = cut
+    return cut
+
+
+def _find_cut(rows: int, group: int, weight: torch.Tensor, bias: torch.Tensor | None) -> _Cut:
+    is_widened = group >= WIDENED_ROWS and _multiplies_as_float32(weight)
+    step = _block_columns(weight, is_widened=is_widened)
+    if not group < rows <= MAX_ROWS or weight.device.type != "cpu":
+        return _Cut(step, group, is_widened, is_settled=True)
+    large_step = _large_block_columns(rows, weight, step)
+    shapes = _shapes(rows, group, weight, bias, step, large_step, is_widened=is_widened)
+    is_proven_now = group >= PROVEN_AT_ONCE_ROWS
+    # Every shape is asked for, so that all that lack a proof get one.
+    proofs = [PROOFS.prove(shape) if is_proven_now else PROOFS.holds(shape) for shape in shapes]
+    is_settled = is_proven_now or all(PROOFS.is_settled(shape) for shape in shapes)
+    if all(proofs):
+        return _Cut(large_step, rows, is_widened, is_settled)
+    return _Cut(step, group, is_widened, is_settled)
 
 
 def _shapes(  # noqa: PLR0913, PLR0917 - a product, and how it is cut

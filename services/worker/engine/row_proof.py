@@ -8,9 +8,10 @@ span 2**24, so that bfloat16, whose products are exact in float32, leaves such e
 the result hides none of them. Two orders that differ agree in a single element at times, but not in a whole
 tile of them; ordinary numbers, as samples, would leave most differences unseen in bfloat16.
 
-A shape (rows, terms, columns of a block, ...) is proven once in a process, between two engine steps; until
-then, and where the proof fails, products stay small. Either way the bits are the same, so workers may differ
-in what they have proven.
+A shape (rows, terms, columns of a block, ...) is proven once in a process; until then, and where the proof
+fails, products stay small. Either way the bits are the same, so workers may differ in what they have proven.
+Decode passes want a proof and get it between two engine steps. Prefill passes prove at once: a proof takes
+about as long as the larger product saves in two layers.
 
 Shapes: R rows, K terms, N columns.
 """
@@ -19,7 +20,9 @@ Shapes: R rows, K terms, N columns.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -29,6 +32,8 @@ MAX_SHAPES = 1024
 """Remembered or waiting at most; beyond, products stay small."""
 _EXPONENTS = 6
 """Factors' magnitudes lie within 2 to the power of plus or minus this, times a normal number."""
+_REMEMBERED_TERMS = 8
+"""Chosen numbers are kept for so many widths: those of one model, whatever the row count."""
 _ALIGNMENT_BYTES = 64
 _DISTINCT = 64
 """Different rows and columns of chosen numbers; then they repeat: making them costs more than products."""
@@ -61,11 +66,12 @@ class ProductShape:
 
 
 class RowProofs:
-    """What was proven in this process. One thread at a time."""
+    """What was proven in this process. `prove` may be called by any thread, the rest by the engine's."""
 
     def __init__(self) -> None:
         self._proven: dict[ProductShape, bool] = {}
         self._wanted: dict[ProductShape, None] = {}
+        self._proving = threading.Lock()
 
     def holds(self, shape: ProductShape) -> bool:
         """Say whether one product of `rows` rows is proven to equal small ones; if not known, want it."""
@@ -89,25 +95,32 @@ class RowProofs:
             return False
         shape = next(iter(self._wanted))
         del self._wanted[shape]
-        self._proven[shape] = sums_alike(shape)
+        self.prove(shape)
         return True
 
+    def prove(self, shape: ProductShape) -> bool:
+        """Say whether one product of `rows` rows equals small ones; try it now if it is not known.
 
+        Takes milliseconds, and those of a proof that another thread is at. A shape beyond what is remembered
+        is not tried.
+        """
+        with self._proving:
+            known = self._proven.get(shape)
+            if known is None:
+                if len(self._proven) >= MAX_SHAPES:
+                    return False
+                known = self._proven[shape] = sums_alike(shape)
+            return known
+
+
+@torch.inference_mode()
 def sums_alike(shape: ProductShape) -> bool:
     """Say whether each row of the large product has the bits that the small products give it."""
-    generator = torch.Generator().manual_seed(shape.terms)
-    order = torch.randperm(shape.terms, generator=generator)
-    half = shape.terms // 2
-    one, other = order[:half], order[half : 2 * half]
-    some_rows = _spread((_DISTINCT, shape.terms), shape.dtype, generator)
-    some_columns = _spread((_DISTINCT, shape.terms), shape.dtype, generator)
-    some_rows[:, other] = -some_rows[:, one]
-    some_columns[:, other] = some_columns[:, one]
-    some_rows[:, order[2 * half :]] = 0
+    some_rows, some_columns = _chosen_numbers(shape.terms, shape.dtype)
     rows_RK = some_rows[torch.arange(shape.rows) % _DISTINCT]
-    weight_NK = some_columns[torch.arange(shape.columns) % _DISTINCT]
-    weight_KN = _placed(weight_NK, shape)
-    bias = _spread((shape.columns,), shape.dtype, generator) * 2.0**-12 if shape.has_bias else None
+    weight_KN = _placed(some_columns, shape)
+    generator = torch.Generator().manual_seed(shape.columns)
+    bias = _spread((shape.columns,), generator).to(shape.dtype) * 2.0**-12 if shape.has_bias else None
     if shape.is_widened:
         rows_RK, weight_KN = rows_RK.float(), weight_KN.float()
         bias = None if bias is None else bias.float()
@@ -134,21 +147,38 @@ def product(
         torch.addmm(bias, rows_RK, weight_KN, out=out_RN)
 
 
-def _spread(size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+@lru_cache(_REMEMBERED_TERMS)
+def _chosen_numbers(terms: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and columns of a weight, [_DISTINCT, terms] each, whose exact products are zero."""
+    generator = torch.Generator().manual_seed(terms)
+    half = terms // 2
+    left_over = torch.zeros((_DISTINCT, terms % 2))
+    rows, columns = _spread((2, _DISTINCT, half), generator)
+    places = torch.randperm(terms, generator=generator)
+    return (
+        torch.cat((rows, -rows, left_over), 1).index_select(1, places).to(dtype),
+        torch.cat((columns, columns, left_over + 1), 1).index_select(1, places).to(dtype),
+    )
+
+
+def _spread(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Return normal numbers times powers of two."""
-    powers = torch.randint(-_EXPONENTS, _EXPONENTS + 1, size, generator=generator)
-    return torch.ldexp(torch.randn(size, generator=generator), powers).to(dtype)
+    powers = 2.0 ** torch.arange(-_EXPONENTS, _EXPONENTS + 1)
+    chosen = torch.randint(len(powers), (size[-1],), generator=generator)
+    return torch.randn(size, generator=generator) * powers[chosen]
 
 
-def _placed(weight_NK: torch.Tensor, shape: ProductShape) -> torch.Tensor:
-    """Return the weight as [terms, columns], stored like the model's own."""
-    stored = weight_NK if shape.is_transposed else weight_NK.t()
-    size_bytes = stored.numel() * stored.element_size()
+def _placed(some_columns: torch.Tensor, shape: ProductShape) -> torch.Tensor:
+    """Return a weight of these columns, [terms, columns], stored like the model's own."""
+    size = (shape.columns, shape.terms) if shape.is_transposed else (shape.terms, shape.columns)
+    size_bytes = shape.columns * shape.terms * some_columns.element_size()
     memory = torch.empty(size_bytes + 2 * _ALIGNMENT_BYTES, dtype=torch.uint8)
     start = (shape.offset_bytes - memory.data_ptr()) % _ALIGNMENT_BYTES
-    placed = memory[start : start + size_bytes].view(stored.dtype).view(stored.shape)
-    placed.copy_(stored)
-    return placed.t() if shape.is_transposed else placed
+    placed = memory[start : start + size_bytes].view(some_columns.dtype).view(size)
+    weight_NK = placed if shape.is_transposed else placed.t()
+    for part in torch.split(weight_NK, _DISTINCT):
+        part.copy_(some_columns[: len(part)])
+    return weight_NK.t()
 
 
 def _target(shape: ProductShape) -> torch.Tensor:

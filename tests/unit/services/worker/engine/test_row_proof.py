@@ -90,3 +90,24 @@ def test_the_number_of_shapes_is_bounded(monkeypatch) -> None:
         proofs.holds(shape(rows=rows))
 
     assert [proofs.prove_next() for _ in range(3)] == [True, True, False]
+
+
+def test_a_proof_that_was_made_at_once_is_not_made_again(monkeypatch) -> None:
+    tried: list[ProductShape] = []
+    monkeypatch.setattr(row_proof, "sums_alike", lambda tested: not tried.append(tested))
+    proofs = RowProofs()
+    proofs.holds(shape())
+
+    assert proofs.prove(shape())
+    assert proofs.prove_next()
+
+    assert tried == [shape()]
+    assert proofs.holds(shape())
+
+
+def test_a_shape_beyond_what_is_remembered_is_not_tried(monkeypatch) -> None:
+    monkeypatch.setattr(row_proof, "MAX_SHAPES", 1)
+    proofs = RowProofs()
+
+    assert proofs.prove(shape(rows=3))
+    assert not proofs.prove(shape(rows=6))
