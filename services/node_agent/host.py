@@ -160,8 +160,21 @@ class Host:
         """Run a session on a replica; leaving the block cancels it if it has not finished.
 
         Raises:
+            StokerError: As `admit` and `SessionRelay.open`.
+        """
+        relay = self.admit(request)
+        session = relay.open(request)
+        try:
+            yield session
+        finally:
+            relay.close(session)
+
+    def admit(self, request: GenerateRequest) -> SessionRelay:
+        """Return the relay that may open this session; earlier owners on this node's other replicas end.
+
+        Raises:
             ReplicaGone: The replica is not served here.
-            QueueFull, Fenced: As `SessionRelay.open`.
+            Fenced: A later owner has been here.
         """
         replica_id = ReplicaId(request.replica_id)
         hosted, link = self.state.replicas.get(replica_id), self._link_of(replica_id)
@@ -175,11 +188,7 @@ class Host:
             for other in self._links.values():
                 if other is not link:
                     other.relay.cut(request.session_id, below_epoch=request.epoch)
-        session = link.relay.open(request)
-        try:
-            yield session
-        finally:
-            link.relay.close(session)
+        return link.relay
 
     def generate_kept(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent]:
         """Run a session that outlives its reader; see `KeptSessions.generate`."""

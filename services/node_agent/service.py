@@ -12,6 +12,7 @@ from services.node_agent.host import Host
 from services.node_agent.reporter import Reporter, address_for_others
 from services.node_agent.reports import Identity
 from services.node_agent.servicer import Servicer
+from services.node_agent.sessions.session_listener import SessionListener
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.store_peers import StorePeers
 from services.node_agent.store_watch import StoreWatch
@@ -34,12 +35,17 @@ class NodeAgentService:
         self._background = Background(on_crash=ended_within.set)
         self._server = Server(["stoker.v1.NodeAgent"])
         self._host: Host | None = None
+        self._listener: SessionListener | None = None
 
     async def start(self) -> None:
         """Find the devices, fill the pool, listen, begin to report."""
         settings = self._settings
         prepare_run_dir(settings.run_dir)
         port = self._server.bind(settings.address)
+        self._listener = SessionListener(
+            settings.session_address or f"{settings.address.rpartition(':')[0]}:0",
+            settings.advertised_session_address,
+        )
         devices = await asyncio.to_thread(
             find_devices, cpu_slots=settings.cpu_slots, use_gpus=settings.use_gpus
         )
@@ -70,9 +76,10 @@ class NodeAgentService:
 
         store = StoreWatch(settings.store, store_changed)
         host = self._host = Host(settings, devices, self._background, reporter.change)
-        servicer = Servicer(host, lambda: reporter.build(host, store))
+        servicer = Servicer(host, lambda: reporter.build(host, store), self._listener)
         add_NodeAgentServicer_to_server(servicer, self._server.grpc_server)
         host.start()
+        self._background.spawn(self._listener.run(), "sessions")
         self._background.spawn(store.run(), "store watch")
         self._background.spawn(peers.run(), "store peers")
         if settings.controllers:
@@ -95,6 +102,8 @@ class NodeAgentService:
             await self._host.close()
         await self._server.stop()
         await self._background.close()
+        if self._listener is not None:
+            self._listener.close()
 
 
 def prepare_run_dir(run_dir: Path) -> None:

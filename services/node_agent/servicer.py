@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +12,10 @@ import grpc
 from services.node_agent.host import Host
 from services.node_agent.own_log import read_own_log
 from services.node_agent.sessions.kv_shipping import KvShipping
+from services.node_agent.sessions.linked_sessions import serve_link
+from services.node_agent.sessions.session_listener import SessionListener
 from services.node_agent.sessions.session_moves import ask_to_move
+from services.node_agent.sessions.session_sources import open_source
 from stoker import log
 from stoker.ids import ReplicaId
 from stoker.v1.node_agent_pb2 import (
@@ -34,6 +38,7 @@ from stoker.v1.node_agent_pb2 import (
 )
 from stoker.v1.node_agent_pb2_grpc import NodeAgentServicer
 from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, KvPart, ReadKvRequest
+from stoker.v1.session_link_pb2 import LinkSessionsEvent, LinkSessionsRequest
 from stoker.v1.session_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
@@ -48,10 +53,12 @@ class Servicer(NodeAgentServicer):
     Args:
         host: The workers and replicas.
         report: Builds a report of this moment.
+        listener: Where gateways' sessions come in beside gRPC.
     """
 
-    def __init__(self, host: Host, report: Callable[[], NodeReport]) -> None:
+    def __init__(self, host: Host, report: Callable[[], NodeReport], listener: SessionListener) -> None:
         self._host = host
+        self._listener = listener
         self._shipping = KvShipping(host.worker_of, host.moves)
         self._report = report
 
@@ -86,6 +93,15 @@ class Servicer(NodeAgentServicer):
         async for request in requests:
             await self._generate(request, context)
             return
+
+    async def LinkSessions(  # noqa: N802 - the name of the rpc
+        self, request: LinkSessionsRequest, context: Context
+    ) -> AsyncIterator[LinkSessionsEvent]:
+        """See node_agent.proto."""
+        del request, context
+        async with aclosing(serve_link(self._listener, partial(open_source, self._host))) as events:
+            async for event in events:
+                yield event
 
     async def _generate(self, request: GenerateRequest, context: Context) -> None:
         with log.bind(request_id=request.request_id, session_id=request.session_id):

@@ -26,6 +26,14 @@ class NodeAgentSettings(ServiceSettings):
     advertised_address: str = ""
     """`host:port` under which gateways and controllers reach this agent; default: `address`."""
 
+    session_address: str = ""
+    """`host:port` to listen on for gateways' sessions, which travel over plain TCP beside gRPC; port 0 takes
+    a free one. Default: a free port of `address`'s host. Gateways that can't reach it use gRPC: slower."""
+
+    advertised_session_address: str = ""
+    """`host:port` under which gateways reach `session_address`; default: its port, on the host where they
+    reach gRPC."""
+
     store: str = "127.0.0.1:7072"
     """`host:port` of this host's checkpoint store."""
 

@@ -1,7 +1,7 @@
 """Node agents: one channel per address, and a session's stream of tokens from one of them. A shell.
 
-Setting a call up costs more than all else between the two processes (decision 0020), so each agent has one
-call open ahead (`Attend`), made while nobody waits; a session that finds none makes its own (`Generate`).
+Sessions go over a plain connection beside gRPC (`agent_link`), which is made when the first one has been
+answered, and made again when it was lost. Where there is none a session makes a call of its own (`Generate`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 
 import grpc
 
+from services.gateway.routing.agent_link import AgentLink, LinkedCall, stay_linked
 from services.gateway.routing.routes import Replica
-from stoker import rpc
-from stoker.errors import DeadlineExceeded, StokerError, WorkerDied
+from stoker import log, rpc
+from stoker.errors import StokerError, WorkerDied
 from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_kv_pb2, session_pb2
 
 RELEASE_SECONDS = 5.0
 """Longest call that ends a session which would go on without its reader."""
-
-Call = grpc.aio.UnaryStreamCall[Any, Any] | grpc.aio.StreamStreamCall[Any, Any]
+RELINK_SECONDS = 10.0
+"""After a try to link an agent's sessions failed, or the link was lost, before the next one."""
 
 
 class Agents:
@@ -41,31 +42,20 @@ class Agents:
         """
         peer = f"node agent {replica.node_id or replica.agent_address}"
         agent = self._agent(replica.agent_address)
-        attending = agent.take_attending()
-        call: Call = attending or agent.stub.Generate(order, timeout=timeout_seconds)
-        deadline = _Deadline(call, timeout_seconds) if attending is not None else None
+        call = agent.call(order, peer, timeout_seconds)
         answered = False
         try:
-            with rpc.translated(peer):
-                if attending is not None:
-                    await attending.write(order)
-                async for event in call:
-                    answered = True
-                    yield event
-                    if event.finish_reason:
-                        return
-        except asyncio.CancelledError:
-            if deadline is not None and deadline.has_passed:
-                raise DeadlineExceeded(f"{peer} did not answer in time") from None
-            raise
+            while (event := await call.next()) is not None:
+                answered = True
+                yield event
+                if event.finish_reason:
+                    return
         finally:
             call.cancel()  # does nothing to a call that has ended
             if order.keep_seconds and left_by_us():
                 agent.release(order.session_id, order.epoch)
-            if deadline is not None:
-                deadline.forget()
             if answered:
-                agent.attend()
+                agent.link_sessions(peer)
         raise WorkerDied(
             f"replica {replica.replica_id} stopped in the middle of an answer; send the request again",
             retry_after_seconds=1.0,
@@ -126,25 +116,65 @@ class Agents:
         return self._agents[address]
 
 
+class _Call:
+    """A session's call of its own."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, Any], peer: str) -> None:
+        self._call = call
+        self._peer = peer
+
+    async def next(self) -> session_pb2.GenerateEvent | None:
+        """Return the next event; None = the call has ended. Raises StokerErrors."""
+        with rpc.translated(self._peer):
+            event = await self._call.read()
+        return event if isinstance(event, session_pb2.GenerateEvent) else None
+
+    def cancel(self) -> None:
+        """End it, unless it has ended."""
+        self._call.cancel()
+
+
 class _Agent:
-    """One agent's channel, with the call that is open ahead."""
+    """One agent's channel, with the link for its sessions."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._channel = rpc.connect(address)
         self.stub = node_agent_pb2_grpc.NodeAgentStub(self._channel)
-        self._attending: grpc.aio.StreamStreamCall[Any, Any] | None = None
+        self._link: AgentLink | None = None
+        self._linking: asyncio.Task[None] | None = None
+        self._next_link_seconds = 0.0
+        self._said = ""
         self._closed = False
         self._releases: set[asyncio.Task[None]] = set()
 
-    def attend(self) -> None:
-        """Open a call ahead, unless there is one."""
-        if not self._closed and (self._attending is None or self._attending.done()):
-            self._attending = self.stub.Attend()
+    def call(
+        self, order: session_pb2.GenerateRequest, peer: str, timeout_seconds: float
+    ) -> _Call | LinkedCall:
+        """Have a session run, over the link if there is one."""
+        linked = None if self._link is None else self._link.call(order, timeout_seconds=timeout_seconds)
+        return linked or _Call(self.stub.Generate(order, timeout=timeout_seconds), peer)
 
-    def take_attending(self) -> grpc.aio.StreamStreamCall[Any, Any] | None:
-        """Return the call that is open ahead, its reader's alone from now on; None when there is none."""
-        call, self._attending = self._attending, None
-        return None if call is None or call.done() else call
+    def link_sessions(self, peer: str) -> None:
+        """Link the agent's sessions in the background, unless they are, or that failed a moment ago."""
+        now_seconds = asyncio.get_running_loop().time()
+        if not self._closed and self._linking is None and now_seconds >= self._next_link_seconds:
+            self._linking = asyncio.create_task(self._stay_linked(peer), name=f"link {peer}")  # till `close`
+
+    async def _stay_linked(self, peer: str) -> None:
+        try:
+            await stay_linked(self.stub, self._address, peer, self._use)
+        except StokerError as error:
+            if error.message != self._said:  # once, not at every try
+                log.get().info("agent.unlinked", address=self._address, reason=error.message)
+                self._said = error.message
+        finally:
+            self._link = self._linking = None
+            self._next_link_seconds = asyncio.get_running_loop().time() + RELINK_SECONDS
+
+    def _use(self, link: AgentLink) -> None:
+        self._link = link
+        self._said = ""
 
     def release(self, session_id: str, epoch: int) -> None:
         """Have a session ended that would go on without its reader: nobody wants more of it here."""
@@ -163,8 +193,9 @@ class _Agent:
         self._closed = True
         for task in self._releases:
             task.cancel()
-        if self._attending is not None:
-            self._attending.cancel()
+        if self._linking is not None:
+            self._linking.cancel()
+            await asyncio.wait([self._linking])
         await self._channel.close()
 
 
@@ -176,20 +207,3 @@ def left_by_us() -> bool:
     task = asyncio.current_task()
     is_closed = sys.exc_info()[0] is GeneratorExit
     return is_closed and (task is None or not task.cancelling())
-
-
-class _Deadline:
-    """Ends a call that was made without a deadline, since nobody knew whose it would be."""
-
-    def __init__(self, call: Call, seconds: float) -> None:
-        self.has_passed = False
-        self._call = call
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._pass)
-
-    def forget(self) -> None:
-        """Let the call live."""
-        self._timer.cancel()
-
-    def _pass(self) -> None:
-        self.has_passed = True
-        self._call.cancel()

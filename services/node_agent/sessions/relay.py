@@ -1,4 +1,4 @@
-"""Sessions of one worker: many `Generate` calls over the worker's one connection for sessions.
+"""Sessions of one worker: many calls of gateways over the worker's one connection for sessions.
 
 The worker's events are handed on as they are; this module only finds whom they belong to. Commands and steps
 travel over a link (`stoker.frames`) where there is one. The `Run` call carries them otherwise; beside a link
@@ -40,6 +40,7 @@ class RelayedSession:
     __slots__ = (
         "_error",
         "_events",
+        "_on_news",
         "_waiter",
         "context_tokens",
         "epoch",
@@ -58,19 +59,30 @@ class RelayedSession:
         self._events: deque[GenerateEvent] = deque()
         self._error: StokerError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._on_news: Callable[[], None] = _nobody_follows
 
-    async def next(self) -> GenerateEvent:
-        """Return the next event; the last one carries a finish reason.
+    def follow(self, on_news: Callable[[], None]) -> None:
+        """Have it called when there is an event or an error, in the event loop; it may close the session."""
+        self._on_news = on_news
+
+    def poll(self) -> GenerateEvent | None:
+        """Return the next event, None if it has not come; the last one carries a finish reason.
 
         Raises:
             StokerError: The session ended without a finish; earlier events were returned first.
         """
-        while not self._events:
-            if self._error is not None:
-                raise self._error
+        if self._events:
+            return self._events.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def next(self) -> GenerateEvent:
+        """Return the next event once it is there; raises as `poll`."""
+        while (event := self.poll()) is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._events.popleft()
+        return event
 
     def is_full(self) -> bool:
         """Tell whether the client lags too far behind."""
@@ -90,6 +102,11 @@ class RelayedSession:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        self._on_news()
+
+
+def _nobody_follows() -> None:
+    """Stands for a follower."""
 
 
 class SessionRelay:
@@ -170,8 +187,8 @@ class SessionRelay:
                     details={"highest_epoch": earlier.epoch},
                 )
             # Not cancelled there: the worker goes on from what the earlier owner had computed.
-            earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))
             self._forget(earlier)
+            earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))
         if len(self._sessions) >= self._max_sessions:
             raise QueueFull(
                 f"replica {request.replica_id} has {len(self._sessions)} sessions, its maximum",
@@ -221,8 +238,8 @@ class SessionRelay:
         """End every session, and refuse new ones, with this error."""
         self._error = self._error or error
         for session in list(self._sessions.values()):
-            session.fail(error)
             self._forget(session)
+            session.fail(error)
 
     async def run(self) -> None:
         """Relay until the worker ends the stream.
@@ -291,8 +308,8 @@ class SessionRelay:
         if item.HasField("error"):
             if item.epoch != session.epoch:
                 return  # as below: the present owner's session goes on
-            session.fail(BY_CODE.get(item.error.code, StokerError)(item.error.message))
             self._forget(session)
+            session.fail(BY_CODE.get(item.error.code, StokerError)(item.error.message))
             return
         event = item.event
         if event.epoch != session.epoch:
@@ -307,10 +324,10 @@ class SessionRelay:
             self.close(session)
             return
         session.context_tokens += len(event.tokens)
-        session.put(event)
-        if event.finish_reason:
+        if event.finish_reason:  # first: whoever follows closes the session when it has this
             self._forget(session)
-        elif not session.started:
+        session.put(event)
+        if not session.started and self._sessions.get(session.session_id) is session:
             session.started = True
             self._running += 1
             self._on_change()

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from services.store.peers.exchange import raw_digest
 from services.store.peers.limits import Limits
-from services.store.peers.sockets import Address, receive_blocking, recv_all, send_blocking
+from services.store.peers.sockets import receive_blocking, recv_all, send_blocking
 from services.store.peers.wire import (
     Arriving,
     Chunk,
@@ -24,6 +24,7 @@ from services.store.peers.wire import (
     Whole,
 )
 from stoker.errors import PeerError
+from stoker.tcp import Address
 from stoker.units import KIB
 
 _KEPT_PER_PEER = 4

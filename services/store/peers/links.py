@@ -14,7 +14,7 @@ from services.store.peers import metrics
 from services.store.peers.exchange import Exchange
 from services.store.peers.fetching import PeerConnections
 from services.store.peers.limits import Limits
-from services.store.peers.sockets import Address, receive, send
+from services.store.peers.sockets import receive, send
 from services.store.peers.wire import (
     FileId,
     FileIdentity,
@@ -30,6 +30,7 @@ from services.store.peers.wire import (
 from stoker import log
 from stoker.background import background
 from stoker.errors import PeerError
+from stoker.tcp import Address, dial
 
 _LEARNT_TRIES = 3
 
@@ -130,7 +131,7 @@ class Links:
         linked = False
         try:
             async with asyncio.timeout(self._limits.dial_seconds):
-                connection = await _dial(address)
+                connection = await dial(address)
             with connection:
                 hello = await self._greet(connection)
                 if hello.store == self._exchange.me:
@@ -213,29 +214,3 @@ class Links:
     def _wake(self) -> None:
         for changed in self._changed:
             changed.set()
-
-
-async def _dial(address: Address) -> socket.socket:
-    """Return a connection to `address`; names are looked up in a thread.
-
-    Raises:
-        OSError: It can't be reached.
-    """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    failure: OSError | None = None
-    for family, kind, protocol, _, where in found:
-        connection = socket.socket(family, kind, protocol)
-        connection.setblocking(False)
-        try:
-            await loop.sock_connect(connection, where)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            connection.close()
-            failure = error
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            return connection
-    raise failure or OSError(f"{address[0]} has no address")

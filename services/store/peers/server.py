@@ -12,7 +12,7 @@ from services.store.peers import metrics
 from services.store.peers.exchange import Exchange
 from services.store.peers.limits import Limits
 from services.store.peers.sending import Sender
-from services.store.peers.sockets import Address, parse_address, receive, send
+from services.store.peers.sockets import receive, send
 from services.store.peers.wire import (
     FileId,
     Hello,
@@ -29,6 +29,7 @@ from stoker import log
 from stoker.background import background
 from stoker.clock import Clock
 from stoker.errors import ConfigError, InvalidRequest, PeerError
+from stoker.tcp import Address, listen, parse_address, send_at_once
 
 MAX_FILES_PER_PEER = 1024
 """Files that one peer may be told of at a time."""
@@ -71,15 +72,12 @@ class PeerServer:
             ConfigError: That can't be; says why.
         """
         try:
-            host, port = parse_address(address)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            self._listener = listener = listen(parse_address(address), backlog=_BACKLOG)
         except (OSError, InvalidRequest) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
                 f"cannot listen for peers on {address}: {reason}; set STOKER_STORE_PEER_ADDRESS"
             ) from error
-        listener.setblocking(False)
         self.port = listener.getsockname()[1]
 
     async def serve(self) -> None:
@@ -145,7 +143,7 @@ class PeerServer:
             self._greeting -= 1
 
     async def _exchange_greetings(self, connection: socket.socket) -> Hello:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_at_once(connection)
         try:
             hello = await receive(connection)
         except PeerError:

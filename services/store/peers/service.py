@@ -13,13 +13,13 @@ from services.store.peers.limits import Limits
 from services.store.peers.links import Links
 from services.store.peers.server import PeerServer
 from services.store.peers.shared_file import DiskCopy
-from services.store.peers.sockets import parse_address
 from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId
 from services.store.reading.chunk_source import ChunkSource
 from stoker import log
 from stoker.clock import Clock
 from stoker.errors import ConfigError, InvalidRequest
+from stoker.tcp import parse_address
 
 
 class Peers:

@@ -7,25 +7,7 @@ import socket
 import time
 
 from services.store.peers.wire import HEAD, Message, body_length, decode, encode
-from stoker.errors import InvalidRequest, PeerError
-
-Address = tuple[str, int]
-"""Host and port."""
-
-_MAX_PORT = 65535
-
-
-def parse_address(text: str) -> Address:
-    """Return host and port of `host:port` or `[v6]:port`.
-
-    Raises:
-        InvalidRequest: It is neither.
-    """
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > _MAX_PORT:
-        raise InvalidRequest(f"{text!r} is no address of a peer; give host:port")
-    return host, int(port)
+from stoker.errors import PeerError
 
 
 async def send(connection: socket.socket, message: Message) -> None:

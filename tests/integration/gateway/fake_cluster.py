@@ -7,6 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Self
 
+import grpc
+
+from services.node_agent.sessions.linked_sessions import serve_link
+from services.node_agent.sessions.session_listener import SessionListener
+from services.node_agent.sessions.session_sources import FollowedSource, OnNews
 from stoker import rpc
 from stoker.errors import ModelNotFound, StokerError
 from stoker.v1 import (
@@ -44,13 +49,22 @@ class FakeStore(checkpoint_store_pb2_grpc.CheckpointStoreServicer):
 
 
 class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
-    """Plays scripts."""
+    """Plays scripts, to calls of their own and over links.
+
+    Attributes:
+        linked: Sessions that came over links.
+        links: Those there are now; cancelling one ends it.
+        has_links: False: it is an agent of before, which knows none.
+    """
 
     def __init__(self) -> None:
         self.orders: list[session_pb2.GenerateRequest] = []
         self.cancelled = asyncio.Event()
         self.script: Script = says("Hello!")
-        self.attended = 0
+        self.linked = 0
+        self.links: set[asyncio.Task[Any]] = set()
+        self.has_links = True
+        self.listener = SessionListener("127.0.0.1:0")
         self.kept: dict[str, node_agent_pb2.KeptSession] = {}
 
     async def Generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:  # noqa: N802 - the rpc's name
@@ -85,14 +99,23 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServicer):
         found = [self.kept[name] for name in request.session_ids if name in self.kept]
         return node_agent_pb2.FindSessionsResponse(sessions=found)
 
-    async def Attend(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
-        """Play the script once somebody asks."""
-        async for request in requests:
-            self.attended += 1
-            async with aclosing(self.Generate(request, context)) as events:
+    async def LinkSessions(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the rpc's name
+        """Play the script to whoever asks over a link."""
+        if not self.has_links:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        task = asyncio.current_task()
+        assert task is not None
+        self.links.add(task)
+        try:
+            async with aclosing(serve_link(self.listener, self._open)) as events:
                 async for event in events:
                     yield event
-            return
+        finally:
+            self.links.discard(task)
+
+    def _open(self, request: session_pb2.GenerateRequest, on_news: OnNews) -> FollowedSource:
+        self.linked += 1
+        return FollowedSource(self.Generate(request, None), None, on_news, request)
 
 
 class FakeController(controller_pb2_grpc.ControllerServicer):
@@ -178,12 +201,16 @@ class FakeCluster:
             checkpoint_store_pb2_grpc.add_CheckpointStoreServicer_to_server, self.store
         )
         self.controller.cold_replica = self.replica("rep-cold")
+        self._listening = asyncio.create_task(self.agent.listener.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop them."""
         for server in self._servers:
             await server.stop()
+        self._listening.cancel()
+        await asyncio.wait([self._listening])
+        self.agent.listener.close()
 
     async def stop_controller(self) -> None:
         """Take the controller away."""

@@ -99,19 +99,6 @@ async def test_unknown_and_harmless_fields_are_ignored(http: httpx.AsyncClient) 
     assert answer.status_code == 200
 
 
-async def test_a_session_takes_the_call_that_the_one_before_left_open(
-    http: httpx.AsyncClient, cluster: FakeCluster
-) -> None:
-    await http.post(CHAT, json=GOOD)
-    attended, orders = cluster.agent.attended, len(cluster.agent.orders)
-
-    answers = [(await http.post(CHAT, json=GOOD)).json() for _ in range(3)]
-
-    assert [answer["choices"][0]["message"]["content"] for answer in answers] == ["Hello!"] * 3
-    assert len(cluster.agent.orders) - orders == 3
-    assert cluster.agent.attended - attended == 3
-
-
 async def test_probes_answer(http: httpx.AsyncClient) -> None:
     answers = [await http.get(path) for path in ("/health", "/livez", "/readyz", "/version")]
 

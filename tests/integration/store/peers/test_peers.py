@@ -17,7 +17,7 @@ from services.store.peers import exchange, swarm
 from services.store.peers.exchange import raw_digest
 from services.store.peers.service import Peers
 from services.store.peers.shared_file import DiskCopy
-from services.store.peers.sockets import parse_address, receive, send
+from services.store.peers.sockets import receive, send
 from services.store.peers.wire import (
     HEAD,
     Arriving,
@@ -37,6 +37,7 @@ from services.store.peers.wire import (
 )
 from stoker.checkpoint.digests import digest
 from stoker.clock import SystemClock
+from stoker.tcp import parse_address
 from tests.integration.store.peers.fleet import CHUNK, PATIENT, QUICK, Store, World, world
 
 
