@@ -32,7 +32,6 @@ from stoker.errors import StokerError
 
 TARGET_P50, TARGET_P99 = 2.0, 4.0
 NO_SHIPPING: Settings = (("gateway", "ship_kv", "false"),)
-TOKENS_BETWEEN_MOVES = 12
 PHASES = ("find", "ship", "compute", "switch")
 PARTS = ("ship", "replay", "crash")
 
@@ -56,23 +55,21 @@ class Moves:
         return [pause / self.step_seconds for pause in self.pauses_seconds]
 
 
-async def measure_moves(  # noqa: PLR0913, PLR0917 - the parameters of a run
-    name: str, folder: Path, lengths: Sequence[int], moves: int, tokens: int, settings: Settings = ()
-) -> list[Moves]:
+async def measure_moves(name: str, chosen: argparse.Namespace, settings: Settings = ()) -> list[Moves]:
     """Return the moves of a stream per length."""
-    async with two_nodes(name, folder, settings) as on:
-        return [await moves_of_a_stream(on, length, moves, tokens) for length in lengths]
+    async with two_nodes(name, chosen.model, settings) as on:
+        return [await moves_of_a_stream(on, length, chosen) for length in chosen.lengths]
 
 
-async def moves_of_a_stream(on: Cluster, context_tokens: int, moves: int, tokens: int) -> Moves:
+async def moves_of_a_stream(on: Cluster, context_tokens: int, chosen: argparse.Namespace) -> Moves:
     """Move one stream back and forth while it is read."""
     found = Moves(context_tokens)
     windows: list[tuple[float, float]] = []
-    async with reading(on, body(context_tokens, tokens, context_tokens)) as stream:
-        await stream.until(TOKENS_BETWEEN_MOVES)
+    async with reading(on, body(context_tokens, chosen.tokens, context_tokens)) as stream:
+        await stream.until(chosen.between)
         at = (await on.running_replica()).node_id
         nodes = {"node-1": "node-2", "node-2": "node-1"}
-        for _ in range(moves):
+        for _ in range(chosen.moves):
             done = len(on.lines("session.moved"))
             began_seconds = time.monotonic()
             await on.admin.migrate(stream.result.request_id, nodes[at])
@@ -82,7 +79,7 @@ async def moves_of_a_stream(on: Cluster, context_tokens: int, moves: int, tokens
             await stream.until(stream.tokens + 1)
             windows.append((began_seconds, time.monotonic()))
             at = nodes[at]
-            await stream.until(stream.tokens + TOKENS_BETWEEN_MOVES)
+            await stream.until(stream.tokens + chosen.between)
             found.lines.append(on.lines("session.moved")[-1])
     own, found.pauses_seconds = gaps(stream.result.token_times_seconds, windows)
     found.step_seconds, found.worst_step_seconds = median(own), max(own)
@@ -106,7 +103,8 @@ def report_moves(title: str, found: Sequence[Moves]) -> bool:
     """Print a table; tell whether the targets are met at every length."""
     print(title)
     print(
-        "  context  step ms  pause ms P50   P99  ratio P50   P99  own worst  path    switch s  shipped MB  recomputed"
+        "  context  step ms  pause ms P50   P99  ratio P50   P99  own worst  path    switch s  shipped MB"
+        "  recomputed"
     )
     met = True
     for moves in found:
@@ -155,6 +153,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, default=2000, help="longest answer; a stream is left once it has moved enough"
     )
+    parser.add_argument("--between", type=int, default=12, help="tokens before, between and after moves")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     return parser.parse_args()
 
@@ -174,11 +173,7 @@ def main() -> int:
         ):
             if part not in chosen.parts:
                 continue
-            found = asyncio.run(
-                measure_moves(
-                    f"migration-{part}", chosen.model, chosen.lengths, chosen.moves, chosen.tokens, settings
-                )
-            )
+            found = asyncio.run(measure_moves(f"migration-{part}", chosen, settings))
             met = report_moves(title, found)
             if part == "ship":
                 ratios = [ratio for moves in found for ratio in moves.ratios]

@@ -130,16 +130,23 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             behaviour = getattr(handler, kind)
             if behaviour is not None:
                 make = getattr(grpc, f"{kind}_rpc_method_handler")
-                wrap = _streaming if kind.endswith("_stream") else _unary
+                is_stream = kind.endswith("_stream")
+                wrap = _streaming if is_stream else _unary
+                serialize = handler.response_serializer
                 return cast(
                     "grpc.RpcMethodHandler[Any, Any]",
                     make(
                         wrap(behaviour, handler_call_details.method),
                         request_deserializer=handler.request_deserializer,
-                        response_serializer=handler.response_serializer,
+                        response_serializer=_or_bytes(serialize) if is_stream else serialize,
                     ),
                 )
         return handler
+
+
+def _or_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Return a serializer that takes messages in their wire form, too: large ones are handed on unopened."""
+    return lambda answer: answer if serialize is None or isinstance(answer, bytes) else serialize(answer)
 
 
 def _unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Awaitable[Any]]:

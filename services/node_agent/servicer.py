@@ -37,7 +37,7 @@ from stoker.v1.node_agent_pb2 import (
     StopReplicaResponse,
 )
 from stoker.v1.node_agent_pb2_grpc import NodeAgentServicer
-from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, KvPart, ReadKvRequest
+from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, ReadKvRequest
 from stoker.v1.session_link_pb2 import LinkSessionsEvent, LinkSessionsRequest
 from stoker.v1.session_pb2 import GenerateRequest
 
@@ -159,10 +159,10 @@ class Servicer(NodeAgentServicer):
         with log.bind(session_id=request.session_id):
             return await self._shipping.fetch(request)
 
-    async def ReadKv(  # noqa: N802 - the name of the rpc
+    async def ReadKv(  # type: ignore[override]  # noqa: N802 - the name of the rpc
         self, request: ReadKvRequest, context: Context
-    ) -> AsyncIterator[KvPart]:
-        """See node_agent.proto."""
+    ) -> AsyncIterator[bytes]:
+        """See node_agent.proto; parts are handed on in their wire form."""
         del context
         with log.bind(session_id=request.session_id):
             async with aclosing(self._shipping.read(request)) as parts:

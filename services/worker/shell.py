@@ -193,10 +193,10 @@ class WorkerShell(WorkerServicer):
                 commands.cancel()
                 self._stream.cancel_all(engine)
 
-    async def ReadKv(  # noqa: N802 - the name of the rpc
+    async def ReadKv(  # type: ignore[override]  # noqa: N802 - the name of the rpc
         self, request: ReadKvRequest, context: Context
-    ) -> AsyncIterator[KvPart]:
-        """Give a running session's keys and values away, while it goes on."""
+    ) -> AsyncIterator[bytes]:
+        """Give a running session's keys and values away, while it goes on: parts in their wire form."""
         del context
         desk = self._desk()
         async with aclosing(

@@ -25,6 +25,10 @@ SHIP_LEVEL_TOKENS = 2
 """So few missing tokens cost the destination no more than one: a matrix product takes 2 or 3 rows at least.
 The last token's keys and values are never there to be shipped: computing them gives the next one."""
 MAX_SHIP_ROUNDS = 6
+SHIP_SECONDS = 60.0
+"""Longest round of shipping."""
+MIN_SHIP_SECONDS = 0.1
+"""As little as the source is ever told to take; 0 would mean that there is no hurry."""
 LEVEL_TOKENS = 1
 """A lag at which the stream is switched at once."""
 MAX_LAG_TOKENS = 4
@@ -70,6 +74,18 @@ def ships_on(*, number: int, missing: int, earlier_missing: int) -> bool:
     """
     is_worth_it = missing > SHIP_LEVEL_TOKENS and number < MAX_SHIP_ROUNDS
     return is_worth_it and (number == 0 or missing < earlier_missing)
+
+
+def ship_within_seconds(grace_left_seconds: float | None) -> float:
+    """Return in which time a round should be shipped: half of what there is; the rest is for what follows.
+
+    The source takes more of its time for it where this needs it (`KvPace`); otherwise there is no hurry.
+
+    Args:
+        grace_left_seconds: Until the source ends; None = it goes on.
+    """
+    limit_seconds = SHIP_SECONDS if grace_left_seconds is None else min(SHIP_SECONDS, grace_left_seconds)
+    return max(MIN_SHIP_SECONDS, limit_seconds / 2)
 
 
 def hold_seconds(step_seconds: float) -> float:

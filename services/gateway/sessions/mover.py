@@ -19,11 +19,13 @@ from services.gateway.routing.placement import Placement
 from services.gateway.routing.routes import Replica
 from services.gateway.sessions.move_gaps import MoveGaps, Phase
 from services.gateway.sessions.move_rounds import (
+    SHIP_SECONDS,
     Abandon,
     Again,
     Switch,
     after_round,
     hold_seconds,
+    ship_within_seconds,
     ships_on,
     unseen,
 )
@@ -35,8 +37,6 @@ from stoker.v1 import node_agent_pb2, session_pb2
 
 Events = AsyncGenerator[session_pb2.GenerateEvent]
 
-SHIP_SECONDS = 60.0
-"""Longest round of shipping."""
 HOLD_TIMEOUT_SECONDS = 5.0
 """Longest wait for a source to stand still: its step ends first."""
 NAMED_SECONDS = 10.0
@@ -109,6 +109,7 @@ class Mover:
     ) -> None:
         self._ships_kv = ships_kv
         self._leave = leave
+        self._began_seconds = job.clock.now_seconds()
         self._session = session
         self._origin = origin
         self._job = job
@@ -330,6 +331,7 @@ class Mover:
                 from_epoch=session.epoch,
                 from_token=shipped.tokens,
                 model=job.trace.model,
+                within_seconds=ship_within_seconds(self._grace_left_seconds()),
             )
             try:
                 came = await self._agents.fetch_kv(
@@ -349,6 +351,13 @@ class Mover:
                 data_bytes=shipped.data_bytes + came.data_bytes,
                 rounds=shipped.rounds + 1,
             )
+
+    def _grace_left_seconds(self) -> float | None:
+        """Return how long the source still runs; None = it doesn't end."""
+        grace_seconds = self._leave.grace_seconds
+        if not grace_seconds:
+            return None
+        return max(0.0, self._began_seconds + grace_seconds - self._job.clock.now_seconds())
 
     def _tokens(self) -> int:
         """Return how many tokens the session has, prompt and output."""

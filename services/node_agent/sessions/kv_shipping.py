@@ -12,20 +12,20 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
 
+from grpc.aio import Channel, UnaryStreamMultiCallable
+
 from services.node_agent import metrics
 from stoker import log
 from stoker.errors import CapacityError, StokerError
 from stoker.rpc import cancelled_after, connect, translated
 from stoker.v1.node_agent_pb2 import FetchKvRequest, FetchKvResponse
-from stoker.v1.node_agent_pb2_grpc import NodeAgentStub
-from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, KvPart, ReadKvRequest
+from stoker.v1.session_kv_pb2 import HoldSessionRequest, HoldSessionResponse, ReadKvRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from services.node_agent.sessions.move_watch import MoveWatch
     from services.node_agent.workers.worker_link import WorkerLink
-    from stoker.v1.node_agent_pb2_grpc import NodeAgentAsyncStub
 
 MAX_SHIPMENTS = 8
 """At once, in each direction; a session that finds no room is computed from its tokens."""
@@ -63,12 +63,13 @@ class KvShipping:
             replica_id=request.from_replica_id,
             epoch=request.from_epoch,
             from_token=request.from_token,
+            within_seconds=request.within_seconds,
         )
         began_seconds = time.monotonic()
         with self._counted("in"):
             async with (
                 connect(request.from_agent_address) as channel,
-                aclosing(_parts(NodeAgentStub(channel), wanted, request.from_agent_address)) as parts,
+                aclosing(_parts(channel, wanted, request.from_agent_address)) as parts,
             ):
                 written = await link.write_kv(parts, timeout_seconds=SHIP_TIMEOUT_SECONDS)
         seconds = time.monotonic() - began_seconds
@@ -76,13 +77,13 @@ class KvShipping:
         self._moves.shipped(request.session_id, written.data_bytes, seconds)
         return FetchKvResponse(tokens=written.tokens, data_bytes=written.data_bytes, seconds=seconds)
 
-    async def read(self, request: ReadKvRequest) -> AsyncGenerator[KvPart]:
-        """Yield the parts of a session that runs here; raises as `fetch`."""
+    async def read(self, request: ReadKvRequest) -> AsyncGenerator[bytes]:
+        """Yield the parts of a session that runs here, `KvPart`s as they came; raises as `fetch`."""
         link = self._worker_of(request.replica_id)
         with self._counted("out"):
             async with aclosing(link.read_kv(request, timeout_seconds=SHIP_TIMEOUT_SECONDS)) as parts:
                 async for part in parts:
-                    metrics.KV_BYTES.labels("out").inc(len(part.piece.data))
+                    metrics.KV_BYTES.labels("out").inc(len(part))
                     yield part
 
     async def hold(self, request: HoldSessionRequest) -> HoldSessionResponse:
@@ -114,8 +115,11 @@ class KvShipping:
             self._running[direction] -= 1
 
 
-async def _parts(stub: NodeAgentAsyncStub, wanted: ReadKvRequest, address: str) -> AsyncGenerator[KvPart]:
-    call = stub.ReadKv(wanted, timeout=SHIP_TIMEOUT_SECONDS)
+async def _parts(channel: Channel, wanted: ReadKvRequest, address: str) -> AsyncGenerator[bytes]:
+    read: UnaryStreamMultiCallable[ReadKvRequest, bytes] = channel.unary_stream(
+        "/stoker.v1.NodeAgent/ReadKv", request_serializer=ReadKvRequest.SerializeToString
+    )
+    call = read(wanted, timeout=SHIP_TIMEOUT_SECONDS)
     with translated(f"node agent at {address}"), cancelled_after(call) as parts:
         async for part in parts:
             yield part

@@ -35,7 +35,6 @@ from stoker.v1.rank_group_pb2 import RankGroup
 from stoker.v1.session_kv_pb2 import (
     HoldSessionRequest,
     HoldSessionResponse,
-    KvPart,
     ReadKvRequest,
     WriteKvResponse,
 )
@@ -94,6 +93,15 @@ class WorkerLink:
         self._late: asyncio.TimerHandle | None = None
         self._channel = connect(f"unix:{process.socket}")
         self._stub = WorkerStub(self._channel)
+        # Keys and values are handed on as they came: to open and close a part takes two copies of a MiB.
+        self._read_kv: grpc.aio.UnaryStreamMultiCallable[ReadKvRequest, bytes] = self._channel.unary_stream(
+            "/stoker.v1.Worker/ReadKv", request_serializer=ReadKvRequest.SerializeToString
+        )
+        self._write_kv: grpc.aio.StreamUnaryMultiCallable[bytes, WriteKvResponse] = (
+            self._channel.stream_unary(
+                "/stoker.v1.Worker/WriteKv", response_deserializer=WriteKvResponse.FromString
+            )
+        )
         self.relay = SessionRelay(
             self._stub,
             peer=f"worker {process.worker_id}",
@@ -176,16 +184,16 @@ class WorkerLink:
             response = await self._stub.LoadModel(request, timeout=timeout_seconds)
             return response, await awaited.accept()
 
-    async def read_kv(self, request: ReadKvRequest, *, timeout_seconds: float) -> AsyncGenerator[KvPart]:
-        """Yield the parts of a running session's keys and values; raises what the worker answers."""
-        call = self._stub.ReadKv(request, timeout=timeout_seconds)
+    async def read_kv(self, request: ReadKvRequest, *, timeout_seconds: float) -> AsyncGenerator[bytes]:
+        """Yield the parts of a running session's keys and values in their wire form; raises as it answers."""
+        call = self._read_kv(request, timeout=timeout_seconds)
         with translated(f"worker {self.worker_id}"), cancelled_after(call) as parts:
             async for part in parts:
                 yield part
 
-    async def write_kv(self, parts: AsyncIterator[KvPart], *, timeout_seconds: float) -> WriteKvResponse:
+    async def write_kv(self, parts: AsyncIterator[bytes], *, timeout_seconds: float) -> WriteKvResponse:
         """Hand the parts of a coming session's keys and values to the worker; raises what it answers."""
-        call = self._stub.WriteKv(timeout=timeout_seconds)
+        call = self._write_kv(timeout=timeout_seconds)
         with translated(f"worker {self.worker_id}"), cancelled_after(call):
             async for part in parts:
                 if not await self._is_written(call, part):
@@ -199,7 +207,7 @@ class WorkerLink:
         with translated(f"worker {self.worker_id}"):
             return await self._stub.HoldSession(request, timeout=timeout_seconds)
 
-    async def _is_written(self, call: StreamUnaryCall, part: KvPart) -> bool:
+    async def _is_written(self, call: StreamUnaryCall, part: bytes) -> bool:
         """Hand a part over; False: the worker has answered already, with an error."""
         try:
             await call.write(part)

@@ -7,11 +7,13 @@ that crossing into the event loop costs one `call_soon_threadsafe` per step and 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from services.worker.engine.step_times import StepTimes
 from services.worker.engine.takeover import common_tokens
 from stoker.errors import NotFound, StokerError
 
@@ -51,12 +53,23 @@ class EngineThread:
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._closing = False
+        self._steps = StepTimes()
         self._thread = threading.Thread(target=self._run, name="stoker-engine", daemon=True)
 
     @property
     def engine(self) -> Engine:
         """Return the engine, for the calls any thread may make (`limits`, `stats`)."""
         return self._engine
+
+    @property
+    def is_stepping(self) -> bool:
+        """Say whether a step is under way."""
+        return self._steps.is_stepping
+
+    @property
+    def is_late(self) -> bool:
+        """Say whether the step under way takes longer than steps usually do."""
+        return self._steps.is_late(time.monotonic())
 
     def start(self) -> None:
         """Start stepping."""
@@ -156,7 +169,10 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                if outputs := self._engine.step():
+                self._steps.begin(time.monotonic())
+                outputs = self._engine.step()
+                self._steps.end(time.monotonic())
+                if outputs:
                     self._on_outputs(outputs)
         except BaseException as error:  # noqa: BLE001 - the task boundary: hand the failure to the process
             self._on_failure(error)

@@ -352,6 +352,13 @@ class Engine(Protocol):
         """
         ...
 
+    def warm_decode(self) -> None:
+        """Have the first decode step behind it, which takes up to twice as long as others.
+
+        Does nothing once there was one. Call it in the engine's thread.
+        """
+        ...
+
     def stage_kv(self) -> StagedKv:
         """Return room for keys and values of a session that is on its way; `extend` it first. Any thread.
 

@@ -102,6 +102,7 @@ class TransformersEngine:
         self._running: list[Session] = []
         self._live: dict[SessionId, Session] = {}
         self._cancelled: set[SessionId] = set()
+        self._is_warm = False
         self._stats = EngineStats(max_kv_tokens=limits.max_kv_tokens)
         self._passes = SessionPasses(
             self._runner,
@@ -147,6 +148,16 @@ class TransformersEngine:
             logits = self._runner.prefill([Chunk(kv=probe, start=0, tokens=[0], needs_logits=True)])[0]
         if logits is not None:
             TokenChooser(Sampling(), [0], [], self._runner.vocab_size).choose(logits, 0)
+
+    def warm_decode(self) -> None:
+        """See `Engine`."""
+        if self._is_warm or self._stats.decode_token_count:
+            return
+        probe = SessionKv(KvBudget(1))
+        probe.reserve(1)
+        with suppress(PassInterrupted), torch.inference_mode():  # weights are missing: it stays cold
+            self._runner.decode([(probe, 0, 0)], [0], [None])
+            self._is_warm = True
 
     def submit(self, request: Submit) -> None:
         """See `Engine`."""

@@ -2,12 +2,15 @@
 
 What has arrived waits, for some seconds, until its session comes (`claim`); otherwise its room goes back.
 Room is counted in the engine's own budget, parts are written one at a time: memory is bounded by what the
-cache has and one piece per stream. Belongs to the event loop; bytes are copied and digested in other threads.
+cache has and one piece per stream. Belongs to the event loop; bytes are copied and digested in other threads,
+which give way to those that make tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +20,8 @@ from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
-from services.worker.kv.kv_format import KvLayout, opened, sealed
-from services.worker.kv.kv_pace import SHARE, KvPace
+from services.worker.kv.kv_format import KvLayout, encoded, opened
+from services.worker.kv.kv_pace import SHARE, Departure, KvPace
 from stoker import log
 from stoker.errors import CapacityError, KvDamaged, KvUnavailable
 from stoker.v1.session_kv_pb2 import KvHeader, KvPart, KvPiece, ReadKvRequest, WriteKvResponse
@@ -37,6 +40,9 @@ KEPT_SECONDS = 15.0
 """How long what arrived waits for its session, or for more of it: the next round comes at once."""
 MAX_STAGED = 32
 """Sessions on their way here at once."""
+NICENESS = 5
+"""Of the threads that copy: a third of the weight of one that makes tokens. One that is set aside while it
+holds the interpreter's lock stops the engine, so they are not the very last."""
 MAX_MOVED_READS = 4
 """Times a session's store may move (as it grows) while it is read by one call."""
 
@@ -69,12 +75,12 @@ class KvDesk:
         self._engine = engine
         self._kept_seconds = kept_seconds
         self._arriving: dict[str, _Arriving] = {}
-        self._thread = ThreadPoolExecutor(2, "stoker-kv")
+        self._thread = ThreadPoolExecutor(2, "stoker-kv", initializer=_give_way)
 
     # --- out ---
 
-    async def read(self, request: ReadKvRequest, engine_id: SessionId) -> AsyncGenerator[KvPart]:
-        """Yield the parts of a session that runs in the engine, as it is now.
+    async def read(self, request: ReadKvRequest, engine_id: SessionId) -> AsyncGenerator[bytes]:
+        """Yield the parts of a session that runs in the engine, as it is now: `KvPart`s in their wire form.
 
         Raises:
             NotFound: It has ended.
@@ -96,25 +102,41 @@ class KvDesk:
             adapter_uri=adapter_uri,
             adapter_revision=adapter_revision,
         )
-        yield KvPart(header=header)
+        yield KvPart(header=header).SerializeToString()
+        pieces = list(layout.pieces(first, end))
+        hurry_seconds = request.within_seconds or float("inf")
+        departure = self._pace.begin(len(pieces), time.monotonic() + hurry_seconds)
         moved = 0
-        for start, stop in layout.pieces(first, end):
-            began_seconds = time.monotonic()
-            while True:
-                try:
-                    piece = await self._in_thread(partial(_sealed, reader, start, stop))
-                    break
-                except KvUnavailable:
-                    moved += 1
-                    if moved > MAX_MOVED_READS:
-                        raise
-                    reader = await self._export(engine_id)
-                    if len(reader.tokens) < end:  # set back: it computes them again
-                        raise
-            yield KvPart(piece=piece)  # comes back when the wire has taken it
-            if stop < end:
-                now_seconds = time.monotonic()
-                await asyncio.sleep(self._pace.rest_seconds(now_seconds - began_seconds, now_seconds))
+        try:
+            for start, stop in pieces:
+                await self._until_on_time()
+                began_seconds = time.monotonic()
+                while True:
+                    try:
+                        piece = await self._in_thread(partial(_encoded, reader, start, stop))
+                        break
+                    except KvUnavailable:
+                        moved += 1
+                        if moved > MAX_MOVED_READS:
+                            raise
+                        reader = await self._export(engine_id)
+                        if len(reader.tokens) < end:  # set back: it computes them again
+                            raise
+                yield piece  # comes back when the wire has taken it
+                if stop < end:
+                    await asyncio.sleep(self._rest_seconds(departure, began_seconds))
+        finally:
+            self._pace.end(departure)
+
+    async def _until_on_time(self) -> None:
+        """Wait for the end of a step that is late already, unless there is no time to lose."""
+        if self._engine.is_late and self._pace.share(time.monotonic()) < 1:
+            await asyncio.wrap_future(self._engine.call(lambda: None))
+
+    def _rest_seconds(self, departure: Departure, began_seconds: float) -> float:
+        now_seconds = time.monotonic()
+        rest_seconds = self._pace.rest_seconds(departure, now_seconds - began_seconds, now_seconds)
+        return rest_seconds if self._engine.is_stepping else 0.0  # else nobody waits for a token
 
     async def _export(self, engine_id: SessionId) -> KvReader:
         return await asyncio.wrap_future(self._engine.call(lambda: self._engine.engine.export_kv(engine_id)))
@@ -178,6 +200,7 @@ class KvDesk:
 
     async def _fill(self, arriving: _Arriving, header: KvHeader, parts: AsyncIterator[KvPart]) -> None:
         staged = arriving.staged
+        await self._in_engine(self._engine.engine.warm_decode)  # while the source decodes, not when it stands
         await self._in_engine(lambda: staged.extend(header.to_token))
         while staged.tokens < header.to_token:
             piece = (await _next(parts, "piece")).piece
@@ -255,8 +278,15 @@ async def _next(parts: AsyncIterator[KvPart], kind: str) -> KvPart:
     return part
 
 
-def _sealed(reader: KvReader, first: int, end: int) -> KvPiece:
-    return sealed(first, reader.tokens[first:end], reader.read(first, end))
+def _give_way() -> None:
+    """Lower this thread's priority, unless the whole process's is as low already."""
+    thread = threading.get_native_id()
+    if os.getpriority(os.PRIO_PROCESS, thread) < NICENESS:
+        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
+
+
+def _encoded(reader: KvReader, first: int, end: int) -> bytes:
+    return encoded(first, reader.tokens[first:end], reader.read(first, end))
 
 
 def _write(staged: StagedKv, piece: KvPiece, end: int) -> None:

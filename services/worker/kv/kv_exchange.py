@@ -13,6 +13,7 @@ Shapes: L layers, K kv heads, T tokens of a piece, S tokens a store has room for
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,22 +88,30 @@ class KvReader:
         self._layers = [kv.layer(layer) for layer in range(layout.layers)]
         for layer, layer_2KSD in enumerate(self._layers):
             _check(layer, layer_2KSD, layout)
+        self._views = [_as_numpy(layer_2KSD, layout) for layer_2KSD in self._layers]
+        self._buffer = np.empty(0, RAW_DTYPES[layout.dtype][1])
 
-    def read(self, first: int, end: int) -> bytes:
-        """Return the bytes of the tokens from `first` to `end`.
+    def read(self, first: int, end: int) -> memoryview:
+        """Return the bytes of the tokens from `first` to `end`; they are there until the next call.
 
         Raises:
             KvUnavailable: The store has moved, or the session has ended or was set back.
         """
-        raw, raw_numpy = RAW_DTYPES[self.layout.dtype]
-        out_L2TKD = np.empty(self.layout.shape(end - first), raw_numpy)
+        shape = self.layout.shape(end - first)
+        count = math.prod(shape)
+        if self._buffer.size < count:  # kept: fresh memory costs as much as the copy
+            self._buffer = np.empty(count, self._buffer.dtype)
+        out_L2TKD = self._buffer[:count].reshape(shape)
         with torch.inference_mode():
-            for out_2TKD, layer_2KSD in zip(out_L2TKD, self._layers, strict=True):
-                part_2KTD = layer_2KSD[:, :, first:end].cpu().view(raw).numpy()
+            for out_2TKD, layer_2KSD, view_2KSD in zip(out_L2TKD, self._layers, self._views, strict=True):
+                if view_2KSD is None:
+                    part_2KTD = _as_numpy(layer_2KSD[:, :, first:end].cpu(), self.layout)
+                else:
+                    part_2KTD = view_2KSD[:, :, first:end]
                 np.copyto(out_2TKD, part_2KTD.transpose(0, 2, 1, 3))
         if self._kv.place != self._place:
             raise KvUnavailable("the session's keys and values moved or were given back while they were read")
-        return out_L2TKD.tobytes()
+        return out_L2TKD.reshape(-1).data.cast("B")
 
 
 class StagedKv:
@@ -123,6 +132,7 @@ class StagedKv:
         """Written so far, from the session's first one."""
         self._device = device
         self._layers: list[torch.Tensor] = []
+        self._views: list[Any] = []
 
     def extend(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all.
@@ -139,6 +149,7 @@ class StagedKv:
         like_2KTD = torch.empty(shape, dtype=DTYPES[self.layout.dtype], device=self._device)
         with torch.inference_mode():
             self._layers = self.kv.prepare(self.layout.layers, like_2KTD)
+            self._views = [_as_numpy(layer_2KSD, self.layout) for layer_2KSD in self._layers]
 
     def write(self, data: bytes, tokens: int) -> None:
         """Append a piece of so many tokens; there must be room."""
@@ -147,20 +158,24 @@ class StagedKv:
         first, end = self.tokens, self.tokens + tokens
         self.kv.note_written(end)  # before: whoever gives the room back makes all of it zero again
         with torch.inference_mode():
-            for in_2TKD, layer_2KSD in zip(in_L2TKD, self._layers, strict=True):
-                part_2KTD = layer_2KSD[:, :, first:end]
+            for in_2TKD, layer_2KSD, view_2KSD in zip(in_L2TKD, self._layers, self._views, strict=True):
                 in_2KTD = in_2TKD.transpose(0, 2, 1, 3)
-                if self._device.type == "cpu":
-                    np.copyto(part_2KTD.view(raw).numpy(), in_2KTD)
+                if view_2KSD is not None:
+                    np.copyto(view_2KSD[:, :, first:end], in_2KTD)
                 else:
-                    part_2KTD.view(raw).copy_(torch.from_numpy(in_2KTD.copy()))
+                    layer_2KSD[:, :, first:end].view(raw).copy_(torch.from_numpy(in_2KTD.copy()))
         self.tokens = end
 
     def release(self) -> None:
         """Give the room back."""
-        self._layers = []
+        self._layers, self._views = [], []
         self.tokens = 0
         self.kv.release()
+
+
+def _as_numpy(layer_2KSD: torch.Tensor, layout: KvLayout) -> Any:
+    """Return a view for numpy; None where the memory isn't the host's."""
+    return layer_2KSD.view(RAW_DTYPES[layout.dtype][0]).numpy() if layer_2KSD.device.type == "cpu" else None
 
 
 def _check(layer: int, layer_2KSD: torch.Tensor, layout: KvLayout) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import xxhash
+from google.protobuf.message import Message
 
 from stoker.errors import KvDamaged, KvUnavailable
 from stoker.units import MIB, format_bytes
@@ -102,11 +103,42 @@ class KvLayout:
         return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
 
 
-def sealed(first: int, token_ids: Sequence[int], data: bytes) -> session_kv_pb2.KvPiece:
+def sealed(first: int, token_ids: Sequence[int], data: bytes | memoryview) -> session_kv_pb2.KvPiece:
     """Return a piece with its digest."""
     return session_kv_pb2.KvPiece(
-        first_token=first, token_ids=token_ids, data=data, digest=xxhash.xxh3_128_digest(data)
+        first_token=first, token_ids=token_ids, data=bytes(data), digest=xxhash.xxh3_128_digest(data)
     )
+
+
+def encoded(first: int, token_ids: Sequence[int], data: bytes | memoryview) -> bytes:
+    """Return the wire form of a `KvPart` that carries a sealed piece; its bytes are copied once.
+
+    By protobuf's messages they would be copied three times, with the interpreter's lock held.
+    """
+    rest = session_kv_pb2.KvPiece(
+        first_token=first, token_ids=token_ids, digest=xxhash.xxh3_128_digest(data)
+    ).SerializeToString()
+    data_head = _LENGTH_OF_DATA + _varint(len(data))
+    piece_head = _LENGTH_OF_PIECE + _varint(len(rest) + len(data_head) + len(data))
+    return b"".join((piece_head, rest, data_head, data))
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:  # noqa: PLR2004 - seven bits a byte
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _head_of(message: type[Message], field: str) -> bytes:
+    """Return what precedes the length of a field of bytes, on protobuf's wire."""
+    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
+
+
+_LENGTH_OF_PIECE = _head_of(session_kv_pb2.KvPart, "piece")
+_LENGTH_OF_DATA = _head_of(session_kv_pb2.KvPiece, "data")
 
 
 def opened(piece: session_kv_pb2.KvPiece, layout: KvLayout, *, at: int, end: int) -> bytes:
@@ -121,14 +153,14 @@ def opened(piece: session_kv_pb2.KvPiece, layout: KvLayout, *, at: int, end: int
     Raises:
         KvDamaged: It is not the piece that must come now, or its bytes are not those that were sent.
     """
-    tokens = len(piece.token_ids)
+    tokens, data = len(piece.token_ids), piece.data  # each look at it is a copy
     if piece.first_token != at or not 0 < tokens <= end - at:
         raise KvDamaged(
             f"keys and values of {tokens} tokens from {piece.first_token} on came, "
             f"{end - at} at most from {at} on were due"
         )
-    if len(piece.data) != tokens * layout.token_bytes:
-        raise KvDamaged(f"{len(piece.data)} bytes came for {tokens} tokens of {layout.token_bytes} each")
-    if xxhash.xxh3_128_digest(piece.data) != piece.digest:
+    if len(data) != tokens * layout.token_bytes:
+        raise KvDamaged(f"{len(data)} bytes came for {tokens} tokens of {layout.token_bytes} each")
+    if xxhash.xxh3_128_digest(data) != piece.digest:
         raise KvDamaged(f"keys and values from token {at} on were damaged on their way")
-    return piece.data
+    return data

@@ -39,6 +39,7 @@ class PlayedEngine:
 
     def __init__(self, layout: KvLayout = LAYOUT) -> None:
         self.engine, self.kv_layout, self.numerics = self, layout, "n"
+        self.is_late = self.is_stepping = False
         self.layout, self.tokens, self.adapter = layout, 0, ("", "")
         self.came = bytearray()
         self.released = 0
@@ -57,6 +58,9 @@ class PlayedEngine:
         return SimpleNamespace(
             layout=self.layout, tokens=tuple(range(TOKENS)), adapter=self.adapter, read=data_of
         )
+
+    def warm_decode(self) -> None:
+        """Be warm."""
 
     def stage_kv(self) -> Any:
         """Return room."""
@@ -89,7 +93,8 @@ class PlayedWorker(WorkerServicer):
 
     async def ReadKv(self, request: ReadKvRequest, context: object) -> AsyncIterator[KvPart]:  # noqa: N802 - the rpc
         """Give away."""
-        async for part in self.desk.read(request, SessionId("e")):
+        async for encoded in self.desk.read(request, SessionId("e")):
+            part = KvPart.FromString(encoded)
             self._spoil(part)
             yield part
 

@@ -104,7 +104,7 @@ class Node:
             async for part in parts:
                 if self.is_dead:
                     raise ReplicaGone("it was killed")
-                yield KvPart.FromString(part.SerializeToString())
+                yield KvPart.FromString(part)
 
     async def hold(self, session_id: str, epoch: int, seconds: float) -> int:
         """Have a session stand still, as the worker's shell does."""

@@ -9,12 +9,14 @@ from services.gateway.sessions.move_rounds import (
     MAX_ROUNDS,
     MAX_SHIP_ROUNDS,
     SHIP_LEVEL_TOKENS,
+    SHIP_SECONDS,
     Abandon,
     Again,
     Diverged,
     Switch,
     after_round,
     hold_seconds,
+    ship_within_seconds,
     ships_on,
     unseen,
 )
@@ -97,3 +99,13 @@ def test_a_session_of_few_tokens_is_not_worth_shipping() -> None:
 def test_shipping_that_gains_nothing_ends() -> None:
     assert not ships_on(number=2, missing=40, earlier_missing=40)
     assert not ships_on(number=MAX_SHIP_ROUNDS, missing=20, earlier_missing=40)
+
+
+def test_a_round_of_shipping_has_half_of_the_time_there_is() -> None:
+    assert ship_within_seconds(None) == SHIP_SECONDS / 2
+    assert ship_within_seconds(20.0) == 10.0
+    assert ship_within_seconds(1_000.0) == SHIP_SECONDS / 2
+
+
+def test_a_source_that_is_about_to_end_is_told_to_hurry_however_late_it_is() -> None:
+    assert 0.0 < ship_within_seconds(0.0) < 1.0

@@ -50,6 +50,11 @@ class PlayedEngine:
     def __init__(self) -> None:
         self.engine, self.kv_layout, self.numerics = self, LAYOUT, "n"
         self.staged: list[PlayedStaged] = []
+        self.warmed = 0
+
+    def warm_decode(self) -> None:
+        """Be warm."""
+        self.warmed += 1
 
     def stage_kv(self) -> PlayedStaged:
         """Make room."""
@@ -105,6 +110,7 @@ async def test_rounds_add_up_and_go_to_the_session_they_belong_to(desk: KvDesk, 
 
     claimed = desk.claim("s", wanted())
 
+    assert engine.warmed
     assert (first.tokens, second.tokens) == (3, 4)
     assert second.data_bytes == LAYOUT.token_bytes
     assert claimed is engine.staged[0]

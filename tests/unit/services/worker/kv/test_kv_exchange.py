@@ -66,6 +66,7 @@ def test_a_session_goes_on_elsewhere_from_shipped_keys_and_values_with_the_same_
     whole = run(engine_of(name, dtype), [wanted])[0]["s"]
     source, destination = engine_of(name, dtype), engine_of(name, dtype)
     before = stopped_after(source, wanted, 9)
+    destination.warm_decode()
 
     staged = shipped(source.export_kv(SessionId("s")), destination)
     generated = [out.token_id for out in before]
