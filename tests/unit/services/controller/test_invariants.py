@@ -18,8 +18,11 @@ from services.controller.cluster_view.events import (
     NodeDisconnected,
     StopRefused,
 )
+from services.controller.cluster_view.fleet import Standing, members_of
+from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.view import Device, Phase, Policy, View
 from services.controller.placement.place import Wait, place
+from services.controller.scaling.actions import Start
 from services.controller.scaling.planner import Planner
 from services.controller.scaling.reconcile import reconcile
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -156,6 +159,21 @@ def check(world: World) -> None:
                 assert isinstance(decision, Wait), "there is room"
 
 
+def check_starts(world: World, name: ModelName) -> None:
+    """At most one start in flight per replica that the waiting requests of a cold model need."""
+    view = world.view
+    model = view.models[name]
+    members = [found for found in members_of(view, name) if not found.stale]
+    if any(found.standing is Standing.READY for found in members):
+        return
+    demand = view.demands.get(name)
+    needed = max(model.min_replicas, -(-(demand.waiters if demand else 0) // model.concurrency))
+    starting = sum(found.standing is Standing.STARTING for found in members)
+    plan = reconcile(view, world.now_seconds, world.policy)
+    ordered = sum(isinstance(action, Start) and action.model == name for action in plan.actions)
+    assert ordered == 0 or starting + ordered <= min(needed, model.max_replicas), name
+
+
 def shuffled(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
     return dict(reversed(list(mapping.items())))
 
@@ -185,6 +203,22 @@ def test_no_device_ever_has_two_owners_and_decisions_settle(steps: list[tuple[st
     for verb, first, second in steps:
         step(world, verb, first, second)
         check(world)
+
+
+@settings(max_examples=30, deadline=None)
+@given(STEPS, st.integers(1, 6))
+def test_a_cold_model_has_at_most_one_start_in_flight_per_replica_it_needs(
+    steps: list[tuple[str, int, int]], more: int
+) -> None:
+    """Asked of the plan, with requests in the view that nothing was decided about yet."""
+    world = a_world()
+    for verb, first, second in steps:
+        step(world, verb, first, second)
+    for name in MODELS:
+        if ModelName(name) in world.view.models:
+            for _ in range(more):
+                world.view = fold(world.view, Demanded(model=ModelName(name), now_seconds=world.now_seconds))
+            check_starts(world, ModelName(name))
 
 
 @settings(max_examples=30, deadline=None)
@@ -229,6 +263,8 @@ def test_every_waiting_request_is_served_once_nothing_else_happens(steps: list[t
         world.wait(1.0)
 
     assert served == set(MODELS)
+    running = {replica_id for node in world.nodes.values() for replica_id in node.replicas}
+    assert set(world.view.reservations) == running, "a reservation has no owner"
 
 
 def obey(world: World, replica_id: ReplicaId) -> None:
