@@ -1,4 +1,4 @@
-"""The leading controller is killed under real agents, workers and a gateway: no client notices."""
+"""The leading controller is killed, then etcd, under agents, workers and a gateway: no client notices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from openai.types import Completion
 from stoker.cli.free_ports import free_ports
 from stoker.client import AsyncClient
 from stoker.errors import PeerError
+from stoker.rpc import connect
 from stoker.v1 import model_pb2
+from stoker.v1.node_agent_pb2 import GetReportRequest, MoveSessionsRequest
+from stoker.v1.node_agent_pb2_grpc import NodeAgentStub
 from tests.integration.controller.harness import until
 from tests.integration.etcd_server import etcd_server
 from tests.integration.gateway.gateway_process import GatewayProcess
@@ -27,6 +30,8 @@ pytestmark = pytest.mark.etcd
 
 MANY_TOKENS = 12_000
 """More than any machine makes while a new leader is found."""
+ANY_FENCE = 2**62
+"""Of an order that no controller gives."""
 
 
 class Fleet:
@@ -36,12 +41,14 @@ class Fleet:
         self,
         controllers: dict[str, ServiceProcess],
         store: ServiceProcess,
+        agent: ServiceProcess,
         gateway: GatewayProcess,
     ) -> None:
         self.controllers = controllers
+        self.agent = agent
         self.store = store
         self.url = f"{gateway.url}/v1"
-        self._gateway = gateway
+        self.gateway = gateway
 
     async def leader(self) -> ServiceProcess:
         """Return the process that leads, once one does."""
@@ -49,7 +56,7 @@ class Fleet:
 
         async def one_leads() -> bool:
             for address, process in self.controllers.items():
-                async with AsyncClient(gateway=self._gateway.grpc_address, controller=address) as asked:
+                async with AsyncClient(gateway=self.gateway.grpc_address, controller=address) as asked:
                     try:
                         if (await asked.status()).leading:
                             found.append(process)
@@ -64,16 +71,17 @@ class Fleet:
         """Deploy the same checkpoint under several names, once the node has joined."""
         leader = await self.leader()
         address = next(found for found, process in self.controllers.items() if process is leader)
-        async with AsyncClient(gateway=self._gateway.grpc_address, controller=address) as admin:
+        async with AsyncClient(gateway=self.gateway.grpc_address, controller=address) as admin:
 
             async def has_joined() -> bool:
                 return len(await admin.nodes()) == 1
 
             await until(has_joined)
             for name in names:
-                await admin.deploy(
-                    model_pb2.ModelSpec(name=name, checkpoint_uri=str(folder), keep_alive_seconds=-1)
-                )
+                spec = model_pb2.ModelSpec(name=name, checkpoint_uri=str(folder), keep_alive_seconds=-1)
+                if name == "warm":
+                    spec.min_replicas = spec.max_replicas = 2
+                await admin.deploy(spec)
 
 
 @asynccontextmanager
@@ -97,7 +105,7 @@ async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
         controllers=addresses,
         run_dir=folder / "a",
         log_dir=folder / "a" / "logs",
-        cpu_slots=2,
+        cpu_slots=3,
         use_gpus=False,
         prestarted_workers=0,
         drain_seconds=0.1,
@@ -107,7 +115,7 @@ async def fleet(folder: Path, state: str) -> AsyncGenerator[Fleet, None]:
         services = (store, *controllers, agent)
         await asyncio.gather(*(stack.enter_async_context(service) for service in services))
         await stack.enter_async_context(gateway)
-        yield Fleet(dict(zip(addresses, controllers, strict=True)), store, gateway)
+        yield Fleet(dict(zip(addresses, controllers, strict=True)), store, agent, gateway)
 
 
 async def text_of(stream: AsyncStream[Completion], *, tokens: int) -> str:
@@ -118,7 +126,25 @@ async def text_of(stream: AsyncStream[Completion], *, tokens: int) -> str:
     return text
 
 
-async def test_the_leader_is_killed_while_a_stream_runs_and_a_cold_request_waits(tmp_path: Path) -> None:
+async def move(running: Fleet) -> None:
+    """Have the one stream that runs moved to the other replica of its model."""
+    address = (await running.agent.wait_for_log("agent.listening"))["address"]
+    async with connect(address) as channel:
+        stub = NodeAgentStub(channel)
+        report = await stub.GetReport(GetReportRequest())
+        source, to = sorted(
+            (each for each in report.replicas if each.model == "warm"),
+            key=lambda each: -each.running_sessions,
+        )
+        order = MoveSessionsRequest(
+            replica_id=source.replica_id, to_replica_id=to.replica_id, reason="test", fence=ANY_FENCE
+        )
+        assert (await stub.MoveSessions(order)).sessions == 1
+
+
+async def test_leader_and_etcd_are_killed_while_a_stream_runs_and_moves_and_a_cold_request_waits(
+    tmp_path: Path,
+) -> None:
     folder = make_tiny_model(tmp_path / "model", context_tokens=MANY_TOKENS + 100)
     async with AsyncExitStack() as stack:
         etcd = stack.enter_context(etcd_server())
@@ -126,10 +152,9 @@ async def test_the_leader_is_killed_while_a_stream_runs_and_a_cold_request_waits
         client = AsyncOpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=120)
         ask = (await stack.enter_async_context(client)).completions.create
         await running.deploy(folder, "warm", "cold")
-        expected = await ask(model="warm", prompt="the", max_tokens=40, temperature=0)
         leader = await running.leader()
         stream = await ask(model="warm", prompt="the", max_tokens=MANY_TOKENS, temperature=0, stream=True)
-        seen = await text_of(stream, tokens=10)
+        seen, count = await text_of(stream, tokens=10), 20
 
         running.store.send(signal.SIGSTOP)  # the cold start is ordered and goes no further: it gets no bytes
         cold = asyncio.create_task(ask(model="cold", prompt="the", max_tokens=3, temperature=0))
@@ -141,11 +166,19 @@ async def test_the_leader_is_killed_while_a_stream_runs_and_a_cold_request_waits
         answer = await cold
         survivor = await running.leader()
         seen += await text_of(stream, tokens=10)
+        etcd.kill()
+        await move(running)
+        moving = asyncio.create_task(running.gateway.wait_for_log("session.moved"))
+        while not moving.done() or count <= moving.result()["tokens"]:
+            seen, count = seen + await text_of(stream, tokens=1), count + 1
         await stream.close()
+        etcd.start()
+        expected = await ask(model="warm", prompt="the", max_tokens=count, temperature=0)
         stopped = [line for line in survivor.log if line["event"] == "replica.stopped"]
 
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 3
     assert survivor is not leader
     assert stopped == []
-    assert expected.choices[0].text.startswith(seen)
+    assert moving.result()["path"] == "ship"
+    assert seen.startswith(expected.choices[0].text)
