@@ -140,8 +140,17 @@ def check_invariants(state: HostState) -> None:
             assert hosted.worker_id is not None
             assert state.workers[hosted.worker_id].phase is WorkerPhase.SERVING
             assert hosted.loaded is not None
+            assert len(phases := phases_of(state, replica_id)) == max(
+                1, hosted.order.checkpoint.tensor_parallel
+            )
+            assert set(phases) == {WorkerPhase.SERVING}
         if hosted.phase is ReplicaPhase.FAILED:
             assert hosted.error_code
+            assert set(phases_of(state, replica_id)) <= {WorkerPhase.ENDING}, "a rank is left behind"
+
+
+def phases_of(state: HostState, replica_id: ReplicaId) -> list[WorkerPhase]:
+    return [worker.phase for worker in state.workers.values() if worker.replica_id == replica_id]
 
 
 def spawned(effects: tuple[Effect, ...]) -> list[str]:
@@ -537,6 +546,7 @@ def test_a_draining_host_ends_its_pool_refuses_orders_and_keeps_its_replicas() -
 
 EVENTS = st.one_of(
     st.tuples(st.just("start"), st.integers(1, 4), st.integers(0, 2)),
+    st.tuples(st.just("ranks"), st.integers(1, 4), st.just(0)),
     st.tuples(st.just("stop"), st.integers(1, 4), st.integers(0, 2)),
     st.tuples(st.just("warm"), st.integers(1, 8), st.just(0)),
     st.tuples(st.just("exit"), st.integers(1, 8), st.just(0)),
@@ -547,13 +557,17 @@ EVENTS = st.one_of(
 
 
 @given(st.lists(EVENTS, max_size=60))
-def test_no_order_of_events_breaks_an_invariant(events: list[tuple[str, int, int]]) -> None:
+def test_no_order_of_events_breaks_an_invariant(  # noqa: C901 - one case per event
+    events: list[tuple[str, int, int]],
+) -> None:
     desk = Desk()
     for kind, number, other in events:
         try:
             match kind:
                 case "start":
                     desk.start(f"rep-{number}", other)
+                case "ranks":
+                    start_ranks(desk, f"rep-{number}")
                 case "stop":
                     desk.stop(f"rep-{number}", session_count=other, grace_seconds=5.0)
                 case "warm":
