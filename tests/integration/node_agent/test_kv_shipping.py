@@ -153,7 +153,7 @@ async def agent(
         return link
 
     host: Any = SimpleNamespace(worker_of=worker_of, moves=moves)
-    add_NodeAgentServicer_to_server(Servicer(host, lambda: None), server.grpc_server)  # type: ignore[arg-type,return-value]
+    add_NodeAgentServicer_to_server(Servicer(host, lambda: None, None), server.grpc_server)  # type: ignore[arg-type,return-value]
     port = server.bind("127.0.0.1:0")
     await server.start()
     try:
