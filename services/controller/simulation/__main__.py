@@ -47,6 +47,9 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     context: Annotated[int, typer.Option(min=16, help="longest prompt and answer, tokens")] = 2048,
     policy: Annotated[list[str] | None, typer.Option(help="may be given several times; default: all")] = None,
     failures: Annotated[float, typer.Option(min=0, help="host failures per hour")] = 0.0,
+    standing: Annotated[
+        float, typer.Option(min=0, help="seconds that the cluster stands before the trace begins")
+    ] = 0.0,
     timeout: Annotated[float, typer.Option(min=1, help="a request that waits longer is lost")] = 300.0,
     seed: Annotated[int, typer.Option(help="the same seed gives the same run")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
@@ -83,6 +86,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
         seed=seed,
         timeout_seconds=timeout,
         failures=scenario.Failures(per_hour=failures, seed=seed) if failures else None,
+        standing_seconds=standing,
         then=keep,
     )
     typer.echo(report.table(summaries))

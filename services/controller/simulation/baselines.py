@@ -86,19 +86,12 @@ def retire(world: World) -> float | None:
     for replica in list(world.idle):
         if not replica.is_idle or replica.idle_since_seconds is None:
             continue
-        until_seconds = replica.idle_since_seconds + keep_alive_seconds(replica)
+        until_seconds = replica.idle_since_seconds + replica.model.kept_seconds(replica.node.spec)
         if until_seconds <= world.now:
             world.stop(replica)
         else:
             due_seconds.append(until_seconds)
     return min(due_seconds, default=None)
-
-
-def keep_alive_seconds(replica: SimReplica) -> float:
-    """Return how long a replica is kept unused: as told, or as long as its load took (the paper's rule)."""
-    if replica.model.keep_alive_seconds is not None:
-        return replica.model.keep_alive_seconds
-    return (replica.ready_seconds or replica.began_seconds) - replica.began_seconds
 
 
 def _has_room(node: SimNode, model: ModelSpec, unused: Sequence[SimReplica]) -> bool:

@@ -95,7 +95,8 @@ class ModelSpec:
         kv_bytes_per_token: Cache of one token.
         concurrency: Sessions per replica at a time.
         max_replicas: Never more than these.
-        keep_alive_seconds: An unused replica lives this long; None = as long as its load takes.
+        keep_alive_seconds: An unused replica lives this long; None = as long as a load from disk takes (the
+            paper's rule), under every policy alike.
     """
 
     name: ModelName
@@ -105,6 +106,12 @@ class ModelSpec:
     concurrency: int = 1
     max_replicas: int = 1_000_000
     keep_alive_seconds: float | None = None
+
+    def kept_seconds(self, node: NodeSpec) -> float:
+        """Return how long an unused replica is kept on such a node."""
+        if self.keep_alive_seconds is not None:
+            return self.keep_alive_seconds
+        return self.weight_bytes / node.disk_bytes_per_second
 
     def devices_on(self, device: DeviceSpec) -> int:
         """Return how many devices hold the weights and a context of cache."""

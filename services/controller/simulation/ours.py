@@ -307,9 +307,7 @@ def _ready(world: World, name: ModelName) -> bool:
 
 
 def _model(spec: ModelSpec, world: World) -> Model:
-    device = next(iter(world.nodes.values())).spec.device
-    disk = next(iter(world.nodes.values())).spec.disk_bytes_per_second
-    keep_alive_seconds = spec.keep_alive_seconds
+    host = next(iter(world.nodes.values())).spec
     return Model(
         name=spec.name,
         checkpoint_uri=CheckpointUri(f"sim://{spec.name}"),
@@ -318,10 +316,10 @@ def _model(spec: ModelSpec, world: World) -> Model:
         file_bytes=spec.weight_bytes,
         weight_bytes=spec.weight_bytes,
         runtime="1",
-        keep_alive_seconds=spec.weight_bytes / disk if keep_alive_seconds is None else keep_alive_seconds,
+        keep_alive_seconds=spec.kept_seconds(host),
         max_replicas=spec.max_replicas,
         concurrency=spec.concurrency,
-        devices=spec.devices_on(device),
+        devices=spec.devices_on(host.device),
         kv_bytes_per_token=spec.kv_bytes_per_token,
     )
 

@@ -89,6 +89,7 @@ def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
     seed: int,
     timeout_seconds: float = 300.0,
     failures: Failures | None = None,
+    standing_seconds: float = 0.0,
     then: Callable[[World], None] = lambda _world: None,
 ) -> list[Summary]:
     """Run the same requests under each policy.
@@ -101,14 +102,20 @@ def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
         seed: Of the policies' own draws.
         timeout_seconds: A request that waits longer is lost.
         failures: Hosts that fail; None = none does.
+        standing_seconds: How long the cluster stands, its models deployed, before the trace begins.
         then: Called with each world after its run.
     """
+    later = [
+        replace(request, arrival_seconds=request.arrival_seconds + standing_seconds) for request in requests
+    ]
     summaries = []
     for name in policies:
         world = World(specs, models, POLICIES[name](seed), timeout_seconds=timeout_seconds)
+        if standing_seconds:
+            world.ask()
         if failures is not None and requests:
-            _schedule(world, failures, until_seconds=requests[-1].arrival_seconds)
-        world.run(requests)
+            _schedule(world, failures, until_seconds=later[-1].arrival_seconds)
+        world.run(later)
         summaries.append(summarise(world))
         then(world)
     return summaries

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from services.controller.simulation import scenario
 from services.controller.simulation.__main__ import app
+from services.controller.simulation.hardware import PAPER_NODE, opt_models
 from services.controller.simulation.scenario import POLICIES, parse_models
+from services.controller.simulation.workload import Request
 from stoker.errors import InvalidRequest
 
 SHORT = ["--seconds", "60", "--rate", "1", "--models", "opt-6.7b:4", "--nodes", "2"]
@@ -64,3 +67,35 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
 def test_models_that_are_not_known_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="SIZE:COUNT"):
         parse_models(text)
+
+
+def test_a_cluster_that_has_stood_starts_from_memory_and_one_that_has_not_from_disk() -> None:
+    models = opt_models("opt-6.7b", 4)
+    asked = [Request(0.0, models[0].name, 64, 8)]
+
+    (at_once,) = scenario.simulate(["stoker"], [PAPER_NODE] * 2, models, asked, seed=1)
+    (later,) = scenario.simulate(["stoker"], [PAPER_NODE] * 2, models, asked, seed=1, standing_seconds=30.0)
+
+    from_disk = models[0].weight_bytes / PAPER_NODE.disk_bytes_per_second
+    from_memory = models[0].weight_bytes / PAPER_NODE.device.bus_bytes_per_second
+    assert at_once.startup_mean == pytest.approx(from_disk + PAPER_NODE.overhead_seconds)
+    assert later.startup_mean == pytest.approx(from_memory + PAPER_NODE.overhead_seconds)
+
+
+def test_every_policy_keeps_an_unused_replica_as_long_as_a_load_from_disk() -> None:
+    (model,) = opt_models("opt-6.7b", 1)
+    # From disk; from memory, in a third of the time; a second after that one was idle.
+    asked = [Request(at, model.name, 64, 8) for at in (0.0, 8.0, 10.0)]
+    starts: list[int] = []
+
+    for policy in ("reactive", "shepherd", "serverless"):
+        scenario.simulate(
+            [policy],
+            [PAPER_NODE],
+            [model],
+            asked,
+            seed=1,
+            then=lambda world: starts.append(world.counters.starts),
+        )
+
+    assert starts == [2, 2, 2]
