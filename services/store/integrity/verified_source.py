@@ -89,28 +89,27 @@ class VerifiedSource:
         return self.read_run([chunk], offset=offset, length=length)
 
     def read_run(self, chunks: Sequence[memoryview], *, offset: int, length: int) -> list[ReadPart]:
-        """Fill neighbouring chunks, then check them; as `read`.
+        """Fill neighbouring chunks; as `read`.
+
+        What is to be checked is read chunk by chunk: no read hides the last check of a load, so it is short.
 
         Args:
             chunks: In order, all of one size.
             offset: Of the first in the file.
             length: Bytes of all of them.
         """
-        read = fill_run(self._inner, chunks, offset=offset, length=length)
         if self._known_sound(offset, length):
-            return read
-        sound: list[int] = []
-        damages: list[Damage] = []
+            return fill_run(self._inner, chunks, offset=offset, length=length)
+        read: list[ReadPart] = []
         for number, chunk in enumerate(chunks):
             at = number * len(chunk)
             count = min(len(chunk), length - at)
-            passed, failed = self._check.arrived(chunk, offset=offset + at, length=count)
-            sound += passed
-            damages += failed
-        if damages:
-            self._refuse(damages, chunks, offset=offset, length=length)
-        if sound and (key := self._copy_key()) is not None:
-            self._parts.found_sound(key, sound, parts=len(self._digests.texts))
+            read += self._inner.read(chunk, offset=offset + at, length=count)
+            sound, damages = self._check.arrived(chunk, offset=offset + at, length=count)
+            if damages:
+                self._refuse(damages, chunks[: number + 1], offset=offset, length=at + count)
+            if sound and (key := self._copy_key()) is not None:
+                self._parts.found_sound(key, sound, parts=len(self._digests.texts))
         return read
 
     def close(self) -> None:
