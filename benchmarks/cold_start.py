@@ -13,6 +13,10 @@ The target is judged on *disk*: first token at least 5 times sooner in the media
 neither weights nor first forward nor tokenization at most 150 ms in the median. The first forward pass
 begins while weights arrive: *overlap* is the part of *weights* in which it ran or waited, *stall* the part
 of that in which it waited.
+
+On a virtual machine the first read of a file that nobody has read for a while may come from a slower disk
+below the host's cache: 250 MB/s instead of 1,300 was seen, in the first start only. So the slowest start's
+number is printed.
 """
 
 from __future__ import annotations
@@ -180,7 +184,12 @@ def report(
         for tier in ours
     }
     ratios = {tier: median(theirs[tier]) / median(ours[tier]) for tier in ours}
-    print(f"\nfrom memory: {ratios['memory']:.1f}x sooner, {overheads['memory'] * 1000:.0f} ms overhead")
+    slowest = max(range(len(ours["disk"])), key=lambda start: ours["disk"][start])
+    print(
+        f"\nslowest from disk: start {slowest + 1} of {len(ours['disk'])}, "
+        f"{stages['disk'][slowest]['weights'] * 1000:.0f} ms of it weights"
+    )
+    print(f"from memory: {ratios['memory']:.1f}x sooner, {overheads['memory'] * 1000:.0f} ms overhead")
     met = ratios["disk"] >= TARGET_RATIO and overheads["disk"] <= TARGET_OVERHEAD_SECONDS
     print(
         f"{'met' if met else 'MISSED'}: from disk {ratios['disk']:.1f}x sooner (target {TARGET_RATIO:g}x), "
