@@ -49,7 +49,8 @@ def prove_foreseen(tensors: Mapping[str, torch.Tensor], in_layers: Iterable[str]
 
 
 def _is_multiplied(name: str, weight: torch.Tensor) -> bool:
-    return weight.ndim == _MATRIX_DIMENSIONS and weight.dtype in _COMPUTED_IN and name.endswith(".weight")
+    is_matrix = weight.ndim == _MATRIX_DIMENSIONS and weight.numel() > 0
+    return is_matrix and weight.dtype in _COMPUTED_IN and name.endswith(".weight")
 
 
 def start_proving(tensors: Mapping[str, torch.Tensor], in_layers: Iterable[str], *, group_rows: int) -> None:

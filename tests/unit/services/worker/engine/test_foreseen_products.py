@@ -47,6 +47,7 @@ def test_layers_of_one_shape_are_proven_once_and_what_is_not_multiplied_never(pr
         "layers.0.q.weight": torch.empty(64, 64),
         "layers.1.q.weight": torch.empty(64, 64),
         "layers.0.norm.weight": torch.empty(64),
+        "layers.0.nothing.weight": torch.empty(64, 0),
         "layers.0.codes.weight": torch.empty(64, 128, dtype=torch.int8),
         "embed.weight": torch.empty(500, 64),
     }
