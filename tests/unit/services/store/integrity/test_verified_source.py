@@ -45,11 +45,11 @@ class Disk:
         if keep_time:
             os.utime(self.path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def load(self, policy: VerifyDisk = VerifyDisk.FIRST) -> bytes:
-        """Read the whole file as a load does."""
+    def source(self, policy: VerifyDisk) -> VerifiedSource:
+        """Open it as a load does."""
         signature = FileSignature.of(self.path.stat())
         copies = DamagedCopies(self.cache, lambda *what: self.forgotten.append(what))
-        source = VerifiedSource(
+        return VerifiedSource(
             SourceFile(self.path, signature),
             self.path,
             self.digests,
@@ -58,6 +58,10 @@ class Disk:
             parts=self.parts,
             report=copies.found,
         )
+
+    def load(self, policy: VerifyDisk = VerifyDisk.FIRST) -> bytes:
+        """Read the whole file as a load does."""
+        source = self.source(policy)
         found = b""
         try:
             for at in range(0, len(self.content), CHUNK):
@@ -108,6 +112,24 @@ def test_first_believes_what_it_has_checked_and_always_does_not(tmp_path):
         disk.load(VerifyDisk.ALWAYS)
     with pytest.raises(ChunkDamaged):
         disk.load(VerifyDisk.FIRST)
+
+
+def test_neighbours_are_read_in_one_go_once_they_were_found_sound(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, size=4 * PART)
+    runs = []
+
+    def read_run(file: SourceFile, chunks, *, offset: int, length: int):
+        runs.append(len(chunks))
+        return whole(file, chunks, offset=offset, length=length)
+
+    whole = SourceFile.read_run
+    monkeypatch.setattr(SourceFile, "read_run", read_run)
+    for expected in ([1, 1], [1, 1, 2]):
+        memory = memoryview(bytearray(2 * CHUNK))
+        disk.source(VerifyDisk.FIRST).read_run([memory[:CHUNK], memory[CHUNK:]], offset=0, length=2 * CHUNK)
+
+        assert runs == expected
+        assert memory == disk.content
 
 
 def test_the_bad_copy_of_the_stores_own_is_set_aside_with_its_reason(tmp_path):
