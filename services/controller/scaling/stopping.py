@@ -155,8 +155,11 @@ def _leave_drained_nodes(planner: Planner, members: tuple[Member, ...]) -> None:
 
 
 def _stop_unused(planner: Planner, model: Model, members: tuple[Member, ...]) -> None:
-    """Stop replicas idle for the keep-alive, the longest idle first, and never below the minimum."""
-    current = [found for found in members if not found.stale]
+    """Stop replicas idle for the keep-alive, the longest idle first, and never below the minimum.
+
+    Those that leave with their node don't count, as they don't for starts: what replaces one is no surplus.
+    """
+    current = [found for found in members if not found.stale and not is_leaving(planner.view, found)]
     live = sum(found.standing in LIVE and found.reservation.moving_to is None for found in current)
     spare = live - model.min_replicas
     if spare <= 0 or model.name in planner.view.demands:
