@@ -214,6 +214,7 @@ class Loads:
             if resident.phase in {Phase.WAITING, Phase.LOADING}:
                 self._drop(resident, "stopping", PeerError(_STOPPING, retry_after_seconds=1.0))
         await self.transfers.close(grace_seconds=_READER_GRACE_SECONDS)
+        self._sources.close()
 
     def learn(self, parts: Sequence[ReadPart]) -> None:
         """Seed the rates of tiers with reads that were made to measure them, and tell."""

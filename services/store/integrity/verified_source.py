@@ -1,7 +1,9 @@
 """A file on this host whose bytes are checked as they are read: a `ChunkSource` around another one.
 
-The check runs in the reader thread right after the read, while other threads read: xxh3 releases the GIL.
-Nothing returns from here whose digest is wrong, so no ready counter passes it.
+A chunk of a run is checked by another thread while the next one is read, the last one by the thread that
+read it: xxh3 releases the GIL. Were all checked between the reads of one thread, the readers of a disk would
+read and check in step, and it would stand still meanwhile. Nothing returns from here whose digest is wrong,
+so no ready counter passes it.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from services.store.integrity.digests import Damage, FileDigests, PartCheck, damaged
@@ -18,6 +22,9 @@ from services.store.integrity.verified_parts import VerifiedParts, copy_key
 from services.store.reading.chunk_source import ChunkSource, fill_run
 from services.store.settings import VerifyDisk
 from stoker.checkpoint.reading import FileSignature, ReadPart
+
+Checked = tuple[list[int], list[Damage]]
+"""The parts found sound, and what is wrong with the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,7 @@ class VerifiedSource:
         policy: VerifyDisk,
         parts: VerifiedParts,
         report: Callable[[DamagedCopy], str],
+        checkers: Executor,
     ) -> None:
         """Wrap a source.
 
@@ -61,6 +69,7 @@ class VerifiedSource:
             policy: `always` or `first`.
             parts: What was found sound before.
             report: Told of damage, from a reader thread; returns what the error shall advise.
+            checkers: Threads that check; a reader gives them one chunk at a time of its run, but the last.
         """
         self._inner = inner
         self._path = path
@@ -69,6 +78,7 @@ class VerifiedSource:
         self._policy = policy
         self._parts = parts
         self._report = report
+        self._checkers = checkers
         self._lock = threading.Lock()
         self._key: str | None = None
         self._key_known = False
@@ -91,7 +101,7 @@ class VerifiedSource:
     def read_run(self, chunks: Sequence[memoryview], *, offset: int, length: int) -> list[ReadPart]:
         """Fill neighbouring chunks; as `read`.
 
-        What is to be checked is read chunk by chunk: no read hides the last check of a load, so it is short.
+        What is to be checked is read chunk by chunk, each beside the check of the one before.
 
         Args:
             chunks: In order, all of one size.
@@ -101,15 +111,17 @@ class VerifiedSource:
         if self._known_sound(offset, length):
             return fill_run(self._inner, chunks, offset=offset, length=length)
         read: list[ReadPart] = []
-        for number, chunk in enumerate(chunks):
-            at = number * len(chunk)
-            count = min(len(chunk), length - at)
-            read += self._inner.read(chunk, offset=offset + at, length=count)
-            sound, damages = self._check.arrived(chunk, offset=offset + at, length=count)
-            if damages:
-                self._refuse(damages, chunks[: number + 1], offset=offset, length=at + count)
-            if sound and (key := self._copy_key()) is not None:
-                self._parts.found_sound(key, sound, parts=len(self._digests.texts))
+        checks: list[Future[Checked]] = []
+        try:
+            for number, chunk in enumerate(chunks):
+                at = number * len(chunk)
+                count = min(len(chunk), length - at)
+                read += self._inner.read(chunk, offset=offset + at, length=count)
+                check = partial(self._check.arrived, chunk, offset=offset + at, length=count)
+                checks.append(_done(check()) if at + count == length else self._checkers.submit(check))
+        finally:
+            wait(checks)  # they look at chunks that are somebody else's soon if a read has failed
+        self._judge(checks, chunks, offset=offset, length=length)
         return read
 
     def close(self) -> None:
@@ -140,6 +152,17 @@ class VerifiedSource:
                 self._key_known = True
             return self._key
 
+    def _judge(
+        self, checks: Sequence[Future[Checked]], chunks: Sequence[memoryview], *, offset: int, length: int
+    ) -> None:
+        """Remember what was found sound; raise ChunkDamaged for what was not."""
+        sound = [part for check in checks for part in check.result()[0]]
+        damages = [damage for check in checks for damage in check.result()[1]]
+        if damages:
+            self._refuse(damages, chunks, offset=offset, length=length)
+        if sound and (key := self._copy_key()) is not None:
+            self._parts.found_sound(key, sound, parts=len(self._digests.texts))
+
     def _refuse(
         self, damages: Sequence[Damage], chunks: Sequence[memoryview], *, offset: int, length: int
     ) -> None:
@@ -152,3 +175,10 @@ class VerifiedSource:
             DamagedCopy(path=self._path, damages=tuple(damages), pieces=pieces, offset=offset)
         )
         raise damaged(os.fspath(self._path), damages, advice=advice)
+
+
+def _done(checked: Checked) -> Future[Checked]:
+    """Return what was checked in this thread as the others are."""
+    found: Future[Checked] = Future()
+    found.set_result(checked)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from services.store.catalog import CatalogEntry
 from services.store.integrity.damaged_copies import DamagedCopies
 from services.store.integrity.digests import FileDigests
@@ -12,6 +14,9 @@ from services.store.settings import VerifyDisk
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.reading import SourceFile
 
+CHECK_THREADS = 2
+"""They keep up with a disk of 16 GB/s; started when there is something to check."""
+
 
 class DiskSources:
     """Opens files by one policy."""
@@ -19,6 +24,7 @@ class DiskSources:
     def __init__(self, policy: VerifyDisk, parts: VerifiedParts, damaged: DamagedCopies) -> None:
         """Take what all files share."""
         self._policy = policy
+        self._checkers = ThreadPoolExecutor(max_workers=CHECK_THREADS, thread_name_prefix="check")
         self._parts = parts
         self._damaged = damaged
 
@@ -38,7 +44,12 @@ class DiskSources:
             policy=self._policy,
             parts=self._parts,
             report=self._damaged.found,
+            checkers=self._checkers,
         )
+
+    def close(self) -> None:
+        """Let the threads that check end; no read is running."""
+        self._checkers.shutdown(wait=False)
 
     def step_bytes(self, entry: CatalogEntry, file: CheckpointFile) -> int:
         """Return in which steps a file's ready counter may move: parts that are checked, or bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,6 +34,7 @@ class Disk:
             texts=tuple(digest(self.content[at : at + PART]) for at in range(0, size, PART)),
         )
         self.parts = VerifiedParts(None)
+        self.checkers = ThreadPoolExecutor(max_workers=1)
         self.cache = None
         self.forgotten: list[object] = []
 
@@ -57,6 +59,7 @@ class Disk:
             policy=policy,
             parts=self.parts,
             report=copies.found,
+            checkers=self.checkers,
         )
 
     def load(self, policy: VerifyDisk = VerifyDisk.FIRST) -> bytes:
@@ -186,6 +189,7 @@ def test_a_file_that_was_replaced_while_it_was_read_is_checked_and_not_remembere
         policy=VerifyDisk.FIRST,
         parts=disk.parts,
         report=lambda _copy: "",
+        checkers=disk.checkers,
     )
     inner = source._inner
     inner.read(memoryview(bytearray(CHUNK)), offset=0, length=CHUNK)
@@ -212,6 +216,7 @@ def test_an_error_of_the_disk_is_passed_on(tmp_path):
         policy=VerifyDisk.FIRST,
         parts=disk.parts,
         report=lambda _copy: "",
+        checkers=disk.checkers,
     )
 
     with pytest.raises(LoadFailed, match="No such file"):
