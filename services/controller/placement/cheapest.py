@@ -7,7 +7,7 @@ that costs least. A set is as slow as its slowest member (they go at the same ti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from services.controller.cluster_view.estimate import make_estimate
 from services.controller.cluster_view.view import Node
@@ -30,6 +30,7 @@ from services.controller.placement.room import (
     wanted_of,
 )
 from services.controller.placement.victims import Destinations, Victim, victims_on
+from stoker.ids import ModelName
 
 
 def best_on(
@@ -67,7 +68,10 @@ class Cheapest:
         promised = promised_slots(situation, summary) if summary.leaving_for else 0
         self._missing_slots = wanted.slots + promised - len(self._fitting.intersection(summary.free))
         self._pool_has_room = pool_has_room(situation, node, (), (wanted.model,))
-        self._estimate = estimate_on(situation, node, wanted)
+        self._estimate = estimate = estimate_on(situation, node, wanted)
+        self._loaded_seconds = max(
+            estimate.load_seconds, estimate.skeleton_seconds + estimate.first_forward_seconds
+        )
         self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
         self._preferred = len(situation.model.preferred_labels & node.labels)
 
@@ -78,7 +82,9 @@ class Cheapest:
 
     def _is_enough(self, chosen: Sequence[Victim]) -> bool:
         """Tell whether slots and pool suffice without these; must agree with `enough`."""
-        slots = sum(len(self._fitting.intersection(victim.member.reservation.devices)) for victim in chosen)
+        slots = 0
+        for victim in chosen:
+            slots += len(self._fitting.intersection(victim.member.reservation.devices))
         return slots >= self._missing_slots and (
             self._pool_has_room
             or pool_has_room(
@@ -96,10 +102,12 @@ class Cheapest:
             if self._is_enough(chosen):
                 self._take(chosen)
                 return
-        taken = Counter(victim.name for victim in chosen if not victim.moves)
+        taken: Mapping[ModelName, int] = (
+            Counter([victim.name for victim in chosen if not victim.moves]) if chosen else {}
+        )
         for place in range(begin, len(self._victims)):
             victim = self._victims[place]
-            if victim.moves or taken[victim.name] < self._spare[victim.name]:
+            if victim.moves or taken.get(victim.name, 0) < self._spare[victim.name]:
                 self._grow((*chosen, victim), place + 1)
 
     def _could_win(self, chosen: tuple[Victim, ...]) -> bool:
@@ -107,7 +115,7 @@ class Cheapest:
 
     def _rank(self, chosen: tuple[Victim, ...], moves: tuple[Move, ...], moves_seconds: float = 0.0) -> Rank:
         """Return the rank of an option of these victims, without making it; must agree with `rank`."""
-        disturbance_seconds = sum(sorted(victim.disturbance_seconds for victim in chosen))
+        disturbance_seconds = _disturbance_seconds(chosen)
         total_seconds = self._total_seconds(max(_wait_seconds(chosen, moves), moves_seconds))
         cost_seconds = total_seconds + self._weight * disturbance_seconds
         return (
@@ -121,12 +129,7 @@ class Cheapest:
 
     def _total_seconds(self, wait_seconds: float) -> float:
         estimate = self._estimate
-        return (
-            wait_seconds
-            + estimate.worker_seconds
-            + max(estimate.load_seconds, estimate.skeleton_seconds + estimate.first_forward_seconds)
-            + estimate.overhead_seconds
-        )
+        return wait_seconds + estimate.worker_seconds + self._loaded_seconds + estimate.overhead_seconds
 
     def _take(self, chosen: tuple[Victim, ...]) -> None:
         movers = [victim for victim in chosen if victim.moves]
@@ -197,7 +200,7 @@ class Cheapest:
                 overhead_seconds=estimate.overhead_seconds,
                 tier=estimate.tier,
             ),
-            disturbance_seconds=sum(sorted(victim.disturbance_seconds for victim in chosen)),
+            disturbance_seconds=_disturbance_seconds(chosen),
             moves=tuple(sorted(moves, key=lambda move: move.replica_id)),
             drained=frozenset(victim.member.reservation.replica_id for victim in chosen if victim.drains),
             preferred=self._preferred,
@@ -205,7 +208,18 @@ class Cheapest:
         )
 
 
+def _disturbance_seconds(chosen: tuple[Victim, ...]) -> float:
+    """Return what the victims together cost others: the same sum in whatever order they were chosen."""
+    if len(chosen) == 1:
+        return chosen[0].disturbance_seconds
+    return sum(sorted([victim.disturbance_seconds for victim in chosen]))
+
+
 def _wait_seconds(chosen: tuple[Victim, ...], moves: tuple[Move, ...]) -> float:
     """Return when the last of the victims is gone: they go at the same time."""
-    moving = (move.estimate.total_seconds + move.seconds for move in moves)
-    return max(*(victim.wait_seconds for victim in chosen), *moving, 0.0)
+    seconds = 0.0
+    for victim in chosen:
+        seconds = max(seconds, victim.wait_seconds)
+    for move in moves:
+        seconds = max(seconds, move.estimate.total_seconds + move.seconds)
+    return seconds
