@@ -175,8 +175,10 @@ class CompletionShape:
 
 
 def _chunk_head(kind: str, common: dict[str, Any]) -> str:
-    constant = json.dumps({"object": kind, **common}, separators=(",", ":"))
-    return f'data: {constant[:-1]},"choices":'
+    constants = ",".join(
+        f'"{name}":{quote(str(value)) if isinstance(value, str) else value}' for name, value in common.items()
+    )
+    return f'data: {{"object":"{kind}",{constants},"choices":'
 
 
 def _usage_chunk(head: str, counts: dict[str, int]) -> str:

@@ -70,6 +70,7 @@ class SessionRun:
         self._hops = Hops()
         self._resumption: _Resumption | None = None
         self._has_first_token = False
+        self._counts_as_running = False
         self._token_seconds = 0.0
         self._switched: Switched | None = None
         self._mover: Mover | None = None
@@ -99,7 +100,7 @@ class SessionRun:
             metrics.STREAMS_LOST.labels(model).inc()
             raise
         finally:
-            gauge = metrics.RUNNING if self._has_first_token else metrics.WAITING
+            gauge = metrics.RUNNING if self._counts_as_running else metrics.WAITING
             gauge.labels(model).dec()
             metrics.GENERATION_TOKENS.labels(model).inc(len(self._session.token_ids))
 
@@ -153,9 +154,11 @@ class SessionRun:
             self._note_resumed(self._resumption, replica)
         if event.tokens:
             self._note_tokens()
+        await self._job.sink.delta(self._choice, delta)
+        if self._has_first_token and not self._counts_as_running:
+            self._count_as_running()
         if self._choice == 0 and event.HasField("timings"):
             self._job.trace.note_timings(event.timings)
-        await self._job.sink.delta(self._choice, delta)
 
     def _claim_above(self, error: Fenced) -> None:
         """Own the session after an owner that was not found, its node being away: the client came here last.
@@ -196,11 +199,15 @@ class SessionRun:
         if self._has_first_token:
             return
         self._has_first_token = True
+        if self._job.trace.first_token_seconds is None:
+            self._job.trace.first_token_seconds = self._job.age_seconds()
+
+    def _count_as_running(self) -> None:
+        """Tell the metrics of the first token, which is on its way to the client by now."""
+        self._counts_as_running = True
         model = self._job.trace.model
         metrics.WAITING.labels(model).dec()
         metrics.RUNNING.labels(model).inc()
-        if self._job.trace.first_token_seconds is None:
-            self._job.trace.first_token_seconds = self._job.age_seconds()
 
     # --- moving ---
 
