@@ -8,7 +8,9 @@ GET_MODEL = $(BIN)/python examples/get_model.py $(if $(MODEL),--source '$(MODEL)
 # A file stays with one of the two; in the order of collection the long tests of real processes come first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo up down test check format oracle fuzz chaos gpu-check env model test-tools clean
+CHECKS := check-format check-lint check-types check-imports
+
+.PHONY: help demo up down test check $(CHECKS) format oracle fuzz chaos gpu-check env model test-tools clean
 
 help:
 	@echo "make demo       a real model answers, cold and warm, then everything is stopped"
@@ -75,10 +77,20 @@ down: env
 test: env test-tools
 	@model=$$($(GET_MODEL)) && STOKER_TEST_MODEL="$$model" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# All at once, each one's words in one piece; any that fails fails the whole, after the others have had their say.
 check: env
+	@$(MAKE) --no-print-directory --keep-going --jobs 4 --output-sync=target $(CHECKS)
+
+check-format:
 	@$(BIN)/ruff format --check .
+
+check-lint:
 	@$(BIN)/ruff check .
+
+check-types:
 	@$(BIN)/mypy
+
+check-imports:
 	@$(BIN)/lint-imports
 
 format: env
