@@ -75,6 +75,10 @@ class ChaosCluster:
         """Return where the controller keeps its state."""
         return self.data_dir / "state" / "state.db"
 
+    def links_of(self, node: str) -> tuple[Link, ...]:
+        """Return the links of a node's agent: its gRPC, the sessions beside it, its way to the controller."""
+        return self.links[node], self.links[f"{node} sessions"], self.links[f"{node} up"]
+
     def client(self) -> AsyncClient:
         """Return a client for administration."""
         return AsyncClient(gateway=self.gateways[0].grpc_address, controller=self.controller)
@@ -129,7 +133,7 @@ async def chaos_cluster(data_dir: Path, *, node_count: int, devices: int) -> Asy
     """
     async with AsyncExitStack() as stack:
         run_dir = data_dir / "run"
-        ports = free_ports(ports_needed(node_count) + 1 + 2 * len(GATEWAYS))
+        ports = free_ports(ports_needed(node_count) + 1 + 2 * len(GATEWAYS) + node_count)
         nodes = layout(node_count, data_dir, run_dir, ports)
         rest = iter(ports[ports_needed(node_count) :])
         controller = f"127.0.0.1:{next(rest)}"
@@ -140,14 +144,19 @@ async def chaos_cluster(data_dir: Path, *, node_count: int, devices: int) -> Asy
             for name in GATEWAYS
         )
         links = {}
+        sessions = {node.node_id: f"127.0.0.1:{next(rest)}" for node in nodes}
         for node in nodes:
             node.run_dir.mkdir(mode=0o700, parents=True)
-            links[node.node_id] = await stack.enter_async_context(Link(node.agent))
-            links[f"{node.node_id} up"] = await stack.enter_async_context(Link(controller))
+            for name, target in (
+                (node.node_id, node.agent),
+                (f"{node.node_id} sessions", sessions[node.node_id]),
+                (f"{node.node_id} up", controller),
+            ):
+                links[name] = await stack.enter_async_context(Link(target))
         supervisor = Supervisor(drain_seconds=DRAIN_SECONDS)
         stack.push_async_callback(supervisor.stop)
         commands = [
-            *_node_commands(nodes, NodeShape(devices=devices, pool_bytes=POOL_BYTES), links),
+            *_node_commands(nodes, NodeShape(devices=devices, pool_bytes=POOL_BYTES), links, sessions),
             _controller_command(controller, data_dir),
             *(_gateway_command(gateway, controller, data_dir) for gateway in gateways),
         ]
@@ -171,13 +180,15 @@ async def chaos_cluster(data_dir: Path, *, node_count: int, devices: int) -> Asy
 
 
 def _node_commands(
-    nodes: tuple[LocalNode, ...], shape: NodeShape, links: dict[str, Link]
+    nodes: tuple[LocalNode, ...], shape: NodeShape, links: dict[str, Link], sessions: Mapping[str, str]
 ) -> list[ServiceCommand]:
     commands = []
     for node in nodes:
         agent = agent_settings(node, shape, [links[f"{node.node_id} up"].address])
         agent |= {
             "ADVERTISED_ADDRESS": links[node.node_id].address,
+            "SESSION_ADDRESS": sessions[node.node_id],
+            "ADVERTISED_SESSION_ADDRESS": links[f"{node.node_id} sessions"].address,
             "DRAIN_SECONDS": str(DRAIN_SECONDS),
             "WORKER_THREADS": "1",
         }
@@ -224,7 +235,7 @@ def _gateway_command(gateway: Gateway, controller: str, data_dir: Path) -> Servi
     )
 
 
-async def until(is_true: Callable[[], object], what: str, limit_seconds: float = 120.0) -> None:
+async def until(is_true: Callable[[], object], what: str, limit_seconds: float = 240.0) -> None:
     """Return when a condition, a plain function or a coroutine's, holds.
 
     Raises:

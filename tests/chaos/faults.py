@@ -165,7 +165,7 @@ class Faults:
     async def partition(self, node: str, seconds: float) -> None:
         """Cut a node's agent off from gateways and controllers beyond its lease, then mend the links."""
         owned, controller = await self._replicas(node), self._controller_pid()
-        links = (self._cluster.links[node], self._cluster.links[f"{node} up"])
+        links = self._cluster.links_of(node)
         self._note("partition", node, 0)
         for link in links:
             link.cut()
@@ -178,7 +178,7 @@ class Faults:
 
     async def blip(self, node: str, seconds: float) -> None:
         """Cut a node's agent off for a moment."""
-        links = (self._cluster.links[node], self._cluster.links[f"{node} up"])
+        links = self._cluster.links_of(node)
         self._note("blip", node, 0)
         for link in links:
             link.cut()
