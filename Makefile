@@ -88,7 +88,7 @@ check-lint:
 	@$(BIN)/ruff check .
 
 check-types:
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 
 check-imports:
 	@$(BIN)/lint-imports
