@@ -71,7 +71,8 @@ async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes_an
     moves = up.log_events("gateway", "session.moved")
     assert [moved["to_node_id"] for moved in moves] == [has_large, has_small, has_large]
     assert "drain" in moves[-1]["reason"]
-    assert up.log_events("gateway", "session.resumed") == []
+    # The stream never broke; large, without residency, may go between its start and its request.
+    assert "small" not in {event["model"] for event in up.log_events("gateway", "session.resumed")}
     assert up.log_events("controller", "replica.placed")[-1]["tier"] == "dram"
     assert calm.choices[0].text.startswith(seen[: len(calm.choices[0].text)])
 
