@@ -28,6 +28,10 @@ AHEAD_SECONDS = {Urgency.DEMAND: 0.25, Urgency.PREFETCH: 0.125}
 Loads that somebody waits for share the disk in any case. Longer reads take less of the processor: 0.31 GB
 are 11.5 ms of the daemon's in 16 reads and 8.2 ms in 7."""
 
+AHEAD_SHARE = 1 / 8
+"""Of a load: what is on its way at a time. Reads that run side by side end side by side, so a forward pass
+that follows them waits for its next layer for up to this share of the load."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingDisk:
@@ -43,29 +47,31 @@ class ReadingDisk:
 
 
 def chunks_per_read(
-    bytes_per_second: float | None,
+    disk: ReadingDisk,
     *,
-    threads: int,
     chunk_bytes: int,
+    load_bytes: int,
     urgency: Urgency = Urgency.DEMAND,
     window_chunks: int | None = None,
 ) -> int:
     """Return how many chunks of a file on disk are read in one go.
 
     Larger reads take less of the processor; reads that run already hold an urgent one up. So as many as the
-    disk is known to bring within `AHEAD_SECONDS`, in all threads together.
+    disk is known to bring within `AHEAD_SECONDS`, and at most `AHEAD_SHARE` of the load, in all threads
+    together.
 
     Args:
-        bytes_per_second: Of the disk; None when that was not learnt yet.
-        threads: That read from it.
+        disk: Where the files are.
         chunk_bytes: Of one.
+        load_bytes: Of all files.
         urgency: Of the load.
         window_chunks: Of the window that they are read into: each thread gets a part of it.
     """
-    if bytes_per_second is None:
+    if disk.bytes_per_second is None:
         return 1
+    threads = disk.threads
     most = MAX_RUN_CHUNKS if window_chunks is None else min(MAX_RUN_CHUNKS, window_chunks // (2 * threads))
-    ahead_bytes = bytes_per_second * AHEAD_SECONDS[urgency]
+    ahead_bytes = min(disk.bytes_per_second * AHEAD_SECONDS[urgency], load_bytes * AHEAD_SHARE)
     return max(1, min(most, int(ahead_bytes / (threads * chunk_bytes))))
 
 
@@ -107,9 +113,9 @@ def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
         ranks=resident.entry.index.layout == "converted" and window is None,
         memory=arena.chunk,
         per_read=chunks_per_read(
-            disk.bytes_per_second,
-            threads=disk.threads,
+            disk,
             chunk_bytes=arena.chunk_bytes,
+            load_bytes=sum(file.size_bytes for file in resident.files),
             urgency=resident.urgency,
             window_chunks=None if window is None else window.chunks,
         ),

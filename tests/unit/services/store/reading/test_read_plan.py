@@ -6,7 +6,13 @@ import pytest
 
 from services.store.pool.resident import ResidentFile
 from services.store.reading.lanes import Lane
-from services.store.reading.read_plan import FIRST_CHUNKS, MAX_RUN_CHUNKS, chunks_per_read, plan_reads
+from services.store.reading.read_plan import (
+    FIRST_CHUNKS,
+    MAX_RUN_CHUNKS,
+    ReadingDisk,
+    chunks_per_read,
+    plan_reads,
+)
 from services.store.reading.read_queue import Urgency
 from stoker.units import GB, MIB
 
@@ -79,4 +85,18 @@ def test_what_comes_from_afar_is_not_read_in_longer_runs():
     ],
 )
 def test_a_fast_disk_is_read_in_longer_runs_where_nobody_more_urgent_may_come(rate, urgency, expected):
-    assert chunks_per_read(rate, threads=4, chunk_bytes=16 * MIB, urgency=urgency) == expected
+    length = chunks_per_read(
+        ReadingDisk(bytes_per_second=rate, threads=4),
+        chunk_bytes=16 * MIB,
+        load_bytes=int(100 * GB),
+        urgency=urgency,
+    )
+
+    assert length == expected
+
+
+@pytest.mark.parametrize(("load", "expected"), [(0.3 * GB, 1), (1.5 * GB, 2), (3 * GB, MAX_RUN_CHUNKS)])
+def test_a_small_load_is_read_in_shorter_runs_since_a_forward_pass_follows_them(load, expected):
+    disk = ReadingDisk(bytes_per_second=100 * GB, threads=4)
+
+    assert chunks_per_read(disk, chunk_bytes=16 * MIB, load_bytes=int(load)) == expected
