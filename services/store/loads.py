@@ -93,8 +93,9 @@ class Loads:
         Args:
             entry: The checkpoint.
             urgency: Of its load.
-            window: Where it is larger than the pool it may come through a window; who leases one joins it
-                (`Window.join`) at once and says what it has `consumed`.
+            window: Its bytes are used in their order, as they come; where it is larger than the pool it may
+                come through a window, and who leases one joins it (`Window.join`) at once and says what it
+                has `consumed`.
 
         Raises:
             DoesNotFit: It is larger than the pool.
@@ -102,7 +103,10 @@ class Loads:
         """
         too_large = chunks_needed(entry, self.arena.chunk_bytes) > self.chunks.total
         ring = window_of(entry, self.chunks.total, self.arena.chunk_bytes) if window and too_large else None
-        resident = self._resident(entry, urgency) if ring is None else self._windowed(entry, urgency, ring)
+        if ring is None:
+            resident = self._resident(entry, urgency, used_in_order=window)
+        else:
+            resident = self._windowed(entry, urgency, ring)
         resident.leases += 1
         self._changed()
         return resident
@@ -225,7 +229,14 @@ class Loads:
 
     # --- one resident's way ---
 
-    def _resident(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
+    def _resident(
+        self,
+        entry: CatalogEntry,
+        urgency: Urgency,
+        *,
+        free_room_only: bool = False,
+        used_in_order: bool = False,
+    ) -> Resident:
         self._refuse_when_closed()
         resident = self._residents.find(entry.identity)
         if resident is None:
@@ -233,6 +244,7 @@ class Loads:
             need_chunks = chunks_needed(entry, self.arena.chunk_bytes)
             resident = self._residents.add(entry, need_chunks=need_chunks, urgency=urgency)
             resident.free_room_only = free_room_only
+            resident.used_in_order = used_in_order
             self._placing.newcomer(resident)
         elif urgency < resident.urgency:
             resident.urgency = urgency

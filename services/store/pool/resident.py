@@ -107,6 +107,7 @@ class Resident:
         demand_waiters: Calls that wait for it on someone's behalf.
         superseded: Its files have changed since.
         free_room_only: Nothing is dropped for it while it waits for chunks.
+        used_in_order: Whoever asked for it first uses its bytes as they come.
         parts: What its load has moved so far.
         moved: The same by tier, once loaded.
         seconds: What the load took, once loaded.
@@ -133,6 +134,7 @@ class Resident:
     demand_waiters: int = 0
     superseded: bool = False
     free_room_only: bool = False
+    used_in_order: bool = False
     parts: list[ReadPart] = field(default_factory=list)
     moved: tuple[Moved, ...] = ()
     seconds: float = 0.0

@@ -29,8 +29,8 @@ Loads that somebody waits for share the disk in any case. Longer reads take less
 are 11.5 ms of the daemon's in 16 reads and 8.2 ms in 7."""
 
 AHEAD_SHARE = 1 / 8
-"""Of a load: what is on its way at a time. Reads that run side by side end side by side, so a forward pass
-that follows them waits for its next layer for up to this share of the load."""
+"""Of a load that is used in order: what is on its way at a time. Reads that run side by side end together, so
+a forward pass that follows them waits for its next layer for up to this share of the load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +50,20 @@ def chunks_per_read(
     disk: ReadingDisk,
     *,
     chunk_bytes: int,
-    load_bytes: int,
+    followed_bytes: int | None = None,
     urgency: Urgency = Urgency.DEMAND,
     window_chunks: int | None = None,
 ) -> int:
     """Return how many chunks of a file on disk are read in one go.
 
     Larger reads take less of the processor; reads that run already hold an urgent one up. So as many as the
-    disk is known to bring within `AHEAD_SECONDS`, and at most `AHEAD_SHARE` of the load, in all threads
-    together.
+    disk is known to bring within `AHEAD_SECONDS`, and of a load that is used in order at most `AHEAD_SHARE`,
+    in all threads together.
 
     Args:
         disk: Where the files are.
         chunk_bytes: Of one.
-        load_bytes: Of all files.
+        followed_bytes: Of all files, where the load is used in order; None = it is not.
         urgency: Of the load.
         window_chunks: Of the window that they are read into: each thread gets a part of it.
     """
@@ -71,7 +71,9 @@ def chunks_per_read(
         return 1
     threads = disk.threads
     most = MAX_RUN_CHUNKS if window_chunks is None else min(MAX_RUN_CHUNKS, window_chunks // (2 * threads))
-    ahead_bytes = min(disk.bytes_per_second * AHEAD_SECONDS[urgency], load_bytes * AHEAD_SHARE)
+    ahead_bytes = disk.bytes_per_second * AHEAD_SECONDS[urgency]
+    if followed_bytes is not None:
+        ahead_bytes = min(ahead_bytes, followed_bytes * AHEAD_SHARE)
     return max(1, min(most, int(ahead_bytes / (threads * chunk_bytes))))
 
 
@@ -115,7 +117,7 @@ def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
         per_read=chunks_per_read(
             disk,
             chunk_bytes=arena.chunk_bytes,
-            load_bytes=sum(file.size_bytes for file in resident.files),
+            followed_bytes=resident.entry.index.weight_bytes if resident.used_in_order else None,
             urgency=resident.urgency,
             window_chunks=None if window is None else window.chunks,
         ),

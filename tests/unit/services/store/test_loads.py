@@ -18,8 +18,10 @@ from services.store.pool.counters import ReadyCounters
 from services.store.pool.resident import Phase
 from services.store.reading.disk_sources import DiskSources
 from services.store.reading.lanes import Lane
+from services.store.reading.read_plan import FIRST_CHUNKS
 from services.store.reading.read_queue import Urgency
 from services.store.settings import StoreSettings, VerifyDisk
+from stoker.checkpoint.reading import DISK, ReadPart
 from stoker.clock import ManualClock
 from stoker.errors import CapacityError, DoesNotFit, InUse, LoadFailed, PeerError
 from stoker.units import KIB
@@ -78,6 +80,18 @@ async def test_a_loaded_checkpoint_is_the_file_byte_for_byte(tmp_path):
         assert made.content(resident) == (folder / "model.safetensors").read_bytes()
         assert made.counters.get(resident.files[0].slot) == resident.files[0].size_bytes
         assert sum(moved.byte_count for moved in resident.moved) == resident.files[0].size_bytes
+
+
+async def test_a_load_that_a_forward_pass_follows_has_little_on_its_way_at_a_time(tmp_path):
+    async with store(chunks=64) as made:
+        made.loads.learn([ReadPart(tier=DISK, byte_count=2**30, began_seconds=0.0, ended_seconds=1.0)])
+        reads = {}
+        for followed in (True, False):
+            folder = write_checkpoint(tmp_path / str(followed), size=12 * CHUNK - 500)
+            entry = await made.catalog.open(str(folder))
+            reads[followed] = made.loads.lease(entry, Urgency.DEMAND, window=followed).reads_left
+
+        assert reads == {True: 24, False: FIRST_CHUNKS + 6}
 
 
 async def test_many_who_ask_share_one_load(tmp_path):

@@ -88,7 +88,6 @@ def test_a_fast_disk_is_read_in_longer_runs_where_nobody_more_urgent_may_come(ra
     length = chunks_per_read(
         ReadingDisk(bytes_per_second=rate, threads=4),
         chunk_bytes=16 * MIB,
-        load_bytes=int(100 * GB),
         urgency=urgency,
     )
 
@@ -96,7 +95,7 @@ def test_a_fast_disk_is_read_in_longer_runs_where_nobody_more_urgent_may_come(ra
 
 
 @pytest.mark.parametrize(("load", "expected"), [(0.3 * GB, 1), (1.5 * GB, 2), (3 * GB, MAX_RUN_CHUNKS)])
-def test_a_small_load_is_read_in_shorter_runs_since_a_forward_pass_follows_them(load, expected):
+def test_a_small_load_that_a_forward_pass_follows_is_read_in_shorter_runs(load, expected):
     disk = ReadingDisk(bytes_per_second=100 * GB, threads=4)
 
-    assert chunks_per_read(disk, chunk_bytes=16 * MIB, load_bytes=int(load)) == expected
+    assert chunks_per_read(disk, chunk_bytes=16 * MIB, followed_bytes=int(load)) == expected
