@@ -25,9 +25,7 @@ WINDOW_EVENTS = 256
 """That a call may be ahead of its reader: seconds of tokens."""
 
 
-async def serve_link(
-    listener: SessionListener, open_source: OpenSource
-) -> AsyncGenerator[LinkSessionsEvent]:
+async def serve_link(listener: SessionListener, open_source: OpenSource) -> AsyncGenerator[LinkSessionsEvent]:
     """Serve one gateway's sessions until its connection or this generator ends; yields what it is told.
 
     Args:
