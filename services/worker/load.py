@@ -118,8 +118,7 @@ def load_model(
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
     if device.type == "cpu":
-        in_layers = [name for name, tensor in attachment.tensors.items() if tensor.layer is not None]
-        start_proving(weights.tensors, in_layers, group_rows=prefill_group_rows())
+        _foresee_products(attachment, weights)
     began = time.monotonic()
     skeleton = build_skeleton(config_of(attachment), device=device)
     timings.skeleton_seconds = time.monotonic() - began
@@ -146,6 +145,12 @@ def load_model(
             attach=functools.partial(attach_adapter, request.attach_socket, settings.worker_id),
         ),
     )
+
+
+def _foresee_products(attachment: Attachment, weights: Weights) -> None:
+    """Have the products of a short prompt proven beside the building of the model."""
+    in_layers = [name for name, tensor in attachment.tensors.items() if tensor.layer is not None]
+    start_proving(weights.tensors, in_layers, group_rows=prefill_group_rows())
 
 
 def attach_adapter(socket: str, holder: str, wanted: AdapterSpec) -> Attachment:
