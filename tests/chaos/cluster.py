@@ -37,6 +37,8 @@ ORPHAN_GRACE_SECONDS = 2.0
 DRAIN_SECONDS = 20.0
 POOL_BYTES = 64 * 2**20
 GATEWAYS = ("gateway-a", "gateway-b")
+UNTIL_SECONDS = 240.0
+"""How long a condition may take to hold, unless its waiter says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +101,25 @@ class ChaosCluster:
         """Return all processes of the cluster, workers included, as of now."""
         return psutil.Process().children(recursive=True)
 
-    async def until_serving(self, title: str, not_pid: int = 0) -> None:
+    async def until_serving(
+        self, title: str, not_pid: int = 0, *, limit_seconds: float = UNTIL_SECONDS
+    ) -> None:
         """Return when a service answers health checks, in a process other than `not_pid`."""
 
         def is_new() -> bool:
             found = self.process(title)
             return found is not None and found.pid != not_pid
 
-        await until(is_new, f"{title} has been started again")
-        await serving(self._health[title])
+        await until(is_new, f"{title} has been started again", limit_seconds)
+        try:
+            async with asyncio.timeout(limit_seconds):
+                await serving(self._health[title])
+        except TimeoutError:
+            raise TimeoutError(
+                f"{title} was started again, and does not serve after {limit_seconds:g} s"
+            ) from None
 
-    async def until_open(self) -> None:
+    async def until_open(self, *, limit_seconds: float = UNTIL_SECONDS) -> None:
         """Return when the controller reaches every node, and all of them take replicas."""
         async with self.client() as client:
 
@@ -119,7 +129,7 @@ class ChaosCluster:
                 except StokerError:
                     return False
 
-            await until(is_open, "every node is reachable")
+            await until(is_open, "every node is reachable", limit_seconds)
 
 
 @asynccontextmanager
@@ -235,7 +245,7 @@ def _gateway_command(gateway: Gateway, controller: str, data_dir: Path) -> Servi
     )
 
 
-async def until(is_true: Callable[[], object], what: str, limit_seconds: float = 240.0) -> None:
+async def until(is_true: Callable[[], object], what: str, limit_seconds: float = UNTIL_SECONDS) -> None:
     """Return when a condition, a plain function or a coroutine's, holds.
 
     Raises:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from tests.chaos.cluster import ChaosCluster, until
 
 SETTLE_SECONDS = 1.0
+TURN_SECONDS = 600.0
+"""Longest wait within one service's turn: at a load of 24 on two cores a worker's imports took two minutes,
+and a node's turn is over when its agent, a pre-started worker and a replica have come one after the other."""
 
 
 async def roll(cluster: ChaosCluster, say: Callable[[str], None], *, one_of_each: bool = False) -> int:
@@ -25,12 +29,18 @@ async def roll(cluster: ChaosCluster, say: Callable[[str], None], *, one_of_each
     for title in titles:
         process = cluster.process(title)
         assert process is not None, title
-        say(f"replace {title} (pid {process.pid})")
+        began = time.monotonic()
         process.terminate()
-        await cluster.until_serving(title, not_pid=process.pid)
-        await cluster.until_open()
+        await cluster.until_serving(title, not_pid=process.pid, limit_seconds=TURN_SECONDS)
+        await cluster.until_open(limit_seconds=TURN_SECONDS)
+        serves_seconds = time.monotonic() - began
         if title.startswith("node_agent"):
             await _until_served(cluster, title.removeprefix("node_agent of "))
+        whole_seconds = time.monotonic() - began
+        say(
+            f"replaced {title} (pid {process.pid}): serves after {serves_seconds:.1f} s, "
+            f"all is whole after {whole_seconds:.1f} s"
+        )
         await asyncio.sleep(SETTLE_SECONDS)
     return len(titles)
 
@@ -43,4 +53,4 @@ async def _until_served(cluster: ChaosCluster, node: str) -> None:
             ready = [each for each in await client.replicas() if each.ready_unix_seconds]
         return len(ready) >= len(cluster.nodes)
 
-    await until(is_served, f"every replica is ready again after {node}")
+    await until(is_served, f"every replica is ready again after {node}", limit_seconds=TURN_SECONDS)

@@ -19,8 +19,8 @@ from tests.chaos.load import Clients, Tally, keep_asking
 from tests.chaos.rolling import roll
 
 REFERENCE_CLIENTS = 8
-ROLL_SECONDS = 900.0
-"""How long all services may take to be replaced."""
+ROLL_SECONDS = 300.0
+"""How long the services may take to be replaced, each, on average: a loaded machine starts workers slowly."""
 CALM_SECONDS = 180.0
 """How long streams may need to end, and the cluster to be whole, after the last fault."""
 
@@ -159,7 +159,9 @@ async def _storm(
     gateways_die = not {"kill gateway", "pause gateway"}.isdisjoint(weather.kinds)
     clients = Clients(cluster.gateways, account.tally, gateways_die=gateways_die)
     stop = asyncio.Event()
-    limit_seconds = weather.seconds + CALM_SECONDS + (ROLL_SECONDS if weather.rolling else 0.0)
+    limit_seconds = weather.seconds + CALM_SECONDS
+    if weather.rolling:
+        limit_seconds += ROLL_SECONDS * len(cluster.titles())
     try:
         async with asyncio.timeout(limit_seconds), asyncio.TaskGroup() as group:
             for number in range(weather.streams):
