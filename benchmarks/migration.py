@@ -1,22 +1,23 @@
 """What a client sees of a planned move, and of a crash: pauses against the stream's own time between tokens.
 
-    python benchmarks/migration.py [--parts ship replay crash] [--moves 10] [--lengths 128 1024 4096]
-                                   [--kills 3] [--silences 1] [--model FOLDER]
+    python benchmarks/migration.py [--parts ship replay crash drain] [--moves 10] [--lengths 128 1024 4096]
+                                   [--kills 3] [--silences 1] [--streams 4] [--model FOLDER]
 
 Two nodes on this machine, a replica of the model on each. One stream per context length moves from node to
 node while it is read (`stoker migrate REQUEST --to NODE`); its pause is the longest gap between two tokens
 from the order to the switch, the stream's own time is the median gap between moves; `own worst` is the
-longest of those gaps, which no move caused. The same with keys and values switched off
+longest of those gaps, which no move caused. Tokens that have no text (`textless`) look like gaps to a client,
+so prompts are such that answers have none. The same with keys and values switched off
 (`--set gateway.ship_kv=false`), where the destination computes them. Then replicas are killed under streams,
 and a node is stopped without a word: the time to the next token, in parts, beside what it would take to send
-the request again (restart from scratch), or with the answer so far as a longer prompt (re-prefill).
+the request again (restart from scratch), or with the answer so far as a longer prompt (re-prefill). At last
+a node is drained under several streams of the first length, for which another replica must be started.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import shutil
 import sys
 import time
@@ -25,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crashes import TARGET_DETECTION_SECONDS, measure_crashes, report_crashes
-from moving_streams import Cluster, Settings, body, mean_of, percentile, reading, two_nodes
+from drains import measure_drain, report_drain
+from moving_streams import Cluster, Settings, body, gaps, mean_of, percentile, reading, two_nodes
 from setting import MODEL_DIR, ROOT, median, print_heading
 
 from stoker.errors import StokerError
@@ -33,7 +35,7 @@ from stoker.errors import StokerError
 TARGET_P50, TARGET_P99 = 2.0, 4.0
 NO_SHIPPING: Settings = (("gateway", "ship_kv", "false"),)
 PHASES = ("find", "ship", "compute", "switch")
-PARTS = ("ship", "replay", "crash")
+PARTS = ("ship", "replay", "crash", "drain")
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class Moves:
     """The stream's own time between tokens: the median between moves."""
     worst_step_seconds: float = 0.0
     """The longest of them."""
+    textless_tokens: int = 0
+    """More tokens than the client saw pieces of text; one more may have been on its way when it left."""
     pauses_seconds: list[float] = field(default_factory=list)
     lines: list[dict[str, object]] = field(default_factory=list)
     """The gateway's canonical lines."""
@@ -81,22 +85,12 @@ async def moves_of_a_stream(on: Cluster, context_tokens: int, chosen: argparse.N
             at = nodes[at]
             await stream.until(stream.tokens + chosen.between)
             found.lines.append(on.lines("session.moved")[-1])
+        request_id = stream.result.request_id
+    made = int(str((await on.finished(request_id))["completion_tokens"]))
+    found.textless_tokens = max(0, made - stream.tokens)
     own, found.pauses_seconds = gaps(stream.result.token_times_seconds, windows)
     found.step_seconds, found.worst_step_seconds = median(own), max(own)
     return found
-
-
-def gaps(times: Sequence[float], windows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return the gaps outside of all windows, and the longest gap that ends in each window."""
-    longest = [0.0] * len(windows)
-    own: list[float] = []
-    for before, after in itertools.pairwise(times):
-        inside = [number for number, (begin, end) in enumerate(windows) if begin <= after <= end]
-        for number in inside:
-            longest[number] = max(longest[number], after - before)
-        if not inside:
-            own.append(after - before)
-    return own, longest
 
 
 def report_moves(title: str, found: Sequence[Moves]) -> bool:
@@ -104,7 +98,7 @@ def report_moves(title: str, found: Sequence[Moves]) -> bool:
     print(title)
     print(
         "  context  step ms  pause ms P50   P99  ratio P50   P99  own worst  path    switch s  shipped MB"
-        "  recomputed"
+        "  recomputed  textless"
     )
     met = True
     for moves in found:
@@ -118,7 +112,7 @@ def report_moves(title: str, found: Sequence[Moves]) -> bool:
             f"  {moves.worst_step_seconds / moves.step_seconds:9.2f}  {'+'.join(paths):6}"
             f"  {median([float(str(line['seconds'])) for line in moves.lines]):8.2f}"
             f"  {mean_of(moves.lines, 'shipped_bytes') / 1e6:10.1f}"
-            f"  {mean_of(moves.lines, 'recomputed_tokens'):10.1f}",
+            f"  {mean_of(moves.lines, 'recomputed_tokens'):10.1f}  {moves.textless_tokens:8d}",
             flush=True,
         )
     print("\n  longest gaps by the phase they ended in (gateway's view), of a step: median / worst")
@@ -150,6 +144,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--kills", type=int, default=3, help="of workers")
     parser.add_argument("--silences", type=int, default=1, help="of nodes; 0 = none")
+    parser.add_argument("--streams", type=int, default=4, help="of the node that is drained")
     parser.add_argument(
         "--tokens", type=int, default=2000, help="longest answer; a stream is left once it has moved enough"
     )
@@ -162,7 +157,7 @@ def main() -> int:
     """Measure and report; the exit status says whether all targets are met."""
     chosen = options()
     print_heading("planned moves and crashes, as a client sees them")
-    for name in ("ship", "replay", "kill"):
+    for name in ("ship", "replay", "kill", "drain"):
         shutil.rmtree(ROOT / ".data" / f"bench-migration-{name}", ignore_errors=True)
     targets_met: list[bool] = []
     told: list[str] = []
@@ -191,6 +186,9 @@ def main() -> int:
                 f"detection {median([crash.detection for crash in crashes.killed]) * 1e3:.0f} ms "
                 f"(target {TARGET_DETECTION_SECONDS * 1e3:.0f})"
             )
+        if "drain" in chosen.parts:
+            drain = asyncio.run(measure_drain(chosen.model, chosen.lengths[0], chosen.streams))
+            told.append(report_drain(drain))
     except StokerError as error:
         print(f"failed: {error.message}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ Settings = tuple[tuple[str, str, str], ...]
 
 @dataclass(slots=True)
 class Cluster:
-    """Two nodes with a replica each, and the gateway's log."""
+    """Two nodes, and the gateway's log."""
 
     running: LocalCluster
     admin: AsyncClient
@@ -43,6 +44,15 @@ class Cluster:
         async with asyncio.timeout(180):
             while len(await self.replicas()) < count:  # noqa: ASYNC110 - a benchmark
                 await asyncio.sleep(0.1)
+
+    async def finished(self, request_id: str) -> dict[str, object]:
+        """Return the gateway's line of a request that ends, once it is there."""
+        async with asyncio.timeout(60):
+            while True:
+                for line in self.lines("request.finished"):
+                    if line["request_id"] == request_id:
+                        return line
+                await asyncio.sleep(0.02)
 
     async def replicas(self) -> list[node_agent_pb2.Replica]:
         """Return those that serve."""
@@ -64,21 +74,28 @@ class Cluster:
 
 
 @asynccontextmanager
-async def two_nodes(name: str, folder: Path, settings: Settings = ()) -> AsyncIterator[Cluster]:
-    """Run two nodes with a replica of the model on each."""
+async def two_nodes(
+    name: str,
+    folder: Path,
+    settings: Settings = (),
+    *,
+    replicas: int = 2,
+    kv_cache_bytes: int = KV_CACHE_BYTES,
+) -> AsyncIterator[Cluster]:
+    """Run two nodes with a replica of the model on each, or on one of them."""
     async with cluster(name, node_count=2, devices=1, settings=settings) as (running, admin):
         await admin.deploy(
             model_pb2.ModelSpec(
                 name=MODEL,
                 checkpoint_uri=str(folder),
                 keep_alive_seconds=-1,
-                min_replicas=2,
-                max_replicas=2,
-                kv_cache_bytes=KV_CACHE_BYTES,
+                min_replicas=replicas,
+                max_replicas=replicas,
+                kv_cache_bytes=kv_cache_bytes,
             )
         )
         on = Cluster(running, admin, ROOT / ".data" / f"bench-{name}" / "logs" / "gateway.log")
-        await on.until_ready()
+        await on.until_ready(replicas)
         yield on
 
 
@@ -90,9 +107,10 @@ def body(context_tokens: int, tokens: int, seed: int) -> dict[str, object]:
             {"role": "user", "content": f"{seed} " + "the quick brown fox " * (context_tokens // 4)}
         ],
         "max_tokens": tokens,
-        "temperature": 0.0,  # repeats the words: sampled half letters would look like gaps
+        # Tokens without text would look like gaps: sampled half letters, the end of an answer that goes on.
+        "temperature": 0.0,
+        "min_tokens": tokens,
         "seed": seed,
-        "ignore_eos": True,
     }
 
 
@@ -108,13 +126,14 @@ class Stream:
         """Return how many have come."""
         return len(self.result.token_times_seconds)
 
-    async def until(self, tokens: int) -> None:
+    async def until(self, tokens: int, limit_seconds: float = 240.0) -> None:
         """Wait until so many tokens have come.
 
         Raises:
             RuntimeError: The stream ended before.
+            TimeoutError: They did not come in time.
         """
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(limit_seconds):
             while self.tokens < tokens:
                 if self.task.done():
                     self.task.result()
@@ -132,6 +151,19 @@ async def reading(on: Cluster, request: dict[str, object]) -> AsyncIterator[Stre
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def gaps(times: Sequence[float], windows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Return the gaps outside of all windows, and the longest gap that ends in each window."""
+    longest = [0.0] * len(windows)
+    own: list[float] = []
+    for before, after in itertools.pairwise(times):
+        inside = [number for number, (begin, end) in enumerate(windows) if begin <= after <= end]
+        for number in inside:
+            longest[number] = max(longest[number], after - before)
+        if not inside:
+            own.append(after - before)
+    return own, longest
 
 
 def percentile(values: Sequence[float], share: float) -> float:
