@@ -214,8 +214,14 @@ def completed(model: LoadedModel) -> StartTimings:
     return timings
 
 
-def limits_for(
-    request: LoadModelRequest, settings: WorkerSettings, model: Any, device: torch.device, *, ranks: int = 1
+def limits_for(  # noqa: PLR0913 - what the bounds follow from
+    request: LoadModelRequest,
+    settings: WorkerSettings,
+    model: Any,
+    device: torch.device,
+    *,
+    ranks: int = 1,
+    deals_out_heads: bool = True,
 ) -> EngineLimits:
     """Return the engine's bounds: the spec's where it names them, else this worker's defaults.
 
@@ -224,14 +230,15 @@ def limits_for(
         settings: Of this worker.
         model: Has its weights.
         device: This rank's.
-        ranks: Over how many the heads of keys and values are dealt out.
+        ranks: How many there are.
+        deals_out_heads: Whether each of them keeps its own heads' keys and values; otherwise each keeps all.
 
     Raises:
         DoesNotFit: The cache has no room for a single token.
     """
     spec = request.spec
     dtype = next(model.parameters()).dtype
-    per_token = kv_bytes_per_token(model.config, dtype)
+    per_token = kv_bytes_per_token(model.config, dtype) * (1 if deals_out_heads else ranks)
     cache_bytes = spec.kv_cache_bytes or (
         settings.default_kv_cache_bytes
         if device.type == "cpu"

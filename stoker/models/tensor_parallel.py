@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLWISE = frozenset({"colwise", "colwise_gather_output", "colwise_rep"})
 ROWWISE = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
+EMBEDDINGS = frozenset({"embedding_rowwise", "embedding_colwise"})
+PACKED = frozenset({"packed_colwise", "packed_rowwise"})
 WHOLE = frozenset(
     {
         "all_reduce",
@@ -29,17 +31,19 @@ WHOLE = frozenset(
         "moe_tp_experts",
         "replicate",
         "replicated_with_grad_allreduce",
-        "sequence_parallel",
     }
 )
 """Styles that change what a module does, not what it holds."""
 
 MOST_RANKS_SUGGESTED = 64
 _SHOWN_NAMES = 3
-_HEADS_FIELD = {
+HEAD_PROJECTIONS = {
     "q_proj": "num_attention_heads",
+    "q_b_proj": "num_attention_heads",
     "k_proj": "num_key_value_heads",
     "v_proj": "num_key_value_heads",
+    "kv_b_proj": "num_attention_heads",
+    "query_key_value": "num_attention_heads",
 }
 """Projections whose pieces must be whole heads, and the config's count of them."""
 
@@ -171,7 +175,7 @@ def _head_counts(config: Any, parameters: Any, plan: Mapping[str, str]) -> dict[
     counts: dict[str, int] = {}
     for parameter in parameters:
         projection = parameter.rpartition(".")[0].rpartition(".")[2]
-        field = _HEADS_FIELD.get(projection)
+        field = HEAD_PROJECTIONS.get(projection)
         count = getattr(text, field, None) if field else None
         if isinstance(count, int) and style_of(parameter, plan) == "colwise":
             counts[str(field)] = count

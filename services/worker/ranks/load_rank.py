@@ -16,7 +16,7 @@ from services.worker.engine.transformers_engine import TransformersEngine
 from services.worker.load import ENGINE, LoadedModel, config_of, dtype_named, limits_for, weights_for
 from services.worker.memory import device_of, refuse_what_cannot_fit
 from services.worker.model_loading import build_skeleton
-from services.worker.ranks.cut_model import add_biases_once, cut_skeleton
+from services.worker.ranks.cut_model import add_biases_once, cut_skeleton, deals_out_heads
 from services.worker.ranks.follower import Follower
 from services.worker.ranks.leading_runner import LeadingRunner
 from services.worker.ranks.meeting import RankMeeting
@@ -202,7 +202,14 @@ def _leading_engine(
 ) -> TransformersEngine:
     ranks = request.group.ranks
     runner = LeadingRunner(loaded.model, None, sender, ranks)
-    limits = limits_for(request, settings, loaded.model, loaded.device, ranks=ranks)
+    limits = limits_for(
+        request,
+        settings,
+        loaded.model,
+        loaded.device,
+        ranks=ranks,
+        deals_out_heads=deals_out_heads(loaded.model),
+    )
     engine = TransformersEngine(loaded.model, limits, revision=loaded.revision, runner=runner)
     runner.begin(engine.numerics, engine.kv_budget)
     return engine

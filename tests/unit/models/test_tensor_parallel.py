@@ -13,12 +13,19 @@ from stoker.checkpoint.cuts import Cut
 from stoker.checkpoint.index import open_checkpoint
 from stoker.checkpoint.verify import verify
 from stoker.errors import CheckpointInvalid, InvalidRequest
-from stoker.models.tensor_parallel import COLWISE, ROWWISE, WHOLE, cut_of, plan_cuts, style_of
+from stoker.models.tensor_parallel import (
+    COLWISE,
+    EMBEDDINGS,
+    PACKED,
+    ROWWISE,
+    WHOLE,
+    cut_of,
+    plan_cuts,
+    style_of,
+)
 from tests.unit.loader.tiny_models import tiny_model
 
-PACKED = {"packed_colwise", "packed_rowwise"}
-EMBEDDING = {"embedding_rowwise", "embedding_colwise"}
-KNOWN = sorted(COLWISE | ROWWISE | PACKED | EMBEDDING)
+KNOWN = sorted(COLWISE | ROWWISE | PACKED | EMBEDDINGS)
 
 
 class _Placed(Exception):
@@ -46,7 +53,7 @@ STYLES_AND_SHAPES = [
     (style, shape)
     for style in [*KNOWN, *sorted(WHOLE)]
     for shape in [(8,), (8, 12), (2, 8, 12)]
-    if style not in EMBEDDING or len(shape) > 1  # embeddings have two dimensions
+    if style not in EMBEDDINGS or len(shape) > 1  # embeddings have two dimensions
 ]
 
 

@@ -145,6 +145,18 @@ def test_a_default_cache_leaves_the_batch_its_pool(cache_tokens: int, slots: int
     assert limits.max_kv_tokens - limits.max_context_tokens == slots * SLOT_TOKENS
 
 
+@pytest.mark.parametrize(("deals_out_heads", "tokens"), [(True, 600), (False, 300)])
+def test_ranks_that_each_keep_all_heads_hold_half_as_many_tokens(deals_out_heads, tokens) -> None:
+    model, cpu = reference("llama"), torch.device("cpu")
+    cache_bytes = 600 * kv_bytes_per_token(model.config, torch.float32)
+    request = LoadModelRequest(spec=ModelSpec(name="m", kv_cache_bytes=cache_bytes))
+    settings = WorkerSettings(socket="/s", worker_id="w")
+
+    limits = load.limits_for(request, settings, model, cpu, ranks=2, deals_out_heads=deals_out_heads)
+
+    assert limits.max_kv_tokens == tokens
+
+
 def generated(model: LoadedModel, collector: Collector) -> EngineThread:
     """Submit a session."""
     thread = EngineThread(

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -65,6 +66,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
     "gpt2": lambda: GPT2Config(**GPT2_SHAPE),
     "opt": lambda: OPTConfig(**SHAPE, ffn_dim=128, word_embed_proj_dim=64),
+    "phi3": lambda: Phi3Config(**SHAPE),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),

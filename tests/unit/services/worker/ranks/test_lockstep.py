@@ -12,11 +12,12 @@ import torch
 from services.worker.engine.protocol import EngineLimits, FinishReason
 from services.worker.engine.transformers_engine import ENGINE, TransformersEngine
 from services.worker.model_loading import build_skeleton
-from services.worker.ranks.cut_model import add_biases_once, cut_skeleton
+from services.worker.ranks.cut_model import JOINED, add_biases_once, cut_skeleton, deals_out_heads
 from services.worker.ranks.follower import Follower
 from services.worker.ranks.leading_runner import LeadingRunner
+from stoker.checkpoint.cuts import Cut
 from stoker.errors import CheckpointInvalid, KvUnavailable, PeerError
-from stoker.models.tensor_parallel import cut_of, style_of
+from stoker.models.tensor_parallel import COLWISE, EMBEDDINGS, PACKED, ROWWISE, WHOLE, cut_of, style_of
 from stoker.models.weights import assign_weights
 from stoker.v1.rank_group_pb2 import RankOrder
 from tests.unit.services.worker.tiny_models import CONFIGS, config_json, ids, reference, request, run, served
@@ -77,6 +78,11 @@ class Orders:
             yield RankOrder.FromString(frame)
 
 
+def cut_out(tensor: torch.Tensor, cut: Cut, rank: int) -> torch.Tensor:
+    blocks = tensor.chunk(cut.blocks, cut.dim)
+    return torch.cat([block.chunk(RANKS, cut.dim)[rank] for block in blocks], cut.dim).contiguous()
+
+
 def piece(model, rank: int, seat: Seat):
     """The model that rank `rank` serves, of a whole one."""
     skeleton = build_skeleton(config_json(model))
@@ -84,7 +90,7 @@ def piece(model, rank: int, seat: Seat):
     tensors = {}
     for name, tensor in model.state_dict().items():
         cut = cut_of(style_of(name, plan), name, tensor.ndim)
-        tensors[name] = tensor if cut is None else tensor.chunk(RANKS, cut.dim)[rank].contiguous()
+        tensors[name] = tensor if cut is None else cut_out(tensor, cut, rank)
     cut_skeleton(skeleton, seat)
     made = assign_weights(skeleton, tensors)
     add_biases_once(made, rank)
@@ -141,9 +147,9 @@ def requests():
     return [request(name, prompt) for name, prompt in PROMPTS.items()]
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma2", "phi3"])
 def test_two_ranks_choose_the_tokens_of_the_whole_model(group, name):
-    """Norms on heads, soft caps, windows, and an embedding that is the head, cut by vocabulary with it."""
+    """Norms on heads, soft caps, windows, fused projections, and an embedding that is the head."""
     model = reference(name)
     expected, _ = run(TransformersEngine(served(model), LIMITS), requests())
 
@@ -151,6 +157,16 @@ def test_two_ranks_choose_the_tokens_of_the_whole_model(group, name):
 
     assert {key: ids(outs) for key, outs in tokens.items()} == {key: ids(o) for key, o in expected.items()}
     assert {end.reason for end in ends.values()} == {FinishReason.LENGTH}
+
+
+def test_experts_cut_in_two_choose_the_tokens_of_whole_ones(group):
+    """Rows go through a mixture one by one: a short prompt is enough."""
+    model, wanted = reference("qwen3_moe"), request("s", (5, 6, 7), max_tokens=4)
+    expected, _ = run(TransformersEngine(served(model), LIMITS), [wanted])
+
+    tokens, _ = run(group(model).engine, [wanted])
+
+    assert ids(tokens["s"]) == ids(expected["s"])
 
 
 def test_a_bias_after_a_sum_is_added_once(group):
@@ -228,7 +244,18 @@ def test_a_rank_that_computes_otherwise_does_not_follow():
         follower.follow([begin])
 
 
+def test_whatever_convert_cuts_is_joined():
+    assert COLWISE | ROWWISE | WHOLE | EMBEDDINGS | PACKED <= JOINED
+
+
 def test_a_plan_that_the_engine_does_not_join_is_refused():
-    model = reference("qwen3_moe")
-    with pytest.raises(CheckpointInvalid, match="doesn't join"):
-        cut_skeleton(build_skeleton(config_json(model)), Seat(Table(), 0))
+    skeleton = build_skeleton(config_json(reference("llama")))
+    skeleton.model.tp_plan = {**skeleton.model.tp_plan, "model.norm": "sequence_parallel"}
+
+    with pytest.raises(CheckpointInvalid, match=r"model\.norm in the style 'sequence_parallel'"):
+        cut_skeleton(skeleton, Seat(Table(), 0))
+
+
+@pytest.mark.parametrize(("name", "dealt"), [("llama", True), ("qwen3_moe", True), ("phi3", False)])
+def test_keys_and_values_of_fused_projections_are_kept_whole_on_every_rank(name, dealt):
+    assert deals_out_heads(reference(name)) == dealt
