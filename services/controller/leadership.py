@@ -11,6 +11,7 @@ from services.controller.cluster import Cluster
 from services.controller.forecaster import Forecaster
 from services.controller.ledger import Ledger
 from services.controller.orders import Orders
+from services.controller.rebalancer import Rebalancer
 from services.controller.records import LEADER_KEY
 from services.controller.registry import Registry
 from services.controller.settings import ControllerSettings
@@ -112,6 +113,8 @@ class Leadership:
             log.get().info("term.began", fence=ledger.fence, models=len(cluster.records))
             async with background() as tasks:
                 tasks.start(forecaster.run(), name="forecaster")
+                if self._settings.rebalance:
+                    tasks.start(self._rebalancer(cluster, orders).run(), name="rebalancer")
                 await cluster.run()
         finally:
             self._term = None
@@ -119,6 +122,17 @@ class Leadership:
             metrics.LEADING.set(0)
             cluster.end()
             await orders.close()
+
+    def _rebalancer(self, cluster: Cluster, orders: Orders) -> Rebalancer:
+        settings = self._settings
+        return Rebalancer(
+            cluster,
+            orders,
+            settings.rebalance_limits(),
+            look_seconds=settings.rebalance_look_seconds,
+            begin_seconds=settings.node_timeout_seconds,
+            clock=self._clock,
+        )
 
     async def _observe(self) -> None:
         async with aclosing(observe(self._store, LEADER_KEY)) as leaders:

@@ -26,6 +26,11 @@ ORDER_SECONDS = Histogram(
 )
 PREFETCHES = Counter("stoker_prefetches_total", "Prefetches that forecasts ordered, by outcome.", ["outcome"])
 PREFETCHED_BYTES = Counter("stoker_prefetched_bytes_total", "What they moved into stores' memory.")
+SHIFTS = Counter(
+    "stoker_rebalance_shifts_total", "Orders to move sessions of a crowded replica, by outcome.", ["outcome"]
+)
+SHIFTED_SESSIONS = Counter("stoker_rebalanced_sessions_total", "Sessions asked to move by these.")
+CLEARINGS = Counter("stoker_rebalance_clearings_total", "Nodes cleared for a model though nobody asked.")
 WAITERS = Gauge("stoker_acquire_waiters", "Requests that wait for a replica.")
 LEADING = Gauge("stoker_controller_leading", "1 while this controller leads.")
 

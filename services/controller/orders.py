@@ -98,6 +98,34 @@ class Orders:
                 order, timeout=self._settings.order_timeout_seconds
             )
 
+    async def shift_sessions(
+        self, address: str, replica_id: ReplicaId, *, to_replica_id: ReplicaId, max_sessions: int, reason: str
+    ) -> int:
+        """Have some of a replica's sessions asked to move to another one; return how many were asked.
+
+        Args:
+            address: Of the agent of the node where they run.
+            replica_id: Where they run.
+            to_replica_id: Where they should go.
+            max_sessions: At most so many, those cheapest to move; ≥ 1.
+            reason: For people.
+
+        Raises:
+            StokerError: As the agent answered; `PeerError` when it cannot be reached.
+        """
+        order = agent_pb2.MoveSessionsRequest(
+            replica_id=replica_id,
+            to_replica_id=to_replica_id,
+            max_sessions=max_sessions,
+            reason=reason,
+            fence=self._fence,
+        )
+        with translated(f"node agent at {address}"):
+            answer = await self._agent(address).MoveSessions(
+                order, timeout=self._settings.order_timeout_seconds
+            )
+        return answer.sessions
+
     async def describe(self, store_address: str, uri: str) -> model_pb2.CheckpointInfo:
         """Ask a store what a checkpoint is.
 

@@ -7,6 +7,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.controller.cluster_view.view import Policy
 from services.controller.scaling.foresight import Limits
+from services.controller.scaling.rebalancing import RebalanceLimits
 from stoker.settings import ServiceSettings
 from stoker.units import GB, MB
 
@@ -95,6 +96,25 @@ class ControllerSettings(ServiceSettings):
     queue_age_seconds: float = Field(default=5.0, ge=0)
     """Sessions that wait in a replica for this many seconds want one more replica."""
 
+    rebalance: bool = True
+    """Running streams move also when no start asks for it: from a replica with more sessions than the model's
+    `concurrency` to one with room, and to make a node fit for a model that finds none; false = they stay."""
+
+    rebalance_look_seconds: float = Field(default=1.0, gt=0)
+    """How often that is looked at, in seconds."""
+
+    rebalance_crowded_seconds: float = Field(default=2.0, ge=0)
+    """A replica must have had too many sessions for this many seconds before some are moved."""
+
+    rebalance_hysteresis_ratio: float = Field(default=2.0, ge=1.0)
+    """Streams are moved for this reason only where that gains this many times what it costs them."""
+
+    rebalance_sessions_per_node: int = Field(default=4, ge=0)
+    """Sessions moved from or to one node at a time; 0 = none."""
+
+    rebalance_rest_seconds: float = Field(default=60.0, ge=0)
+    """What has taken sessions gives none, and what has given some takes none, for this many seconds."""
+
     forecast_look_seconds: float = Field(default=5.0, gt=0)
     """How often forecasts are looked at, in seconds."""
 
@@ -136,6 +156,16 @@ class ControllerSettings(ServiceSettings):
             fill_fraction=self.prefetch_fill_fraction,
             worker_memory_bytes=self.prestart_memory_bytes,
             bytes_per_worker=self.worker_memory_bytes,
+            horizon_seconds=self.prefetch_horizon_seconds,
+        )
+
+    def rebalance_limits(self) -> RebalanceLimits:
+        """Return what rebalancing may do."""
+        return RebalanceLimits(
+            crowded_seconds=self.rebalance_crowded_seconds,
+            hysteresis_ratio=self.rebalance_hysteresis_ratio,
+            sessions_per_node=self.rebalance_sessions_per_node,
+            rest_seconds=self.rebalance_rest_seconds,
             horizon_seconds=self.prefetch_horizon_seconds,
         )
 

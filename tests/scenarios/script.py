@@ -23,6 +23,7 @@ from services.controller.cluster_view.learnt import Arrivals
 from services.controller.cluster_view.view import Device, Held, Node, Phase, Pool, Scheduling, Stage
 from services.controller.placement.deadline import late, late_if_started
 from services.controller.scaling.foresight import Limits
+from services.controller.scaling.rebalancing import RebalanceLimits
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 
@@ -183,6 +184,12 @@ LIMIT_KINDS: dict[str, Callable[[float], float]] = {
 }
 
 
+def _rebalance(world: World, words: list[str]) -> None:
+    values: dict[str, Any] = {key: quantity(value) for key, value in _settings(words).items()}
+    kinds = {"sessions_per_node": int, "most_moves": int}
+    world.rebalance(RebalanceLimits(**{key: kinds.get(key, float)(value) for key, value in values.items()}))
+
+
 def _prefetched(world: World, words: list[str]) -> None:
     world.prefetched(ModelName(words[0]), NodeId(words[1]), failed="failed" in words[2:])
 
@@ -207,7 +214,11 @@ def _sessions(world: World, words: list[str]) -> None:
     idle_since_seconds = None if count else world.now_seconds
     waiting = int(_settings(words[2:]).get("waiting", "0"))
     world.change_replica(
-        ReplicaId(words[0]), sessions=count, idle_since_seconds=idle_since_seconds, waiting_sessions=waiting
+        ReplicaId(words[0]),
+        sessions=count,
+        idle_since_seconds=idle_since_seconds,
+        waiting_sessions=waiting,
+        context_tokens=int(_settings(words[2:]).get("tokens", "0")),
     )
 
 
@@ -315,6 +326,7 @@ SENTENCES: dict[str, Callable[[World, list[str]], None]] = {
     "history": _history,
     "foresee": _foresee,
     "prefetched": _prefetched,
+    "rebalance": _rebalance,
     "ready": _ready,
     "sessions": _sessions,
     "fails": _fails,

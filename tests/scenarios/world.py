@@ -22,7 +22,9 @@ from services.controller.cluster_view.events import (
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.view import Held, Model, Node, Phase, Policy, Replica, Reservation, View
 from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop
+from services.controller.scaling.clearing import migrations
 from services.controller.scaling.foresight import Foreseen, Limits, Prefetch, foresee, has_ended
+from services.controller.scaling.rebalancing import Rebalanced, RebalanceLimits, rebalance
 from services.controller.scaling.reconcile import reconcile
 from stoker.ids import ModelName, NodeId, ReplicaId
 
@@ -43,6 +45,7 @@ class World:
     decisions: list[str] = field(default_factory=list)
     foreseen: Foreseen = field(default_factory=Foreseen)
     prefetching: dict[NodeId, Prefetch] = field(default_factory=dict)
+    rebalanced: Rebalanced = field(default_factory=Rebalanced)
     _started: dict[ModelName, int] = field(default_factory=dict)
 
     def apply(self, *events: Event) -> None:
@@ -122,6 +125,18 @@ class World:
         held[wanted.checkpoint] = Held(dram_bytes=wanted.file_bytes, disk_bytes=disk_bytes)
         free_bytes = node.pool.total_bytes - sum(found.dram_bytes for found in held.values())
         self.change_node(node_id, held=held, pool=replace(node.pool, free_bytes=free_bytes))
+
+    def rebalance(self, limits: RebalanceLimits) -> None:
+        """Look once at what running streams should move, and begin the moves of replicas."""
+        self.rebalanced = rebalance(self.view, self.rebalanced, self.now_seconds, self.policy, limits)
+        for shift in self.rebalanced.shifts:
+            self.decisions.append(f"shift {shift.sessions} of {shift.replica_id} to {shift.to_replica_id}")
+        clearing = self.rebalanced.clearing
+        if clearing is not None:
+            self.decisions.append(f"clear {clearing.node_id} for {clearing.model}")
+            for move in migrations(self.view, clearing):
+                self._move(move)
+            self.decide()
 
     def node_of(self, replica_id: ReplicaId) -> Node:
         """Return the node a replica runs on; fails when it runs nowhere."""

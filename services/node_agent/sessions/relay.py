@@ -218,7 +218,13 @@ class SessionRelay:
             self.close(session)
 
     def ask_to_leave(
-        self, reason: str, grace_seconds: float, *, to_replica_id: str = "", request_id: str = ""
+        self,
+        reason: str,
+        grace_seconds: float,
+        *,
+        to_replica_id: str = "",
+        request_id: str = "",
+        max_sessions: int = 0,
     ) -> int:
         """Tell sessions' readers to move them to another replica; return how many were told.
 
@@ -227,9 +233,13 @@ class SessionRelay:
             grace_seconds: Until the replica ends; 0 = it does not.
             to_replica_id: Where they should go; empty = wherever the model is ready.
             request_id: Only this request's sessions; empty = all.
+            max_sessions: At most so many: those that wait first, then the shortest contexts; 0 = all.
         """
         leave = Leave(reason=reason, grace_seconds=grace_seconds, to_replica_id=to_replica_id)
         leaving = [session for session in self._sessions.values() if request_id in ("", session.request_id)]
+        if max_sessions:
+            leaving.sort(key=lambda session: (session.started, session.context_tokens))
+            del leaving[max_sessions:]
         for session in leaving:
             session.put(GenerateEvent(epoch=session.epoch, leave=leave))
         return len(leaving)

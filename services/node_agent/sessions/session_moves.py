@@ -38,6 +38,12 @@ def ask_to_move(
         to = order.to_replica_id or order.to_replica_ids.get(model, "")
         count = 0
         if to and to != replica_id:
-            count = relay.ask_to_leave(order.reason, 0.0, to_replica_id=to, request_id=order.request_id)
+            count = relay.ask_to_leave(
+                order.reason,
+                0.0,
+                to_replica_id=to,
+                request_id=order.request_id,
+                max_sessions=order.max_sessions,
+            )
         return MoveSessionsResponse(sessions=count, replica_id=replica_id, model=model)
     return MoveSessionsResponse()

@@ -77,3 +77,21 @@ def test_a_controller_that_no_longer_leads_moves_nothing() -> None:
     with pytest.raises(Fenced, match="fence 3"):
         ask_to_move(order, {"rep-1": ("m", made)}, highest_fence=4)
     assert not session._events
+
+
+def test_of_some_sessions_those_that_wait_go_first_then_the_shortest() -> None:
+    made, (long, short, waiting, longest) = relay("req-1", "req-2", "req-3", "req-4")
+    for session, tokens in ((long, 90), (short, 10), (waiting, 50), (longest, 100)):
+        session.context_tokens = tokens
+        session.started = session is not waiting
+    order = MoveSessionsRequest(replica_id="rep-1", to_replica_id="rep-9", max_sessions=2)
+
+    asked = ask_to_move(order, {"rep-1": ("m", made)}, highest_fence=0)
+
+    assert asked.sessions == 2
+    assert [bool(session._events) for session in (long, short, waiting, longest)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
