@@ -3,10 +3,11 @@
     load(n, m)  = max over pipeline stages s of (queue_bytes(n, s) + B) / bandwidth(n, s)
     start(n, m) = worker(n) + max(load(n, m), skeleton(m) + first_forward(m)) + overhead(m)
 
-Stages overlap, so a load is as slow as its slowest stage, not their sum; the first forward pass runs over the
-layers that are there while the rest is on its way. Where an engine does not overlap them, the difference is
-in `overhead`, which is learnt: what the other terms left unexplained. Skeleton, first forward and overhead
-are medians of the model's last measured starts; until there is one, seeds stand in.
+Stages overlap, so a load is as slow as its slowest stage, not their sum (the ranks of one replica share a
+disk and a network, and have a device each); the first forward pass runs over the layers that are there while
+the rest is on its way. Where an engine does not overlap them, the difference is in `overhead`, which is
+learnt: what the other terms left unexplained. Skeleton, first forward and overhead are medians of the model's
+last measured starts; until there is one, seeds stand in.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
         node: Where.
         parts: What the model's last starts say; see `learnt_parts`.
         loading_bytes: Bytes other replicas that start on the node still read from its slowest tier.
-        starting_workers: Replicas ordered there that may take a warm worker first.
+        starting_workers: Workers that replicas ordered there may take first.
         stop_seconds: What must be waited for before.
         has_peer: Another node holds all of the checkpoint.
         is_coming: Another start on the node reads the checkpoint already: it is in `loading_bytes`, and read
@@ -128,7 +129,7 @@ def start_estimate(  # noqa: PLR0913 - what an estimate is made of, each named b
     """
     source, missing_bytes = _missing(model, node, has_peer=has_peer, is_coming=is_coming)
     return make_estimate(
-        worker_seconds=worker_wait_seconds(node, starting_workers),
+        worker_seconds=worker_wait_seconds(node, starting_workers, model.devices),
         stage_seconds=_load_stages(model, node, source, missing_bytes, loading_bytes),
         skeleton_seconds=parts.skeleton_seconds,
         first_forward_seconds=parts.first_forward_seconds,
@@ -178,12 +179,21 @@ def seed_skeleton_seconds(layers: int) -> float:
     return SEED_SKELETON_SECONDS + SEED_SKELETON_SECONDS_PER_LAYER * layers
 
 
-def worker_wait_seconds(node: Node, starting_workers: int) -> float:
-    """Return how long an order waits for a worker behind `starting_workers` others that have none yet."""
-    if node.warm_workers > starting_workers:
+def worker_wait_seconds(node: Node, starting_workers: int, devices: int = 1) -> float:
+    """Return how long an order waits until it has its workers: one for each device, all or none.
+
+    Those that are missing are started side by side; the next one that is coming helps where only one is.
+
+    Args:
+        node: Where.
+        starting_workers: Those that earlier orders may take and have not taken yet.
+        devices: How many the replica occupies.
+    """
+    missing = starting_workers + devices - node.warm_workers
+    if missing <= 0:
         return 0.0
     whole_seconds = worker_start_seconds(node)
-    if node.next_worker_seconds > 0 and node.warm_workers == starting_workers:
+    if node.next_worker_seconds > 0 and missing == 1:
         return min(whole_seconds, node.next_worker_seconds)
     return whole_seconds
 
@@ -230,6 +240,11 @@ def _missing(model: Model, node: Node, *, has_peer: bool, is_coming: bool) -> tu
     return source, 0 if is_coming else missing_bytes
 
 
+def device_bytes(model: Model) -> float:
+    """Return what is copied to each device: ranks have a link and an equal part of the weights each."""
+    return model.file_bytes / model.devices
+
+
 def _load_stages(
     model: Model, node: Node, source: str, missing_bytes: int, loading_bytes: int
 ) -> dict[str, float]:
@@ -241,7 +256,7 @@ def _load_stages(
         )
     if has_own_memory(node) or streams_on(model, node):
         queued_bytes = node.stages.get("device", NOTHING).queued_bytes
-        stages["device"] = (queued_bytes + model.file_bytes) / bytes_per_second(node, "device")
+        stages["device"] = (queued_bytes + device_bytes(model)) / bytes_per_second(node, "device")
     return stages
 
 

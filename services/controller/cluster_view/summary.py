@@ -86,13 +86,13 @@ class Summary:
         free: Slots that nobody occupies or has reserved, sorted.
         loading_bytes: What starts under way there still read, each checkpoint once.
         loading: The checkpoints that those are of; who starts another replica of one reads nothing more.
-        starting_workers: Starts that may take a warm worker first.
-        worker_seconds: Until a worker would take an order; 0 = one waits.
+        starting_workers: Warm workers that starts under way may take first.
+        worker_seconds: Until a worker would take an order for one device; 0 = one waits.
         queued: Bytes wait before some stage, so that loads take longer than `rates` say.
         worth_keys: Of each idle replica that may go, what it is worth (`traits`), the cheapest to lose first.
         busy: Replicas that serve sessions now and may be moved, or drained; by id.
         busy_tokens: The fewest that the sessions of one of them have together; 0 = there is none.
-        busy_bytes: The fewest that the checkpoint of one of them has; 0 = there is none.
+        busy_bytes: The fewest that a start of one of them copies to each device; 0 = there is none.
         settling: When each of the idle and busy ones became ready, if its weights are all there.
         leaving_for: Whom replicas on their way out make room for, `ANYBODY` among them; sorted.
         coming: Checkpoints that replicas just ordered will lease and the store does not show yet, with bytes.
@@ -158,7 +158,7 @@ def summary_of(
     taken |= known.occupied
     loading = dict([trait.loading for trait in traits if trait.loading is not None])
     loading_bytes = sum(loading.values())
-    starting_workers = sum([trait.takes_worker for trait in traits])
+    starting_workers = sum([trait.takes_workers for trait in traits])
     busy = [trait for trait in traits if trait.busy is not None]
     return changed(
         known,

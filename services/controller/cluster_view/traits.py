@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from services.controller.cluster_view.estimate import (
     NOTHING_HELD,
+    device_bytes,
     learnt_parts,
     load_seconds,
     worker_wait_seconds,
@@ -36,9 +37,10 @@ class Trait(NamedTuple):
 
     Attributes:
         reservation: Whose trait it is.
-        takes_worker: It is ordered and may take a warm worker first.
+        takes_workers: How many warm workers it may take first: it is ordered and has none yet.
         worth_key: What it is worth (`restart_log_on`), where it is idle and may make room for others.
-        busy: It serves sessions now and may make room for others: their tokens, and its checkpoint's bytes.
+        busy: It serves sessions now and may make room for others: their tokens, and the bytes that a start of
+            it copies to each device.
         settled_at_seconds: When it became ready, where its weights are all there.
         leaving_for: Whom it makes room for, where it is on its way out.
         loading: What it still reads: its checkpoint, and the bytes that are not in the node's memory.
@@ -47,7 +49,7 @@ class Trait(NamedTuple):
     """
 
     reservation: Reservation
-    takes_worker: bool
+    takes_workers: int
     worth_key: tuple[float, ReplicaId] | None
     busy: tuple[int, int] | None
     settled_at_seconds: float | None
@@ -66,7 +68,7 @@ def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
     is_settled = standing is Standing.READY and replica is not None and not replica.loading
     return Trait(
         reservation=reservation,
-        takes_worker=is_starting and replica is None,
+        takes_workers=len(reservation.devices) if is_starting and replica is None else 0,
         worth_key=worth_key,
         busy=busy,
         settled_at_seconds=(replica.ready_since_seconds or 0.0) if is_settled and replica else None,
@@ -121,7 +123,7 @@ def with_load(view: View, node: Node, trait: Trait) -> Trait:
     worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)
     return Trait(
         trait.reservation,
-        trait.takes_worker,
+        trait.takes_workers,
         worth_key,
         busy,
         trait.settled_at_seconds,
@@ -145,7 +147,7 @@ def _load_of(
             restart_log = restart_log_on(model, node)
         worth_key = (restart_log + _faded(replica.idle_since_seconds), reservation.replica_id)
     if replica.sessions > 0 and reservation.moving_to is None:
-        busy = (replica.context_tokens, model.file_bytes)
+        busy = (replica.context_tokens, int(device_bytes(model)))
     return worth_key, busy, restart_log
 
 
@@ -155,7 +157,7 @@ def restart_log_on(model: Model, node: Node) -> float:
     With `idle_since_seconds` over the decay it is `worth_key`: the logarithm of `worth_seconds` at time 0, by
     which idle replicas are ordered at any time.
     """
-    worker_seconds = worker_wait_seconds(node, 0)
+    worker_seconds = worker_wait_seconds(node, 0, model.devices)
     load = load_seconds(model, node, loading_bytes=0, has_peer=True)
     restart_seconds = learnt_parts(model, ()).start_seconds(worker_seconds, load)
     return math.log(max(restart_seconds, 0.001))

@@ -14,13 +14,14 @@ from math import exp, inf
 from services.controller.cluster_view.estimate import (
     NOTHING_HELD,
     bytes_per_second,
+    device_bytes,
     load_seconds,
-    opening_seconds,
     source_of,
+    worker_wait_seconds,
 )
 from services.controller.cluster_view.index import Index
 from services.controller.cluster_view.moves import least_move
-from services.controller.cluster_view.places import Nodes, Rung
+from services.controller.cluster_view.places import Nodes
 from services.controller.cluster_view.summary import ORIGINS, Shape, Summary
 from services.controller.cluster_view.traits import WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT
 from services.controller.cluster_view.view import Node
@@ -29,25 +30,30 @@ from services.controller.placement.room import Situation, Wanted
 from stoker.ids import NodeId
 
 Bounded = tuple[Rank, NodeId]
+_PLACE_OF = {origin: place for place, origin in enumerate(ORIGINS)}
 ROUNDING = 1 - 1e-9
 """Sums of the same terms in another order may differ by a rounding; a bound must not be above its node."""
 
 
-def copy_seconds(index: Index, file_bytes: int) -> float:
+def copy_seconds(index: Index, byte_count: float) -> float:
     """Return what it takes at least to copy so many bytes to a device, on any node."""
-    return file_bytes / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
+    return byte_count / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
 
 
-def rungs_of(index: Index, wanted: Wanted) -> Iterator[tuple[Rung, Nodes]]:
-    """Yield where free nodes are listed that could take the model, by the rate it would load at."""
+def rungs_of(index: Index, wanted: Wanted) -> Iterator[tuple[Nodes, Nodes | None]]:
+    """Yield where free nodes are listed that could take the model: by the rate it would load at, by the worker.
+
+    Where a worker waits on all of them there is no second list.
+    """
     free = 1 << (wanted.slots.bit_length() - 1)
     for shape in index.shapes:
         if wanted.slots_that_fit(shape):
-            for waits in (True, False):
-                rung = Rung(wanted.origin, free, waits, shape)
-                nodes = index.free.get(rung)
-                if nodes is not None:
-                    yield rung, nodes
+            nodes = index.free.get((wanted.origin, free, True, shape))
+            if nodes is not None:
+                yield nodes, None
+            nodes = index.free.get((wanted.origin, free, False, shape))
+            if nodes is not None:
+                yield nodes, index.free_by_worker[("", free, False, shape)]
 
 
 class Bounds:
@@ -77,6 +83,7 @@ class Bounds:
         self._summaries = index.summaries
         self._nodes = situation.view.nodes
         self._file_bytes = wanted.model.file_bytes
+        self._device_bytes = device_bytes(wanted.model)
         self._checkpoint = wanted.model.checkpoint
         self._origin = ORIGINS.index(wanted.origin)
         self._beside_seconds = parts.skeleton_seconds + parts.first_forward_seconds
@@ -104,7 +111,11 @@ class Bounds:
     def on(self, node_id: NodeId) -> Rank | None:
         """Return the lowest rank of a start on the node; None = there is no room, and nobody to make some."""
         summary = self._summaries[node_id]
-        if not summary.is_open or not self._fits(summary.shape):
+        if not summary.is_open:
+            return None
+        if summary.shape is not self._shape:
+            self._look_at(summary.shape)
+        if not self._shape_fits:
             return None
         preferred = 0
         if self.wanted.model.preferred_labels:
@@ -127,7 +138,11 @@ class Bounds:
         """
         summary = self._summaries[node_id]
         rate = summary.rates[self._origin]
-        if len(summary.free) >= self._slots or not self._fits(summary.shape):
+        if len(summary.free) >= self._slots:
+            return None
+        if summary.shape is not self._shape:
+            self._look_at(summary.shape)
+        if not self._shape_fits:
             return None
         if summary.queued or rate >= summary.device_rate:
             load = self.load_seconds(node_id, summary)
@@ -151,11 +166,9 @@ class Bounds:
             and node_id > best[5]
         )
 
-    def _fits(self, shape: Shape) -> bool:
-        """Tell whether nodes of a shape can ever take the model; most ask about the one just asked about."""
-        if shape is not self._shape:
-            self._shape, self._shape_fits = shape, bool(self.wanted.slots_that_fit(shape))
-        return self._shape_fits
+    def _look_at(self, shape: Shape) -> None:
+        """Find out whether nodes of a shape can ever take the model; the next one asked about mostly has it, too."""
+        self._shape, self._shape_fits = shape, bool(self.wanted.slots_that_fit(shape))
 
     def beyond(self, rate: float, worker_seconds: float) -> Rank:
         """Return the rank that free nodes can't beat with at most this rate, and no less for the worker."""
@@ -179,15 +192,20 @@ class Bounds:
         """
         index, least = self._index, list(known)
         if not self.wanted.model.required_labels:
-            for rung, nodes in rungs_of(index, self.wanted):
-                waits = 0.0 if rung.waits else index.free_by_worker[rung._replace(origin="")].first[0]
-                least.append(self._least_start(-nodes.first[0], waits) * ROUNDING)
+            for nodes, by_worker in rungs_of(index, self.wanted):
+                worker_seconds = by_worker.first[0] if by_worker is not None else 0.0
+                least.append(self._least_start(-nodes.first[0], worker_seconds) * ROUNDING)
         return min(least) if least else None
 
     def start_seconds(self, node_id: NodeId, summary: Summary) -> float:
         """Return how long a start takes on the node, once there is room."""
         load = self.load_seconds(node_id, summary)
-        return self.wanted.parts.start_seconds(summary.worker_seconds, load)
+        beside = self._beside_seconds
+        worker_seconds = summary.worker_seconds
+        if self._slots > 1:
+            node = self._nodes[node_id]
+            worker_seconds = worker_wait_seconds(node, summary.starting_workers, self._slots)
+        return worker_seconds + (max(beside, load)) + self._overhead_seconds
 
     def load_seconds(self, node_id: NodeId, summary: Summary) -> float:
         """Return how long a load takes on the node."""
@@ -204,20 +222,24 @@ class Bounds:
 
     def _unqueued_seconds(self, node: Node, summary: Summary) -> float:
         """Return how long a load takes where nothing is queued: `load_seconds` from the summary's rates."""
-        wanted, file_bytes = self.wanted, self._file_bytes
+        file_bytes, device_rate = self._file_bytes, summary.device_rate
         held = node.held.get(self._checkpoint)
         if held is None:
             rate = summary.rates[self._origin]
-            if rate < summary.device_rate:
+            if rate < device_rate:
                 return summary.openings[self._origin] + file_bytes / rate
             held = NOTHING_HELD
         missing_bytes = file_bytes - held.dram_bytes
-        device_seconds = file_bytes / summary.device_rate
+        device_seconds = self._device_bytes / device_rate
         if missing_bytes <= 0:
             return device_seconds
-        source = source_of(wanted.model, held, has_peer=wanted.has_peer(node.node_id))
-        seconds = opening_seconds(node, source) + missing_bytes / bytes_per_second(node, source)
-        return max(seconds, device_seconds)
+        source = source_of(self.wanted.model, held, has_peer=self.wanted.has_peer(node.node_id))
+        origin = _PLACE_OF[source]
+        rate = summary.rates[origin]
+        if rate >= device_rate:  # that of the device: how fast the source is, the summary does not say
+            rate = bytes_per_second(node, source)
+        seconds = summary.openings[origin] + missing_bytes / rate
+        return max(device_seconds, seconds)
 
     def _least_disturbing(self, summary: Summary) -> tuple[float, float] | None:
         """Return what making room costs at least (wait and weighted disturbance), and disturbs at least.
@@ -243,9 +265,10 @@ class Bounds:
         if self._least_opening is None:
             self._least_opening = self._index.by_opening[self.wanted.origin].first[0]
             self._slowest_device = self._index.by_device.first[0]
-        load = self._file_bytes / rate
-        if self._slowest_device > rate:  # else a slow device may hide the opening behind its copy
-            load += self._least_opening
+        if self._slowest_device > rate:
+            load = self._least_opening + self._file_bytes / rate
+        else:  # a slow device may hide the opening behind its copy, and several share one
+            load = self._device_bytes / rate
         return worker_seconds + max(load, self._beside_seconds) + self._overhead_seconds
 
     def _rank(self, seconds: float, less_preferred: int = 0, *, victims: int = 0, worth: float = 0.0) -> Rank:

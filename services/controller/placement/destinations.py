@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from operator import itemgetter
 
+from services.controller.cluster_view.estimate import device_bytes
 from services.controller.cluster_view.lessons import parts_like
 from services.controller.placement.bounds import Bounds, copy_seconds
 from services.controller.placement.options import Option, Rank, free_option, rank
@@ -26,7 +27,7 @@ class Destinations:
         if name not in self._swiftest:
             view = self._situation.view
             model = view.models[name]
-            copying = copy_seconds(self._situation.index, model.file_bytes)
+            copying = copy_seconds(self._situation.index, device_bytes(model))
             self._swiftest[name] = parts_like(view, model).start_seconds(0.0, copying)
         return self._swiftest[name]
 

@@ -13,9 +13,10 @@ from services.controller.cluster_view.estimate import (
     start_estimate,
 )
 from services.controller.cluster_view.learnt import StartStages
+from services.controller.cluster_view.summary import summary_of
 from services.controller.cluster_view.view import Device, Held, Model, Node, Pool, Stage
 from stoker.units import GB
-from tests.unit.services.controller.builders import a_model, a_node
+from tests.unit.services.controller.builders import a_model, a_node, a_reservation, a_view
 
 
 def estimate(model: Model, node: Node, measured: tuple[StartStages, ...] = (), **changes: int) -> Estimate:
@@ -77,6 +78,42 @@ def test_a_worker_must_be_spawned_when_the_warm_ones_are_spoken_for() -> None:
 
     assert estimate(a_model(), node).worker_seconds == 0.0
     assert estimate(a_model(), node, starting_workers=1).worker_seconds == 4.0
+
+
+def test_a_replica_of_several_ranks_waits_until_it_has_a_worker_for_each() -> None:
+    node, ranks = a_node(warm_workers=2, worker_start_seconds=4.0), a_model(devices=2)
+
+    assert estimate(ranks, node).worker_seconds == 0.0
+    assert estimate(ranks, node, starting_workers=1).worker_seconds == 4.0
+    assert estimate(a_model(), node, starting_workers=1).worker_seconds == 0.0
+
+
+@pytest.mark.parametrize(("warm_workers", "seconds"), [(2, 0.0), (1, 0.5), (0, 4.0)])
+def test_a_worker_that_is_on_its_way_helps_ranks_only_if_it_is_the_last_one(
+    warm_workers: int, seconds: float
+) -> None:
+    node = a_node(warm_workers=warm_workers, worker_start_seconds=4.0, next_worker_seconds=0.5)
+
+    assert estimate(a_model(devices=2), node).worker_seconds == seconds
+
+
+def test_ranks_share_the_disk_and_copy_to_a_device_each() -> None:
+    node = gpu_node(disk=2 * GB, device=3 * GB)
+
+    found = estimate(a_model(file_bytes=12 * GB, devices=4), node)
+
+    assert found.stage_seconds == {"disk": 6.0, "device": 1.0}
+
+
+def test_ranks_that_were_ordered_have_a_warm_worker_each_coming_to_them() -> None:
+    model = a_model(devices=2)
+    node = a_node(devices=3, warm_workers=2, worker_start_seconds=4.0)
+    ordered = a_reservation("m.1", model.name, node.node_id, devices=(0, 1), reported=False)
+    view = a_view(models=(model,), nodes=(node,), reservations=(ordered,))
+
+    summary = summary_of(view, node.node_id, (ordered,))
+
+    assert (summary.starting_workers, summary.worker_seconds) == (2, 4.0)
 
 
 def test_a_stage_nobody_has_measured_gets_a_seed() -> None:
