@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from stoker.attach.connection import Connection, failure
 from stoker.attach.memory import Access, MappedRange
@@ -29,9 +29,8 @@ from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1 import model_pb2, start_pb2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    """Where a tensor lies.
+class Tensor(NamedTuple):
+    """Where a tensor lies. A named tuple, for an attach makes hundreds: a frozen dataclass takes thrice as long.
 
     Attributes:
         name: As the model calls it.
@@ -208,7 +207,9 @@ class Attachment:
     def wait_tensor(self, name: str, *, timeout_seconds: float | None = None) -> None:
         """Return when a tensor is complete; raises as `wait_ready` does."""
         tensor = self.tensors[name]
-        self.wait_ready(tensor.file, tensor.offset + tensor.nbytes, timeout_seconds=timeout_seconds)
+        upto_bytes = tensor.offset + tensor.nbytes
+        if self._failed is not None or self._ready[self._files[tensor.file].ready_index] < upto_bytes:
+            self.wait_ready(tensor.file, upto_bytes, timeout_seconds=timeout_seconds)
 
     def wait_all(self, *, timeout_seconds: float | None = None) -> Loaded:
         """Return when everything is there and checked, and how it came; raises as `wait_ready` does."""
@@ -314,12 +315,12 @@ def runs(chunk_offsets: Sequence[int], chunk_bytes: int) -> list[Run]:
 
 def _tensor(described: pb.AttachedTensor) -> Tensor:
     layer = described.layer
-    return Tensor(
-        name=described.name,
-        dtype=described.dtype,
-        shape=tuple(described.shape[:]),  # as a list first: half the time of its iterator
-        file=described.file,
-        offset=described.offset,
-        nbytes=described.bytes,
-        layer=layer if layer or described.HasField("layer") else None,
+    return Tensor(  # by position: a third faster than by name
+        described.name,
+        described.dtype,
+        tuple(described.shape[:]),  # as a list first: half the time of its iterator
+        described.file,
+        described.offset,
+        described.bytes,
+        layer if layer or described.HasField("layer") else None,
     )

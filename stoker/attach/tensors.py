@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from stoker.attach.attachment import Attachment
+from stoker.attach.attachment import Attachment, Tensor
 from stoker.checkpoint.torch_views import shaped, torch_dtype, torch_shape
 
 
@@ -25,32 +25,32 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
         CheckpointInvalid: torch has no such dtype.
         LoadFailed: A tensor that must be copied did not arrive.
     """
-    return _tensor(attachment, name, attachment.buffer)
+    return _tensor(attachment, attachment.tensors[name], attachment.buffer)
 
 
-def _tensor(attachment: Attachment, name: str, whole: Callable[[int], memoryview]) -> torch.Tensor:
+def _tensor(attachment: Attachment, place: Tensor, whole: Callable[[int], memoryview]) -> torch.Tensor:
     """As `tensor`; `whole` gives all bytes of a file."""
-    place = attachment.tensors[name]
-    dtype = torch_dtype(place.dtype, name=name)
-    shape = torch_shape(place.dtype, place.shape, name=name)
-    if place.nbytes == 0:
+    name, stored, extents, file, offset, nbytes, _ = place
+    dtype = torch_dtype(stored, name=name)
+    shape = torch_shape(stored, extents, name=name)
+    if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
-    raw = whole(place.file)
-    if place.offset % dtype.itemsize == 0:
-        count = place.nbytes // dtype.itemsize
-        flat = torch.frombuffer(raw, dtype=dtype, count=count, offset=place.offset)
+    raw = whole(file)
+    item_bytes = dtype.itemsize
+    if offset % item_bytes == 0:
+        flat = torch.frombuffer(raw, dtype=dtype, count=nbytes // item_bytes, offset=offset)
         if len(shape) == 1:
             return flat
         return flat.view(*shape) if shape else flat.view(shape)  # sizes one by one are read faster
     attachment.wait_tensor(name)
-    found = torch.frombuffer(raw, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
-    return shaped(found, dtype=place.dtype, shape=place.shape, name=name)
+    found = torch.frombuffer(raw, dtype=torch.uint8, count=nbytes, offset=offset)
+    return shaped(found, dtype=stored, shape=extents, name=name)
 
 
 def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
     """Return every tensor by name, tied names included (they share one tensor object)."""
     whole = cache(attachment.buffer)
-    found = {name: _tensor(attachment, name, whole) for name in attachment.tensors}
+    found = {name: _tensor(attachment, place, whole) for name, place in attachment.tensors.items()}
     for stored, *others in attachment.tied:
         found.update(dict.fromkeys(others, found[stored]))
     return found
