@@ -31,6 +31,7 @@ from services.controller.cluster_view.places import (
     Rung,
     disturbed_by,
     disturbing_places,
+    has_free_slots,
     move,
     placed_by,
     places,
@@ -61,6 +62,7 @@ class Index:
         in_memory: Those of them that have some of it in memory.
         free: Open nodes with free slots, the fastest first; by negative rate.
         free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
+        free_nodes: All of those with free slots, in no order.
         marks: What each reserved replica adds to its model's tally.
         tallies: Of every model with replicas.
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
@@ -86,6 +88,7 @@ class Index:
     in_memory: Groups[Checkpoint] = field(default_factory=Groups)
     free: Map[Rung, Nodes] = field(default_factory=Map)
     free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
+    free_nodes: Members = field(default_factory=Map)
     marks: Map[ReplicaId, Mark] = field(default_factory=Map)
     tallies: Map[ModelName, Tally] = field(default_factory=Map)
     idle_by_rate: Map[str, Nodes] = field(default_factory=Map)
@@ -252,6 +255,7 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     _recount(draft, was_summary, now_summary)
     if was_summary is None or now_summary is None or placed_by(was_summary) != placed_by(now_summary):
         move(draft, places(was_summary, node_id), places(now_summary, node_id))
+        draft.free_nodes = _marked(draft.free_nodes, node_id, present=has_free_slots(now_summary))
     move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
     was_leaving = was_summary.leaving_for if was_summary else ()
     now_leaving = now_summary.leaving_for if now_summary else ()

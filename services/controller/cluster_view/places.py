@@ -7,7 +7,7 @@ by name, so that one rule serves all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from immutables import Map
 
@@ -23,22 +23,13 @@ Draft = Any
 """An index on the way to the next one: its fields may be assigned; what they hold stays immutable."""
 
 
-class Rung(NamedTuple):
-    """Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
+Rung = tuple[str, int, bool, Shape]
+"""Nodes that differ in nothing but their rates, and in how long a worker takes where none waits.
 
-    Attributes:
-        origin: Where the bytes come from that its rates are about; one of `ORIGINS`.
-        free: Each has at least so many free slots; a power of two.
-        waits: A pre-started worker waits there.
-        shape: What they can ever take.
-    """
-
-    origin: str
-    free: int
-    waits: bool
-    shape: Shape
-
-
+The origin of the bytes that their rates are about (one of `ORIGINS`); how many free slots each of them has
+at least, a power of two; whether a pre-started worker waits there; what they can ever take. A plain tuple,
+because every decision makes some and every event more.
+"""
 Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
 """One of a node's places: the list's name, its key where there are several, and the item."""
 
@@ -54,6 +45,11 @@ def placed_by(summary: Summary) -> tuple[object, ...]:
         summary.openings,
         summary.shape,
     )
+
+
+def has_free_slots(summary: Summary | None) -> bool:
+    """Tell whether replicas can be placed on the node, and nobody has to make room for them."""
+    return summary is not None and summary.is_open and bool(summary.free)
 
 
 def disturbed_by(summary: Summary) -> tuple[float | None, bool]:
@@ -82,11 +78,11 @@ def places(summary: Summary | None, node_id: NodeId) -> Iterator[Place]:
     for origin, rate in zip(ORIGINS, summary.rates, strict=True):
         rank = (-rate, node_id)
         for free in _steps(len(summary.free)):
-            yield "free", Rung(origin, free, waits, summary.shape), rank
+            yield "free", (origin, free, waits, summary.shape), rank
     if not waits:
         for free in _steps(len(summary.free)):
             by_worker = (summary.worker_seconds, node_id)
-            yield "free_by_worker", Rung("", free, waits, summary.shape), by_worker
+            yield "free_by_worker", ("", free, waits, summary.shape), by_worker
 
 
 def disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[Place]:

@@ -41,7 +41,7 @@ def copy_seconds(index: Index, byte_count: float) -> float:
 
 
 def rungs_of(index: Index, wanted: Wanted) -> Iterator[tuple[Nodes, Nodes | None]]:
-    """Yield where free nodes are listed that could take the model: by the rate it would load at, by the worker.
+    """Yield where free nodes are listed that could take the model: by the rate of its load, by the worker.
 
     Where a worker waits on all of them there is no second list.
     """
@@ -167,7 +167,7 @@ class Bounds:
         )
 
     def _look_at(self, shape: Shape) -> None:
-        """Find out whether nodes of a shape can ever take the model; the next one asked about mostly has it, too."""
+        """Find out whether nodes of a shape can ever take the model: most nodes share theirs."""
         self._shape, self._shape_fits = shape, bool(self.wanted.slots_that_fit(shape))
 
     def beyond(self, rate: float, worker_seconds: float) -> Rank:

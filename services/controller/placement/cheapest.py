@@ -84,13 +84,13 @@ class Cheapest:
         """Tell whether slots and pool suffice without these; must agree with `enough`."""
         slots = 0
         for victim in chosen:
-            slots += len(self._fitting.intersection(victim.member.reservation.devices))
+            slots += len(self._fitting.intersection(victim.reservation.devices))
         return slots >= self._missing_slots and (
             self._pool_has_room
             or pool_has_room(
                 self._situation,
                 self._node,
-                tuple(victim.member for victim in chosen),
+                tuple([victim.reservation for victim in chosen]),
                 (self._situation.model,),
             )
         )
@@ -172,7 +172,7 @@ class Cheapest:
             if len(devices) < wanted.slots or not pool_has_room(situation, node, (), coming):
                 return None
         return make_move(
-            replica_id=mover.member.reservation.replica_id,
+            replica_id=mover.reservation.replica_id,
             model=model.name,
             to_node_id=node.node_id,
             to_devices=devices,
@@ -183,14 +183,14 @@ class Cheapest:
     def _option(self, chosen: tuple[Victim, ...], moves: tuple[Move, ...]) -> Option:
         """Return the option of these victims; movers without a destination yet count their least."""
         situation, node = self._situation, self._node
-        members = tuple(victim.member for victim in chosen)
+        leaving = tuple([victim.reservation for victim in chosen])
         wanted = situation.wanted
-        free = free_slots(wanted, situation.index.summaries[node.node_id], members)
+        free = free_slots(wanted, situation.index.summaries[node.node_id], leaving)
         estimate = self._estimate
         return make_option(
             node_id=node.node_id,
             devices=tuple(sorted(free[: wanted.slots])),
-            victims=tuple(sorted(found.reservation.replica_id for found in members)),
+            victims=tuple(sorted([each.replica_id for each in leaving])),
             estimate=make_estimate(
                 worker_seconds=estimate.worker_seconds,
                 stage_seconds=estimate.stage_seconds,
@@ -202,7 +202,7 @@ class Cheapest:
             ),
             disturbance_seconds=_disturbance_seconds(chosen),
             moves=tuple(sorted(moves, key=lambda move: move.replica_id)),
-            drained=frozenset(victim.member.reservation.replica_id for victim in chosen if victim.drains),
+            drained=frozenset([victim.reservation.replica_id for victim in chosen if victim.drains]),
             preferred=self._preferred,
             weight=self._weight,
         )

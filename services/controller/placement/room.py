@@ -23,7 +23,15 @@ from services.controller.cluster_view.streaming import (
     streams_on,
 )
 from services.controller.cluster_view.summary import Shape, Summary, holds_all
-from services.controller.cluster_view.view import Checkpoint, Device, Model, Node, Policy, View
+from services.controller.cluster_view.view import (
+    Checkpoint,
+    Device,
+    Model,
+    Node,
+    Policy,
+    Reservation,
+    View,
+)
 from stoker.ids import ModelName, NodeId
 from stoker.units import format_bytes
 
@@ -49,7 +57,8 @@ class Wanted:
         slots: How many slots of one node it occupies.
         sources: Nodes that could send all of the checkpoint, `SOURCES` at most.
         origin: Where a node that holds nothing gets the bytes from.
-        fitting: Per shape of nodes, the slots large enough, the smallest first; filled as it is asked for.
+        fitting: By a shape's identity the slots large enough, the smallest first, and the shape, so that it
+            stays; filled as it is asked for.
     """
 
     model: Model
@@ -57,21 +66,22 @@ class Wanted:
     slots: int
     sources: tuple[NodeId, ...]
     origin: str
-    fitting: dict[Shape, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    fitting: dict[int, tuple[tuple[int, ...], Shape]] = field(default_factory=dict, compare=False, repr=False)
 
     def has_peer(self, node_id: NodeId) -> bool:
         """Tell whether another reachable node holds all of the checkpoint."""
-        return any(source != node_id for source in self.sources)
+        sources = self.sources
+        return bool(sources) and (len(sources) > 1 or sources[0] != node_id)
 
     def slots_that_fit(self, shape: Shape) -> tuple[int, ...]:
         """Return the slots of such a node that are large enough, whoever occupies them, smallest first.
 
         Empty where the node can never take the model: its engines, its pool or its devices don't suit.
         """
-        known = self.fitting.get(shape)
+        known = self.fitting.get(id(shape))
         if known is None:
-            known = self.fitting[shape] = _slots_that_fit(self.model, shape)
-        return known
+            known = self.fitting[id(shape)] = (_slots_that_fit(self.model, shape), shape)
+        return known[0]
 
 
 _make_wanted = maker_of(Wanted)
@@ -236,9 +246,9 @@ def can_ever(wanted: Wanted, node: Node, summary: Summary) -> bool:
     return bool(wanted.slots_that_fit(summary.shape)) and wanted.model.required_labels <= node.labels
 
 
-def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Member] = ()) -> list[int]:
+def free_slots(wanted: Wanted, summary: Summary, given_up: Iterable[Reservation] = ()) -> list[int]:
     """Return the free slots that are large enough, once `given_up` are gone; the smallest devices first."""
-    free = {*summary.free, *(slot for victim in given_up for slot in victim.reservation.devices)}
+    free = {*summary.free, *[slot for victim in given_up for slot in victim.devices]}
     return [slot for slot in wanted.slots_that_fit(summary.shape) if slot in free]
 
 
@@ -254,7 +264,7 @@ def promised_slots(situation: Situation, summary: Summary) -> int:
 
 
 def pool_has_room(
-    situation: Situation, node: Node, given_up: tuple[Member, ...], coming: Iterable[Model]
+    situation: Situation, node: Node, given_up: tuple[Reservation, ...], coming: Iterable[Model]
 ) -> bool:
     """Tell whether the pool can take the checkpoints by evicting what nobody leases, and the host the copies.
 
@@ -285,12 +295,14 @@ def pool_has_room(
     return free_bytes >= 0 or free_bytes + _freed_pool_bytes(situation, node, given_up) >= 0
 
 
-def host_has_room(situation: Situation, node: Node, given_up: tuple[Member, ...], copied_bytes: int) -> bool:
+def host_has_room(
+    situation: Situation, node: Node, given_up: tuple[Reservation, ...], copied_bytes: int
+) -> bool:
     """Tell whether the host has memory for so many bytes beside its pool and the copies of other replicas."""
     total_bytes = host_bytes(node.devices)
     if not total_bytes:
         return True
-    models, gone = situation.view.models, {found.reservation.replica_id for found in given_up}
+    models, gone = situation.view.models, {reservation.replica_id for reservation in given_up}
     taken_bytes = sum(
         copy_bytes_on(models[found.reservation.model], node)
         for found in on_node(situation, node)
@@ -299,7 +311,7 @@ def host_has_room(situation: Situation, node: Node, given_up: tuple[Member, ...]
     return node.pool.total_bytes + taken_bytes + copied_bytes <= total_bytes
 
 
-def enough(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> bool:
+def enough(situation: Situation, node: Node, given_up: tuple[Reservation, ...]) -> bool:
     """Tell whether slots and pool suffice, once `given_up` are gone."""
     wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
     return len(free_slots(wanted, summary, given_up)) >= wanted.slots and pool_has_room(
@@ -316,7 +328,7 @@ def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
 def room_is_being_made(situation: Situation, node: Node) -> bool:
     """Tell whether replicas on their way out will leave enough room, and for this model."""
     leaving = tuple(
-        found
+        found.reservation
         for found in on_node(situation, node)
         if (found.standing is Standing.STOPPING or found.reservation.moving_to is not None)
         and found.reservation.stopping_for in (None, situation.model.name)
@@ -330,9 +342,9 @@ def live_replicas(situation: Situation, name: ModelName) -> int:
     return situation.index.tallies.get(name, EMPTY).live
 
 
-def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Member, ...]) -> int:
+def _freed_pool_bytes(situation: Situation, node: Node, given_up: tuple[Reservation, ...]) -> int:
     leaving: Mapping[Checkpoint, int] = Counter(
-        situation.view.models[found.reservation.model].checkpoint for found in given_up
+        situation.view.models[reservation.model].checkpoint for reservation in given_up
     )
     return sum(
         held.dram_bytes

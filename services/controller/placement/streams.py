@@ -5,7 +5,7 @@ between says how far it has come:
 
 1. Nodes that have the checkpoint nearer than others, and those with a preferred label: by what they cost at
    least.
-2. Open nodes with enough free slots, by rung (`index.Rung`), the fastest first. Where no worker waits, two
+2. Open nodes with enough free slots, by rung (`places.Rung`), the fastest first. Where no worker waits, two
    lists are read, by rate and by the worker's time: unseen nodes take at least the rate of the one cursor and
    the worker of the other (Fagin's threshold algorithm, PODS '01). The next rows come from the list that
    raises this bound more by them.
@@ -69,9 +69,14 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
         carriers = [index.labelled.get(label, {}).keys() for label in model.required_labels]
         return set(carriers[0]).intersection(*carriers[1:])
     holders = index.in_memory if wanted.origin == "disk" else index.holders
-    nodes = set(holders.get(model.checkpoint))
+    holding = holders.get(model.checkpoint)
     if free:
-        nodes = {each for each in nodes if (known := index.summaries[each]).free and known.is_open}
+        fewer, others = holding, index.free_nodes
+        if len(others) < len(fewer):
+            fewer, others = others, fewer
+        nodes = {each for each in fewer if each in others}
+    else:
+        nodes = set(holding)
     for label in model.preferred_labels:
         nodes.update(index.labelled.get(label, ()))
     return nodes
@@ -80,15 +85,10 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
 def _free_streams(
     situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]
 ) -> list[Iterator[Bounded]]:
-    by_worker = situation.index.free_by_worker
+    ranks = _Ranks(bounds.beyond, bounds.on, bounds.is_behind)
     return [
-        _threshold_search(
-            by_rate,
-            None if rung.waits else by_worker[rung._replace(origin="")],
-            known,
-            _Ranks(bounds.beyond, bounds.on, bounds.is_behind),
-        )
-        for rung, by_rate in rungs_of(situation.index, bounds.wanted)
+        _threshold_search(by_rate, by_worker, known, ranks)
+        for by_rate, by_worker in rungs_of(situation.index, bounds.wanted)
     ]
 
 

@@ -1,16 +1,18 @@
-"""Who on a node could go to make room for a model, and what that costs at least. Pure."""
+"""Who on a node could go to make room for a model, and what that costs at least. Pure.
+
+What the node's summary keeps of each replica (`traits`) says who is idle, who is busy, and since when: nobody
+is looked up again.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.controller.cluster_view.fleet import Member, is_idle, member
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.moves import move_seconds
-from services.controller.cluster_view.traits import worth_seconds
-from services.controller.cluster_view.view import Node
+from services.controller.cluster_view.traits import Trait, worth_seconds
+from services.controller.cluster_view.view import Node, Reservation
 from services.controller.placement.options import Option
 from services.controller.placement.room import Situation
 from stoker.ids import ModelName, NodeId
@@ -24,7 +26,7 @@ class Victim:
     """A replica that could go, and what that costs.
 
     Attributes:
-        member: Which.
+        reservation: Which.
         name: Its model.
         wait_seconds: Until its slots are free, at least.
         disturbance_seconds: What it costs others, at least.
@@ -32,7 +34,7 @@ class Victim:
         drains: It would be drained.
     """
 
-    member: Member
+    reservation: Reservation
     name: ModelName
     wait_seconds: float
     disturbance_seconds: float
@@ -58,70 +60,73 @@ class Destinations(Protocol):
 
 def victims_on(situation: Situation, node: Node, destinations: Destinations) -> list[Victim]:
     """Return the replicas of a node that could go now, least disturbed first, with bounds of the cost."""
-    view, policy = situation.view, situation.policy
-    summary = situation.index.summaries[node.node_id]
+    policy, own = situation.policy, situation.model.name
+    may_disturb_busy = policy.may_migrate or situation.waited_too_long
     found: list[Victim] = []
-    for key, replica_id in summary.worth_keys:
-        reserved = member(view, view.reservations[replica_id])
-        if reserved.reservation.model != situation.model.name and idle_may_go(situation, reserved):
-            found.append(
-                make_victim(
-                    member=reserved,
-                    name=reserved.reservation.model,
-                    wait_seconds=policy.stop_seconds,
-                    disturbance_seconds=worth_seconds(key, situation.now_seconds),
+    for trait in situation.index.summaries[node.node_id].traits:
+        name = trait.reservation.model
+        if name == own:
+            continue
+        if trait.worth_key is not None:
+            if idle_may_go(situation, trait):
+                seconds = worth_seconds(trait.worth_key[0], situation.now_seconds)
+                found.append(
+                    make_victim(
+                        reservation=trait.reservation,
+                        name=name,
+                        wait_seconds=policy.stop_seconds,
+                        disturbance_seconds=seconds,
+                    )
                 )
-            )
-    if policy.may_migrate or situation.waited_too_long:
-        for replica_id in summary.busy:
-            reserved = member(view, view.reservations[replica_id])
-            if reserved.reservation.model != situation.model.name and _has_stayed(
-                situation, reserved, policy.minimum_residency_seconds
-            ):
-                victim = _busy_victim(situation, reserved, destinations)
-                if victim is not None:
-                    found.append(victim)
-    found.sort(key=lambda victim: (victim.disturbance_seconds, victim.member.reservation.replica_id))
+        elif (
+            trait.busy is not None
+            and may_disturb_busy
+            and _has_stayed(situation, trait, policy.minimum_residency_seconds)
+        ):
+            victim = _busy_victim(situation, trait, trait.busy[0], destinations)
+            if victim is not None:
+                found.append(victim)
+    found.sort(key=lambda victim: (victim.disturbance_seconds, victim.reservation.replica_id))
     return found[:MAX_VICTIMS_CONSIDERED]
 
 
-def _busy_victim(situation: Situation, found: Member, destinations: Destinations) -> Victim | None:
+def _busy_victim(
+    situation: Situation, trait: Trait, tokens: int, destinations: Destinations
+) -> Victim | None:
     """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not."""
-    policy, name = situation.policy, found.reservation.model
+    policy, name = situation.policy, trait.reservation.model
     if policy.may_migrate:
-        tokens = found.replica.context_tokens if found.replica else 0
         seconds = move_seconds(situation.view, name, tokens, policy)
         return make_victim(
-            member=found,
+            reservation=trait.reservation,
             name=name,
             wait_seconds=destinations.swiftest_seconds(name) + seconds,
             disturbance_seconds=seconds,
             moves=True,
         )
-    if not _has_stayed(situation, found, policy.waiting_bound_seconds):
+    if not _has_stayed(situation, trait, policy.waiting_bound_seconds):
         return None
     seconds = policy.drain_grace_seconds
     return make_victim(
-        member=found, name=name, wait_seconds=seconds, disturbance_seconds=seconds, drains=True
+        reservation=trait.reservation,
+        name=name,
+        wait_seconds=seconds,
+        disturbance_seconds=seconds,
+        drains=True,
     )
 
 
-def idle_may_go(situation: Situation, found: Member) -> bool:
-    """Tell whether this idle replica may be stopped for another model now."""
-    name = found.reservation.model
+def idle_may_go(situation: Situation, trait: Trait) -> bool:
+    """Tell whether a replica is idle and may be stopped for another model now."""
     return (
-        is_idle(found)
-        and found.reservation.moving_to is None
-        and name not in situation.view.demands
-        and _has_stayed(situation, found, situation.policy.minimum_residency_seconds)
+        trait.worth_key is not None
+        and trait.reservation.moving_to is None
+        and trait.reservation.model not in situation.view.demands
+        and _has_stayed(situation, trait, situation.policy.minimum_residency_seconds)
     )
 
 
-def _has_stayed(situation: Situation, found: Member, seconds: float) -> bool:
-    return _ready_since_seconds(found) + seconds <= situation.now_seconds
-
-
-def _ready_since_seconds(found: Member) -> float:
-    if found.replica is None:
-        return 0.0
-    return math.inf if found.replica.loading else found.replica.ready_since_seconds or 0.0
+def _has_stayed(situation: Situation, trait: Trait, seconds: float) -> bool:
+    """Tell whether a replica became ready so long ago; one whose weights are still on their way has not."""
+    ready_seconds = trait.settled_at_seconds
+    return ready_seconds is not None and ready_seconds + seconds <= situation.now_seconds

@@ -23,10 +23,10 @@ from services.controller.cluster_view.traits import worth_seconds
 from services.controller.cluster_view.view import Device, Held, Model, Node, Policy, Pool, Stage, View
 from services.controller.placement.options import rank
 from services.controller.placement.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
-from services.controller.placement.room import enough, never_fits, on_node, situation_of
+from services.controller.placement.room import enough, never_fits, situation_of
 from services.controller.placement.search import search
 from services.controller.placement.victims import idle_may_go
-from stoker.ids import ModelName, NodeId, ReplicaId
+from stoker.ids import ModelName, NodeId
 from stoker.units import GB
 from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_replica, a_reservation, a_view
 
@@ -228,19 +228,17 @@ def least_disturbance(situation: Any, node_id: NodeId) -> float:
     """Return the least disturbance of all sets of idle replicas that make room on a node, fewest first."""
     node = situation.view.nodes[node_id]
     assert never_fits(situation.model, node) is None
-    keys: dict[ReplicaId, float] = {
-        replica_id: key for key, replica_id in situation.index.summaries[node_id].worth_keys
-    }
+    summary = situation.index.summaries[node_id]
+    keys = {replica_id: key for key, replica_id in summary.worth_keys}
     idle = [
-        found
-        for found in on_node(situation, node)
-        if found.reservation.replica_id in keys
-        and found.reservation.model != situation.model.name
-        and idle_may_go(situation, found)
-        and situation.view.models[found.reservation.model].min_replicas == 0
+        trait.reservation
+        for trait in summary.traits
+        if trait.reservation.model != situation.model.name
+        and idle_may_go(situation, trait)
+        and situation.view.models[trait.reservation.model].min_replicas == 0
     ]
     costs = [
-        sum(worth_seconds(keys[found.reservation.replica_id], situation.now_seconds) for found in chosen)
+        sum(worth_seconds(keys[each.replica_id], situation.now_seconds) for each in chosen)
         for count in range(1, len(idle) + 1)
         for chosen in combinations(idle, count)
         if enough(situation, node, chosen)
