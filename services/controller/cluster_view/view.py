@@ -311,6 +311,8 @@ class Refusal:
         at_seconds: Since when.
         disturbs: It was looked for room that others would have had to make.
         retry_at_seconds: Time alone may make room then; None = only a change does.
+        room_for: Room is being made for so many replicas at least, and who lacks more is looked at again;
+            0 = none is, or no more can be made.
     """
 
     reason: str
@@ -318,6 +320,7 @@ class Refusal:
     at_seconds: float = 0.0
     disturbs: bool = False
     retry_at_seconds: float | None = None
+    room_for: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,6 +375,7 @@ class Policy:
         hysteresis_ratio: A running or idle replica is disturbed only when that gains this many times what it
             costs (SHEPHERD's lambda, NSDI '23).
         waiting_bound_seconds: Who waits for longer than this is not held back by hysteresis any more.
+        rooms_at_once: Of one model that lacks several replicas, room is made for so many at a time; ≥ 1.
         queue_age_seconds: Sessions that wait for a place in a batch for this long want one more replica.
         migration_candidates: Nodes looked at for a move, the most promising first.
         move_seconds_per_token: Until a model's moves are measured.
@@ -392,6 +396,7 @@ class Policy:
     may_migrate: bool = False
     hysteresis_ratio: float = 1.0
     waiting_bound_seconds: float = 120.0
+    rooms_at_once: int = 16
     queue_age_seconds: float = 5.0
     migration_candidates: int = 8
     move_seconds_per_token: float = 0.0005

@@ -139,7 +139,7 @@ class Cheapest:
                 least_seconds = self._destinations.least_seconds(mover.name)
                 if least_seconds is None:
                     return
-                moves_seconds = max(moves_seconds, least_seconds + mover.disturbance_seconds)
+                moves_seconds = max(moves_seconds, least_seconds + mover.move_seconds)
             if self._limit is not None and self._rank(chosen, (), moves_seconds) >= self._limit:
                 return
         self._assign(chosen, movers, ())
@@ -177,7 +177,7 @@ class Cheapest:
             to_node_id=node.node_id,
             to_devices=devices,
             estimate=destination.estimate,
-            seconds=mover.disturbance_seconds,
+            seconds=mover.move_seconds,
         )
 
     def _option(self, chosen: tuple[Victim, ...], moves: tuple[Move, ...]) -> Option:

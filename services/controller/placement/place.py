@@ -10,7 +10,9 @@ The decision, in this order:
    the cheapest (`options`), their worth counted `hysteresis_ratio` times against it.
 4. The smallest sum wins; in equal steps of `tie_seconds` the smaller disturbance does, then the node with
    more preferred labels, then the node's name. A pinned model's replicas are never victims.
-5. No option: `Wait`, and why. Room that is being made already is waited for, never made twice.
+5. No option: `Wait`, and why. Room that is being made already is waited for, never made twice: for a model
+   that lacks several replicas as many rooms are made at a time (`rooms_at_once`), for one of several devices
+   one.
 
 Nodes are looked at best first until no other can be better (`search`).
 """
@@ -34,7 +36,7 @@ from services.controller.placement.room import (
     host_has_room,
     never_fits,
     on_node,
-    room_is_being_made,
+    rooms_being_made,
     situation_of,
 )
 from services.controller.placement.search import search
@@ -91,11 +93,14 @@ class Wait:
         reason: Says nothing that changes while nothing is decided.
         details: What it is like now, for an explanation.
         retry_at_seconds: When time alone may have made room; None = never.
+        room_for: Room is being made for so many replicas, and who lacks more may have more made; 0 = no more
+            can be made now.
     """
 
     reason: str
     details: tuple[str, ...] = ()
     retry_at_seconds: float | None = None
+    room_for: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +121,7 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
     policy: Policy,
     *,
     may_disturb: bool = True,
+    lacking: int = 1,
     exhaustive: bool = False,
 ) -> Decision:
     """Decide where one more replica of a model starts.
@@ -126,18 +132,20 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
         now_seconds: The view's clock.
         policy: Constants.
         may_disturb: Replicas of other models may be stopped or moved for it.
+        lacking: How many replicas it wants beyond those it has or is getting, at least this one.
         exhaustive: Look at every node: the same choice, slowly; every option is in the answer.
     """
-    situation = situation_of(view, name, now_seconds, policy, may_disturb=may_disturb)
+    lacking = min(lacking, policy.rooms_at_once)
+    situation = situation_of(view, name, now_seconds, policy, may_disturb=may_disturb, lacking=lacking)
     if view.nodes and not _some_node_fits(situation):
         return _unplaceable(situation)
-    making_room = _making_room(situation)
-    if making_room is not None:
+    making_room, rooms = _making_room(situation)
+    if rooms >= lacking or (rooms and situation.wanted.slots > 1):
         situation = situation_of(view, name, now_seconds, policy, may_disturb=False)
     found = search(situation, exhaustive=exhaustive)
     best = found.best
     if best is None:
-        return _wait(situation, making_room)
+        return _wait(situation, making_room, rooms)
     if best.moves:
         moved = {move.replica_id for move in best.moves}
         return Migrate(
@@ -168,24 +176,27 @@ def _some_node_fits(situation: Situation) -> bool:
     return any(can_ever(wanted, nodes[node_id], index.summaries[node_id]) for node_id in carriers)
 
 
-def _making_room(situation: Situation) -> NodeId | None:
-    """Return the first node on which replicas on their way out leave enough room for this model."""
+def _making_room(situation: Situation) -> tuple[NodeId | None, int]:
+    """Return the first node on which replicas on their way out leave room, and for how many of the model."""
     index, nodes = situation.index, situation.view.nodes
     leaving: set[NodeId] = {*index.leaving.get(ANYBODY, ()), *index.leaving.get(situation.model.name, ())}
+    first, rooms = None, 0
     for node_id in sorted(leaving):
         node, summary = nodes[node_id], index.summaries[node_id]
-        if (
-            summary.is_open
-            and can_ever(situation.wanted, node, summary)
-            and room_is_being_made(situation, node)
-        ):
-            return node_id
-    return None
+        if summary.is_open and can_ever(situation.wanted, node, summary):
+            here = rooms_being_made(situation, node)
+            if here and first is None:
+                first = node_id
+            rooms += here
+    return first, rooms
 
 
-def _wait(situation: Situation, making_room: NodeId | None) -> Wait:
+def _wait(situation: Situation, making_room: NodeId | None, rooms: int) -> Wait:
     if making_room is not None:
-        return Wait(reason=f"{making_room} is stopping a replica to make room")
+        reason = f"{making_room} is stopping a replica to make room"
+        if not situation.may_disturb:
+            return Wait(reason=reason, room_for=rooms if situation.wanted.slots == 1 else 0)
+        return Wait(reason=reason, retry_at_seconds=_retry_at_seconds(situation))
     if not situation.view.nodes:
         return Wait(reason="no node has joined the cluster yet: is a node agent running?")
     nodes = situation.view.nodes

@@ -140,6 +140,7 @@ class Situation:
         policy: Constants.
         may_disturb: Replicas of other models may be stopped or moved for it.
         waited_too_long: Nobody may hold it back any more.
+        lacking: How many replicas it wants beyond those it has or is getting.
     """
 
     view: View
@@ -150,13 +151,20 @@ class Situation:
     policy: Policy
     may_disturb: bool = True
     waited_too_long: bool = False
+    lacking: int = 1
 
 
 _make_situation = maker_of(Situation)
 
 
-def situation_of(
-    view: View, name: ModelName, now_seconds: float, policy: Policy, *, may_disturb: bool = True
+def situation_of(  # noqa: PLR0913 - what a decision is about, each named by its caller
+    view: View,
+    name: ModelName,
+    now_seconds: float,
+    policy: Policy,
+    *,
+    may_disturb: bool = True,
+    lacking: int = 1,
 ) -> Situation:
     """Return what every node of a decision about `name` shares."""
     demand, index = view.demands.get(name), index_of(view)
@@ -168,6 +176,7 @@ def situation_of(
         now_seconds=now_seconds,
         policy=policy,
         may_disturb=may_disturb,
+        lacking=lacking,
         waited_too_long=demand is not None
         and now_seconds - demand.since_seconds > policy.waiting_bound_seconds,
     )
@@ -325,8 +334,11 @@ def on_node(situation: Situation, node: Node) -> tuple[Member, ...]:
     return tuple(member(situation.view, reservation) for reservation in found)
 
 
-def room_is_being_made(situation: Situation, node: Node) -> bool:
-    """Tell whether replicas on their way out will leave enough room, and for this model."""
+def rooms_being_made(situation: Situation, node: Node) -> int:
+    """Return for how many replicas of this model those on their way out of a node will leave room.
+
+    For a model of several devices that is one at most: they leave room together with slots that are free.
+    """
     leaving = tuple(
         found.reservation
         for found in on_node(situation, node)
@@ -334,7 +346,12 @@ def room_is_being_made(situation: Situation, node: Node) -> bool:
         and found.reservation.stopping_for in (None, situation.model.name)
         and found.reservation.model in situation.view.models
     )
-    return bool(leaving) and not enough(situation, node, ()) and enough(situation, node, leaving)
+    if not leaving or enough(situation, node, ()) or not enough(situation, node, leaving):
+        return 0
+    if situation.wanted.slots > 1:
+        return 1
+    fitting = situation.wanted.slots_that_fit(situation.index.summaries[node.node_id].shape)
+    return sum(slot in fitting for found in leaving for slot in found.devices)
 
 
 def live_replicas(situation: Situation, name: ModelName) -> int:

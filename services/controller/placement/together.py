@@ -35,11 +35,12 @@ MAX_PLACEMENTS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A model that wants a replica, and what may be done for it."""
+    """A model that wants a replica, what may be done for it, and how many it lacks."""
 
     name: ModelName
     policy: Policy
     may_disturb: bool
+    lacking: int = 1
 
 
 def order_together(view: View, asks: Sequence[Ask], now_seconds: float) -> tuple[Ask, ...]:
@@ -87,7 +88,14 @@ class _Orders:
             if not self._left:
                 return
             self._left -= 1
-            decision = place(view, ask.name, self._now_seconds, ask.policy, may_disturb=ask.may_disturb)
+            decision = place(
+                view,
+                ask.name,
+                self._now_seconds,
+                ask.policy,
+                may_disturb=ask.may_disturb,
+                lacking=ask.lacking,
+            )
             if isinstance(decision, Placed | StopIdle | Migrate):
                 found[ask.name] = decision
                 bound_seconds += decision.options[0].cost_seconds

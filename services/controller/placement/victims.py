@@ -31,6 +31,7 @@ class Victim:
         wait_seconds: Until its slots are free, at least.
         disturbance_seconds: What it costs others, at least.
         moves: It would have to be moved.
+        move_seconds: How long that takes once its destination is ready.
         drains: It would be drained.
     """
 
@@ -39,6 +40,7 @@ class Victim:
     wait_seconds: float
     disturbance_seconds: float
     moves: bool = False
+    move_seconds: float = 0.0
     drains: bool = False
 
 
@@ -93,16 +95,23 @@ def victims_on(situation: Situation, node: Node, destinations: Destinations) -> 
 def _busy_victim(
     situation: Situation, trait: Trait, tokens: int, destinations: Destinations
 ) -> Victim | None:
-    """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not."""
+    """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not.
+
+    A move holds two places until its destination is ready. Where the model lacks more replicas than this one
+    that time is another one's wait, and counts.
+    """
     policy, name = situation.policy, trait.reservation.model
     if policy.may_migrate:
         seconds = move_seconds(situation.view, name, tokens, policy)
+        start_seconds = destinations.swiftest_seconds(name)
+        held_seconds = start_seconds if situation.lacking > 1 else 0.0
         return make_victim(
             reservation=trait.reservation,
             name=name,
-            wait_seconds=destinations.swiftest_seconds(name) + seconds,
-            disturbance_seconds=seconds,
+            wait_seconds=start_seconds + seconds,
+            disturbance_seconds=seconds + held_seconds,
             moves=True,
+            move_seconds=seconds,
         )
     if not _has_stayed(situation, trait, policy.waiting_bound_seconds):
         return None

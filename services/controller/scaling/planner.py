@@ -77,7 +77,7 @@ class Planner:
             )
         )
 
-    def refuse(
+    def refuse(  # noqa: PLR0913 - what a refusal says, each named by its caller
         self,
         name: ModelName,
         reason: str,
@@ -85,6 +85,7 @@ class Planner:
         *,
         disturbs: bool,
         retry_at_seconds: float | None = None,
+        room_for: int = 0,
     ) -> None:
         """Note why a model gets no replica now, if that is news."""
         if retry_at_seconds is not None:
@@ -96,6 +97,7 @@ class Planner:
             at_seconds=self.now_seconds,
             disturbs=disturbs,
             retry_at_seconds=retry_at_seconds,
+            room_for=room_for,
         )
         if before is None or replace(before, at_seconds=self.now_seconds) != refusal:
             self.note(Refused(model=name, refusal=refusal))

@@ -23,7 +23,7 @@ from __future__ import annotations
 from services.controller.cluster_view.view import Policy, View
 from services.controller.scaling.actions import Plan
 from services.controller.scaling.planner import Planner
-from services.controller.scaling.starting import start_what_is_wanted
+from services.controller.scaling.starting import lacks_more_room, start_what_is_wanted
 from services.controller.scaling.stopping import (
     check_nodes,
     release_what_is_gone,
@@ -74,4 +74,5 @@ def _only_waits(planner: Planner, name: ModelName) -> bool:
         and name in view.refusals
         and name not in planner.index.tallies
         and planner.still_waits(name, may_disturb=is_asked_for)
+        and not lacks_more_room(planner, name)
     )

@@ -23,7 +23,7 @@ from services.controller.placement.place import (
 )
 from services.controller.placement.together import MAX_TOGETHER, Ask, order_together
 from services.controller.scaling.actions import Migrate as MigrateAction
-from services.controller.scaling.actions import Start, Stop
+from services.controller.scaling.actions import Note, Start, Stop
 from services.controller.scaling.planner import Planner
 from services.controller.scaling.stopping import LIVE
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -52,8 +52,15 @@ def _start_together(planner: Planner, names: Iterable[ModelName], cold: set[Mode
     asks = []
     for name in names:
         terms = _terms(planner, name, cold)
-        if not planner.still_waits(name, may_disturb=terms.may_disturb):
-            asks.append(Ask(name=name, policy=terms.policy, may_disturb=terms.may_disturb))
+        if not _still_waits(planner, name, terms):
+            asks.append(
+                Ask(
+                    name=name,
+                    policy=terms.policy,
+                    may_disturb=terms.may_disturb,
+                    lacking=lacking(planner, name),
+                )
+            )
     for first in range(0, len(asks), MAX_TOGETHER):
         batch = asks[first : first + MAX_TOGETHER]
         if first < MAX_BATCHES * MAX_TOGETHER:
@@ -74,7 +81,7 @@ def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelNam
             actions = len(planner.actions)
             if _wants(planner, name):
                 _start_unless_it_still_waits(planner, name, cold)
-                if any(isinstance(action, Start) for action in planner.actions[actions:]):
+                if any(not isinstance(action, Note) for action in planner.actions[actions:]):
                     started.append(name)
         names = started
 
@@ -82,8 +89,20 @@ def _start_more(planner: Planner, names: Iterable[ModelName], cold: set[ModelNam
 def _start_unless_it_still_waits(planner: Planner, name: ModelName, cold: set[ModelName]) -> None:
     """Start one more, unless nothing has changed since that was refused."""
     terms = _terms(planner, name, cold)
-    if not planner.still_waits(name, may_disturb=terms.may_disturb):
+    if not _still_waits(planner, name, terms):
         _start(planner, name, terms)
+
+
+def _still_waits(planner: Planner, name: ModelName, terms: _Terms) -> bool:
+    return planner.still_waits(name, may_disturb=terms.may_disturb) and not lacks_more_room(planner, name)
+
+
+def lacks_more_room(planner: Planner, name: ModelName) -> bool:
+    """Tell whether room is being made for a model, but not for all replicas that it lacks by now."""
+    refusal = planner.view.refusals.get(name)
+    if refusal is None or not refusal.room_for:
+        return False
+    return refusal.room_for < min(lacking(planner, name), planner.policy.rooms_at_once)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +140,15 @@ def _terms(planner: Planner, name: ModelName, cold: set[ModelName]) -> _Terms:
 
 def _wants(planner: Planner, name: ModelName) -> bool:
     """Tell whether the model wants one more replica than it has or is getting."""
+    return lacking(planner, name) > 0
+
+
+def lacking(planner: Planner, name: ModelName) -> int:
+    """Return how many replicas the model wants beyond those that it has or is getting; 0 or less = none."""
     model = planner.view.models.get(name)
     if model is None:
-        return False
-    return _live(planner, name) < _desired(planner, model, members_of(planner.view, name))
+        return 0
+    return _desired(planner, model, members_of(planner.view, name)) - _live(planner, name)
 
 
 def _live(planner: Planner, name: ModelName) -> int:
@@ -209,8 +233,14 @@ def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[i
 
 
 def _start(planner: Planner, name: ModelName, terms: _Terms) -> None:
-    may_disturb = terms.may_disturb
-    decision = place(planner.view, name, planner.now_seconds, terms.policy, may_disturb=may_disturb)
+    decision = place(
+        planner.view,
+        name,
+        planner.now_seconds,
+        terms.policy,
+        may_disturb=terms.may_disturb,
+        lacking=lacking(planner, name),
+    )
     planner.decisions.append((name, decision))
     match decision:
         case Placed():
@@ -232,12 +262,19 @@ def _say_why_it_waits(planner: Planner, name: ModelName, decision: Decision, ter
     may_disturb = terms.may_disturb
     match decision:
         case StopIdle(node_id=node_id):
-            planner.refuse(name, f"{node_id} is stopping a replica to make room", disturbs=may_disturb)
+            planner.refuse(
+                name, f"{node_id} is stopping a replica to make room", disturbs=may_disturb, room_for=1
+            )
         case Migrate(node_id=node_id):
-            planner.refuse(name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb)
-        case Wait(reason=reason, retry_at_seconds=retry_at_seconds):
+            planner.refuse(
+                name, f"{node_id} is moving a replica away to make room", disturbs=may_disturb, room_for=1
+            )
+        case Wait(reason=reason, retry_at_seconds=retry_at_seconds, room_for=room_for):
             moments = [moment for moment in (retry_at_seconds, terms.again_seconds) if moment is not None]
-            planner.refuse(name, reason, disturbs=may_disturb, retry_at_seconds=min(moments, default=None))
+            retry_at_seconds = min(moments, default=None)
+            planner.refuse(
+                name, reason, disturbs=may_disturb, retry_at_seconds=retry_at_seconds, room_for=room_for
+            )
         case Unplaceable(code=code, reasons=reasons):
             planner.refuse(name, "; ".join(reasons), code, disturbs=may_disturb)
         case Placed():

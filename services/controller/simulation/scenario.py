@@ -42,7 +42,9 @@ POLICIES: dict[str, Callable[[int], Decider]] = {
     "stoker": lambda _seed: Ours("stoker", Policy(may_migrate=True), limits=Limits()),
     "reactive": lambda _seed: Ours("stoker without forecasts", Policy(may_migrate=True)),
     "locality": lambda _seed: Ours("the same without moving", Policy(may_migrate=False)),
-    "shepherd": lambda _seed: Ours("preempting (Shepherd*)", Policy(may_migrate=True), preempts=True),
+    "shepherd": lambda _seed: Ours(
+        "preempting (Shepherd*)", Policy(may_migrate=True, rooms_at_once=1), preempts=True
+    ),
     "serverless": baselines.serverless,
     "ray": baselines.ray_serve,
     "ray-cache": baselines.ray_serve_with_cache,
