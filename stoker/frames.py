@@ -1,8 +1,8 @@
-"""Frames between two processes of one host: each message after its length, 4 bytes little endian.
+"""Frames between two processes: each message after its length, 4 bytes little endian.
 
 gRPC hands every message to a thread of its own before the event loop sees it, and takes 0.3 to 0.4 ms from
-one process to another; a plain socket takes a third of that. `FrameLink` is for the one place where a client
-waits for it: tokens between a node agent and its worker (decision 0023).
+one process to another; a plain socket takes a third of that. `FrameLink` is for the two places where a client
+waits for it: tokens between a worker and its node agent, and on to the gateway (decision 0023).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from stoker.errors import PeerError
 from stoker.units import MIB
@@ -61,6 +62,14 @@ class FrameReader:
                 yield bytes(self._bytes[body:begin])
         finally:
             del self._bytes[:begin]
+
+
+class Link(Protocol):
+    """Where messages for the other end go: a `FrameLink`, or whatever stands for one."""
+
+    def send(self, body: bytes) -> None:
+        """Send a message."""
+        ...
 
 
 class FrameLink:

@@ -31,6 +31,9 @@ KV_BYTES = Counter(
 KV_FAILURES = Counter(
     "stoker_kv_not_shipped", "Shipments of keys and values that failed, by cause.", ["direction", "cause"]
 )
+REFUSED_STRANGERS = Counter(
+    "stoker_session_links_refused", "Connections for sessions that brought no ticket, or not in time."
+)
 FAILED_STARTS = Counter("stoker_failed_starts", "Loads that a worker refused.")
 
 

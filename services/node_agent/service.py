@@ -17,6 +17,7 @@ from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.store_peers import StorePeers
 from services.node_agent.store_watch import StoreWatch
 from services.node_agent.workers import session_socket
+from services.node_agent.workers.replica_workers import SOCKET_SUFFIX, STORE_SUFFIX
 from stoker import __version__, log
 from stoker.errors import ConfigError
 from stoker.ids import new_id
@@ -123,7 +124,7 @@ def prepare_run_dir(run_dir: Path) -> None:
             try:
                 probe.connect(str(path))
             except (ConnectionRefusedError, FileNotFoundError):
-                path.unlink(missing_ok=True)
-                path.with_suffix(session_socket.SUFFIX).unlink(missing_ok=True)
+                for suffix in (path.suffix, session_socket.SUFFIX, SOCKET_SUFFIX, STORE_SUFFIX):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
             except OSError:
                 continue  # somebody else's, or busy: not ours to remove

@@ -15,7 +15,7 @@ from services.node_agent.sessions.kv_shipping import KvShipping
 from services.node_agent.sessions.linked_sessions import serve_link
 from services.node_agent.sessions.session_listener import SessionListener
 from services.node_agent.sessions.session_moves import ask_to_move
-from services.node_agent.sessions.session_sources import open_source
+from services.node_agent.sessions.session_sources import Watch, open_source
 from stoker import log
 from stoker.ids import ReplicaId
 from stoker.v1.node_agent_pb2 import (
@@ -109,24 +109,20 @@ class Servicer(NodeAgentServicer):
                 await self._generate_kept(request, context)
                 return
             async with self._host.session(request) as session:
-                start = self._host.awaited_start(request.replica_id)
-                arriving = self._host.moves.round(request)
+                watch = Watch(self._host, request)
                 while True:
                     event = await session.next()
-                    start.add_to(event)
-                    arriving.saw(event)
+                    watch.saw(event)
                     await context.write(event)
                     if event.finish_reason:
                         return
 
     async def _generate_kept(self, request: GenerateRequest, context: Context) -> None:
         """As `_generate`, for a session that outlives this call."""
-        start = self._host.awaited_start(request.replica_id)
-        arriving = self._host.moves.round(request)
+        watch = Watch(self._host, request)
         async with aclosing(self._host.generate_kept(request)) as events:
             async for event in events:
-                start.add_to(event)
-                arriving.saw(event)
+                watch.saw(event)
                 await context.write(event)
 
     async def FindSessions(  # noqa: N802 - the name of the rpc

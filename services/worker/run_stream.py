@@ -14,13 +14,14 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from services.worker import wire
 from services.worker.engine.engine_thread import EngineThread
 from services.worker.engine.protocol import Finished, Output, Submit
 from stoker import log
 from stoker.errors import AlreadyExists, Fenced, InvalidRequest, NotFound, StokerError
+from stoker.frames import Link
 from stoker.ids import SessionId
 from stoker.v1.model_pb2 import AdapterSpec
 from stoker.v1.session_pb2 import GenerateRequest
@@ -30,14 +31,6 @@ if TYPE_CHECKING:  # torch: imported only when the worker is warm
     from services.worker.engine.adapted_rows import AdapterWeights
     from services.worker.engine.adapter_cache import AdapterCache
     from services.worker.kv.kv_desk import KvDesk
-
-
-class Link(Protocol):
-    """A connection to the agent that any thread may send to; see `stoker.frames`."""
-
-    def send(self, body: bytes) -> None:
-        """Send a message."""
-        ...
 
 
 class RunStream:

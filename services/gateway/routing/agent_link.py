@@ -11,13 +11,13 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from stoker.errors import DeadlineExceeded, PeerError, StokerError
-from stoker.frames import FrameLink
+from stoker.frames import FrameLink, Link
 from stoker.rpc import MAX_MESSAGE_BYTES, UNREACHABLE, cancelled_after, decode, translated
 from stoker.tcp import dial, parse_address
 from stoker.v1.session_link_pb2 import (
@@ -36,14 +36,6 @@ Calling = grpc.aio.UnaryStreamCall[Any, Any]
 
 LINK_SECONDS = 10.0
 """Until the agent has taken the connection, or there is none."""
-
-
-class Link(Protocol):
-    """A connection to the agent; see `stoker.frames`."""
-
-    def send(self, body: bytes) -> None:
-        """Send a message."""
-        ...
 
 
 class AgentLink:
@@ -282,7 +274,9 @@ async def _connect(offered: str, address: str, peer: str) -> socket.socket:
     try:
         async with asyncio.timeout(LINK_SECONDS):
             return await dial(parse_address(where))
-    except (OSError, TimeoutError) as error:
+    except TimeoutError:
+        raise PeerError(f"{peer} takes no sessions at {where}: no answer within {LINK_SECONDS:g} s") from None
+    except OSError as error:
         raise PeerError(f"{peer} takes no sessions at {where}: {error}") from error
 
 

@@ -63,10 +63,10 @@ class Reattachment:
                 param="idempotency-key",
             )
         at = {known.replica_id: known for known in route.replicas}
+        first_epoch = first_epoch_of(job.trace.unix_seconds)
         places = []
         for choice, session in enumerate(sessions):
             mine = [kept for kept in found if kept.session_id == session.session_id]
-            first_epoch = first_epoch_of(job.trace.unix_seconds)
             session.own_after(max([first_epoch - 1, *(kept.epoch for kept in mine)]))
             best = max(filter(lambda kept: _is_usable(kept, session, route), mine), key=_length, default=None)
             if best is not None and best.tokens:

@@ -119,9 +119,8 @@ class KeptSessions:
         self._spawn = spawn
         self._limits = limits
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._running: dict[
-            tuple[str, int], _Kept
-        ] = {}  # by session and epoch: a mover and its source are two
+        self._running: dict[tuple[str, int], _Kept] = {}
+        """By session and epoch: those of a mover and of its source are two."""
         self._weight = 0
 
     async def generate(self, request: GenerateRequest, revision: str) -> AsyncGenerator[GenerateEvent]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
 from services.node_agent.sessions.session_listener import SessionListener
 from services.node_agent.sessions.session_sources import OpenSource, Source
 from stoker.errors import PeerError
-from stoker.frames import FrameLink
+from stoker.frames import FrameLink, Link
 from stoker.rpc import encode, own_error
 from stoker.v1.session_link_pb2 import LinkNews, LinkOffer, LinkOrder, LinkSessionsEvent, LinkTaken
 from stoker.v1.session_pb2 import GenerateRequest
@@ -48,14 +47,6 @@ async def serve_link(listener: SessionListener, open_source: OpenSource) -> Asyn
     finally:
         link.close()
         sessions.close()
-
-
-class Link(Protocol):
-    """A connection to the gateway; see `stoker.frames`."""
-
-    def send(self, body: bytes) -> None:
-        """Send a message."""
-        ...
 
 
 class LinkedSessions:
@@ -116,17 +107,19 @@ class _Call:
         calls: Of that link; it takes itself off when it ends.
     """
 
-    __slots__ = ("_calls", "_link", "_number", "_room", "_source")
+    __slots__ = ("_calls", "_link", "_number", "_room", "_session_id", "_source")
 
     def __init__(self, number: int, link: Link, calls: dict[int, _Call]) -> None:
         self._number = number
         self._link = link
         self._calls = calls
         self._source: Source | None = None
+        self._session_id = ""
         self._room = WINDOW_EVENTS
 
     def begin(self, open_source: OpenSource, request: GenerateRequest) -> None:
         """Run the session; a refusal is the call's one message."""
+        self._session_id = request.session_id
         try:
             self._source = open_source(request, self._pass_on)
         except Exception as error:  # noqa: BLE001 - the boundary of a call
@@ -157,6 +150,6 @@ class _Call:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        told = encode(own_error(error, "a session's call"))
+        told = encode(own_error(error, f"session {self._session_id}"))
         self._link.send(LinkNews(call=self._number, error=told).SerializeToString())
         self.end()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
 from stoker.errors import BY_CODE, CapacityError, Fenced, PeerError, QueueFull, StokerError
+from stoker.frames import Link
 from stoker.rpc import cancelled_after, translated
 from stoker.v1.session_pb2 import GenerateEvent, GenerateRequest, Leave
 from stoker.v1.worker_pb2 import CancelSession, LoadEnd, RunCommand, SessionEvent, StepEvent
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 MAX_BUFFERED_EVENTS = 4096
 """Of one session, when its client reads more slowly than the worker generates."""
-
-
-class Link(Protocol):
-    """A connection to the worker; see `stoker.frames`."""
-
-    def send(self, body: bytes) -> None:
-        """Send a message."""
-        ...
 
 
 class RelayedSession:

@@ -11,7 +11,9 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from services.node_agent import metrics
 from stoker import log
+from stoker.accepting import serve_connections
 from stoker.errors import CapacityError, ConfigError, InvalidRequest, PeerError
 from stoker.frames import LENGTH_BYTES
 from stoker.tcp import listen, parse_address, send_at_once
@@ -24,8 +26,6 @@ MAX_STRANGERS = 64
 MAX_TICKETS = 1024
 """Given out and not used yet."""
 BACKLOG = 128
-ACCEPT_PAUSE_SECONDS = 1.0
-"""After the system refused a connection, for want of descriptors."""
 
 
 class Offer:
@@ -80,7 +80,7 @@ class SessionListener:
         self.port = self._listener.getsockname()[1]
         self._advertised = advertised or f":{self.port}"
         self._offers: dict[bytes, Offer] = {}
-        self._strangers: set[asyncio.Task[None]] = set()
+        self._strangers = 0
 
     @asynccontextmanager
     async def offer(self) -> AsyncIterator[Offer]:
@@ -104,49 +104,50 @@ class SessionListener:
 
     async def run(self) -> None:
         """Take connections until cancelled."""
-        loop = asyncio.get_running_loop()
         try:
-            while True:
-                try:
-                    connection, _ = await loop.sock_accept(self._listener)
-                except OSError as error:
-                    log.get().error("sessions.accept_failed", message=str(error))
-                    await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
-                    continue
-                self._greet(connection)
+            await serve_connections(self._listener, self._greet, name="sessions")
         finally:
-            for task in self._strangers:
-                task.cancel()
-            await asyncio.gather(*self._strangers, return_exceptions=True)
             self._listener.close()
 
     def close(self) -> None:
         """Listen no more; for one that never ran."""
         self._listener.close()
 
-    def _greet(self, connection: socket.socket) -> None:
-        if len(self._strangers) >= MAX_STRANGERS:
-            connection.close()
-            return
-        task = asyncio.create_task(self._receive_ticket(connection), name="greet a gateway")
-        self._strangers.add(task)
-        task.add_done_callback(self._strangers.discard)
-
-    async def _receive_ticket(self, connection: socket.socket) -> None:
+    async def _greet(self, connection: socket.socket, host: str) -> None:
         """Hand a connection to whom its first message names, or close it."""
-        offer: Offer | None = None
+        is_taken = False
+        self._strangers += 1
         try:
-            connection.setblocking(False)
-            send_at_once(connection)
-            async with asyncio.timeout(GREET_SECONDS):
-                offer = self._offers.pop(await _first_frame(connection), None)
-        except (OSError, TimeoutError) as error:
-            log.get().info("sessions.stranger_left", message=str(error))
+            offer = await self._announced(connection)
+            offer.connection.set_result(connection)
+            is_taken = True
+        except (OSError, PeerError) as error:
+            metrics.REFUSED_STRANGERS.inc()
+            log.get().info("session_link.refused", host=host, reason=str(error))
         finally:
-            if offer is not None and not offer.connection.done():
-                offer.connection.set_result(connection)
-            else:
+            self._strangers -= 1
+            if not is_taken:
                 connection.close()
+
+    async def _announced(self, connection: socket.socket) -> Offer:
+        """Return the offer that a connection's first message names.
+
+        Raises:
+            PeerError: It names none, or not in time, or too many wait to be heard.
+            OSError: It is gone.
+        """
+        if self._strangers > MAX_STRANGERS:
+            raise PeerError(f"{MAX_STRANGERS} others have not sent their tickets")
+        send_at_once(connection)
+        try:
+            async with asyncio.timeout(GREET_SECONDS):
+                ticket = await _first_frame(connection)
+        except TimeoutError:
+            raise PeerError(f"it sent no ticket within {GREET_SECONDS:g} s") from None
+        offer = self._offers.pop(ticket, None)
+        if offer is None or offer.connection.done():
+            raise PeerError("its ticket is not known, or no longer")
+        return offer
 
 
 async def _first_frame(connection: socket.socket) -> bytes:

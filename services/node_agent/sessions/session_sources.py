@@ -64,11 +64,11 @@ class SessionHost(Protocol):
 def open_source(host: SessionHost, request: GenerateRequest, on_news: OnNews) -> Source:
     """Begin a session on a replica of this node; raises StokerError when it is refused."""
     if request.keep_seconds > 0:
-        return FollowedSource(host.generate_kept(request), _Watch(host, request), on_news, request)
+        return FollowedSource(host.generate_kept(request), Watch(host, request), on_news, request)
     return RelayedSource(host, request, on_news)
 
 
-class _Watch:
+class Watch:
     """What every event of a session passes."""
 
     __slots__ = ("_arriving", "_start")
@@ -101,7 +101,7 @@ class RelayedSource:
         self._relay = host.admit(request)
         self._session: RelayedSession = self._relay.open(request)
         self._session.follow(on_news)
-        self._watch = _Watch(host, request)
+        self._watch = Watch(host, request)
 
     def poll(self) -> GenerateEvent | None:
         """See `Source`."""
@@ -128,7 +128,7 @@ class FollowedSource:
     def __init__(
         self,
         events: AsyncGenerator[GenerateEvent],
-        watch: _Watch | None,
+        watch: Watch | None,
         on_news: OnNews,
         request: GenerateRequest,
     ) -> None:

@@ -121,6 +121,47 @@ async def test_only_a_ticket_makes_a_connection_and_each_makes_one() -> None:
             assert await _ended(again)
 
 
+async def test_a_stranger_that_says_nothing_or_says_it_too_slowly_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_listener, "GREET_SECONDS", 0.05)
+    async with listening() as listener:
+        address = ("127.0.0.1", listener.port)
+        with await dial(address) as silent, await dial(address) as slow:
+            await asyncio.get_running_loop().sock_sendall(slow, framed(bytes(TICKET_BYTES))[:-1])
+
+            assert await _ended(silent)
+            assert await _ended(slow)
+
+
+async def test_strangers_beyond_the_limit_are_refused_until_others_have_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_listener, "MAX_STRANGERS", 2)
+    async with listening() as listener, listener.offer() as offer, asyncio.timeout(LIMIT_SECONDS):
+        address = ("127.0.0.1", listener.port)
+        strangers = [await dial(address) for _ in range(3)]
+        assert await _ended(strangers[2])
+        assert not offer.connection.done()
+        for stranger in strangers:
+            stranger.close()
+        while not offer.connection.done():  # the listener has to see that they have gone
+            with await dial(address) as gateway:
+                await asyncio.get_running_loop().sock_sendall(gateway, framed(offer.ticket))
+                ended = asyncio.create_task(_ended(gateway))
+                await asyncio.wait([ended, offer.connection], return_when=asyncio.FIRST_COMPLETED)
+                ended.cancel()
+                await asyncio.wait([ended])
+        (await offer.taken()).close()
+
+
+async def test_strangers_are_let_go_when_the_agent_ends() -> None:
+    async with listening() as listener:
+        stranger = await dial(("127.0.0.1", listener.port))
+    with stranger:
+        assert await _ended(stranger)
+
+
 async def test_an_offer_that_nobody_takes_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_listener, "GREET_SECONDS", 0.01)
     async with listening("agent.example:7074") as listener, listener.offer() as offer:
