@@ -25,6 +25,8 @@ from stoker.ids import ModelName, NodeId, ReplicaId
 
 MAX_SHIFTS = 16
 """Ordered in one look."""
+PATCHES_SECONDS = 5.0
+"""From one look for patchy nodes to the next: it goes through all models."""
 SETTLE_SECONDS = 5.0
 """Added to what a move is expected to take, before its replicas are looked at again: reports come late."""
 
@@ -72,7 +74,7 @@ class Rebalanced:
         took: Until when replicas give no sessions, having taken some.
         gave: Until when replicas take no sessions, having given some.
         rests: Until when no node is cleared for a model.
-        clears_until_seconds: Until when no other node is cleared.
+        clears_until_seconds: Until when no node is cleared, nor looked for.
     """
 
     shifts: tuple[Shift, ...] = ()
@@ -166,7 +168,8 @@ def _with_clearing(
     found, looked = clear_a_node(view, rests.keys(), now_seconds, policy, terms)
     rests |= dict.fromkeys(looked, now_seconds + limits.rest_seconds / 4)
     if found is None:
-        return replace(before, clearing=None, rests=rests)
+        until_seconds = now_seconds + PATCHES_SECONDS
+        return replace(before, clearing=None, rests=rests, clears_until_seconds=until_seconds)
     rests[found.model] = now_seconds + limits.rest_seconds
     until_seconds = now_seconds + found.seconds + SETTLE_SECONDS
     return replace(before, clearing=found, rests=rests, clears_until_seconds=until_seconds)

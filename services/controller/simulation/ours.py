@@ -46,8 +46,10 @@ from services.controller.cluster_view.view import (
 )
 from services.controller.scaling.actions import Action, Migrate, Note, Release, Start, Stop
 from services.controller.scaling.foresight import Limits
+from services.controller.scaling.rebalancing import RebalanceLimits
 from services.controller.scaling.reconcile import reconcile
 from services.controller.simulation.hardware import ModelSpec
+from services.controller.simulation.levelling import Levelling
 from services.controller.simulation.looking_ahead import LookingAhead
 from services.controller.simulation.parts import Phase as Standing
 from services.controller.simulation.parts import SimNode, SimReplica, Tiers
@@ -72,12 +74,19 @@ class Ours:
         preempts: Where it would move a replica, end it instead, and begin its sessions again: the paper's
             "Shepherd*", which has our estimates and our choice of node, but no migration.
         limits: What forecasts may do; None = there are none.
+        levels: What rebalancing may do; None = there is none.
     """
 
     keeps_tokens = True
 
     def __init__(
-        self, name: str, policy: Policy, *, preempts: bool = False, limits: Limits | None = None
+        self,
+        name: str,
+        policy: Policy,
+        *,
+        preempts: bool = False,
+        limits: Limits | None = None,
+        levels: RebalanceLimits | None = None,
     ) -> None:
         self.name = name
         self.tiers = Tiers()
@@ -86,6 +95,7 @@ class Ours:
         )
         self._preempts = preempts
         self._ahead = LookingAhead(limits) if limits is not None else None
+        self._levelling = Levelling(levels) if levels is not None else None
         self._view = View()
         self._waiters: Counter[ModelName] = Counter()
         self._queues: dict[ModelName, tuple[int, tuple[SimReplica, ...]]] = {}
@@ -102,6 +112,11 @@ class Ours:
             for spec in world.models.values():
                 self._fold(ModelPut(model=_model(spec, world)))
         due_seconds = self._settle(world)
+        if self._levelling is not None:
+            for move in self._levelling.look(self._view, self._policy, self._replicas, world):
+                self._migrate(move, world)
+            levelling_seconds = self._levelling.due_seconds()
+            due_seconds = levelling_seconds if due_seconds is None else min(due_seconds, levelling_seconds)
         if self._ahead is None:
             return due_seconds
         if self._ahead.is_due(world.now):

@@ -158,6 +158,8 @@ class Counters:
     preemptions: int = 0
     displacements: int = 0
     migrations: int = 0
+    shifts: int = 0
+    """Sessions that moved alone, without their replica."""
     bytes_by_tier: dict[str, int] = field(default_factory=dict)
     busy_device_seconds: float = 0.0
     """Devices that computed for somebody."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from services.controller.cluster_view.view import Policy
 from services.controller.scaling.foresight import Limits
+from services.controller.scaling.rebalancing import RebalanceLimits
 from services.controller.simulation import baselines
 from services.controller.simulation.hardware import (
     H100,
@@ -39,7 +40,9 @@ H100_NODE = NodeSpec(
 HARDWARE: dict[str, NodeSpec] = {"paper": PAPER_NODE, "h100": H100_NODE}
 
 POLICIES: dict[str, Callable[[int], Decider]] = {
-    "stoker": lambda _seed: Ours("stoker", Policy(may_migrate=True), limits=Limits()),
+    "stoker": lambda _seed: Ours(
+        "stoker", Policy(may_migrate=True), limits=Limits(), levels=RebalanceLimits()
+    ),
     "reactive": lambda _seed: Ours("stoker without forecasts", Policy(may_migrate=True)),
     "locality": lambda _seed: Ours("the same without moving", Policy(may_migrate=False)),
     "shepherd": lambda _seed: Ours(

@@ -10,6 +10,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 from services.controller.simulation.clock import VirtualClock
@@ -287,6 +288,19 @@ class World:
         else:
             target.when_ready = lambda: self._copy(replica, target)
         return target
+
+    def shift(self, replica: SimReplica, target: SimReplica, count: int) -> None:
+        """Move some of a replica's sessions, those with the fewest tokens, to another one that is ready."""
+        for session in sorted(replica.sessions, key=self.tokens_of)[:count]:
+            self.clock.after(self.copy_seconds(session), partial(self._shift, session, replica, target))
+
+    def _shift(self, session: Session, replica: SimReplica, target: SimReplica) -> None:
+        """Have a session go on at another replica, if both are still there, and it has a place."""
+        if session.replica is replica and target.free_places > 0:
+            self.counters.shifts += 1
+            self.serving.move(session, target, pause_seconds=SWITCH_SECONDS)
+            self.serving.serve(replica.model.name)
+            self.ask()
 
     def _copy(self, replica: SimReplica, target: SimReplica) -> None:
         copy_seconds = max((self.copy_seconds(session) for session in replica.sessions), default=0.0)

@@ -19,6 +19,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StokerUp]:
-    """A cluster shared by a module's tests; its pool holds eight chunks."""
-    with stoker_up(tmp_path_factory.mktemp("up"), "--pool", "0.125") as running:
+    """A cluster shared by a module's tests; its pool holds eight chunks, and it rebalances soon."""
+    soon = ("rebalance_crowded_seconds=0.2", "rebalance_look_seconds=0.2", "rebalance_hysteresis_ratio=1")
+    settings = [part for each in soon for part in ("--set", f"controller.{each}")]
+    with stoker_up(tmp_path_factory.mktemp("up"), "--pool", "0.125", *settings) as running:
         yield running

@@ -1,15 +1,17 @@
-"""Replicas of one model on real processes: one of two is stopped, one is of two tensor-parallel ranks."""
+"""Replicas of one model on real processes: one of two is stopped, one is crowded, one is of two ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
 
 from stoker.checkpoint.convert import convert
 from stoker.rpc import connect
@@ -17,6 +19,7 @@ from stoker.v1 import model_pb2
 from stoker.v1.node_agent_pb2 import REPLICA_STATE_READY, GetReportRequest, StopReplicaRequest
 from stoker.v1.node_agent_pb2_grpc import NodeAgentStub
 from tests.integration.end_to_end.stoker_up import StokerUp, assert_all_ended, stoker
+from tests.integration.tiny_model import make_tiny_model
 
 QUESTION = [{"role": "user", "content": "the quick brown fox"}]
 SAMPLED = {"seed": 5, "temperature": 0.8, "max_tokens": 400}
@@ -88,6 +91,59 @@ async def _stop_the_busy_one(up: StokerUp) -> None:
         (busy,) = [replica for replica in report.replicas if replica.running_sessions]
         order = StopReplicaRequest(replica_id=busy.replica_id, grace_seconds=60, reason="test", fence=fence)
         await stub.StopReplica(order)
+
+
+# --- rebalancing ---
+
+CROWD = 4
+CROWD_TOKENS = 12_000
+"""More than any machine makes before some of the streams have moved."""
+
+
+def test_streams_above_the_concurrency_move_to_a_replica_that_has_room(up: StokerUp, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", context_tokens=CROWD_TOKENS + 100)
+    spec = model_pb2.ModelSpec(
+        name="crowd", checkpoint_uri=str(folder), keep_alive_seconds=-1, max_replicas=2, concurrency=2
+    )
+    with up.client() as client:
+        client.deploy(spec)
+    with ThreadPoolExecutor(CROWD) as pool, up.openai() as client:
+        calm = [_text(client, seed, 60) for seed in range(CROWD)]
+        reading = [
+            pool.submit(_text, client, seed, CROWD_TOKENS, lambda: len(_moves_of_the_crowd(up)) == 2)
+            for seed in range(CROWD)
+        ]
+        seen = [each.result() for each in reading]
+    with up.client() as client:
+        client.delete("crowd")
+
+    shifted = up.log_events("controller", "sessions.shifted")[0]
+    assert (shifted["sessions"], shifted["reason"]) == (2, "crowded")
+    assert {move["to_replica_id"] for move in _moves_of_the_crowd(up)} == {shifted["to_replica_id"]}
+    assert up.log_events("gateway", "session.resumed") == []
+    assert [text[: len(expected)] for text, expected in zip(seen, calm, strict=True)] == calm
+
+
+def _text(
+    client: OpenAI, seed: int, tokens: int, is_over: Callable[[], bool] = lambda: False, least: int = 120
+) -> str:
+    """Return what a sampled stream says, to its end or until it is over after so many tokens."""
+    stream = client.completions.create(
+        model="crowd", prompt="the", max_tokens=tokens, temperature=1.0, seed=seed, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    text = ""
+    with stream:
+        for number, chunk in enumerate(stream, 1):
+            text += chunk.choices[0].text
+            if number % least == 0 and is_over():
+                break
+    return text
+
+
+def _moves_of_the_crowd(up: StokerUp) -> list[dict]:
+    moves = up.log_events("gateway", "session.moved")
+    return [move for move in moves if move["reason"].startswith("rebalanced")]
 
 
 # --- tensor-parallel ranks ---
