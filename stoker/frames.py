@@ -79,7 +79,8 @@ class FrameLink:
 
     Args:
         connection: The socket, ours from now on.
-        on_frame: Takes each message; called in the event loop. A PeerError of its ends the link.
+        on_frame: Takes each message; called in the event loop. An error of its ends the link, for what comes
+            after a lost message makes no sense; one that is no PeerError goes on to the loop's handler.
         on_end: Called in the event loop, once, with the reason for people, unless `close` came first.
     """
 
@@ -161,6 +162,9 @@ class FrameLink:
             return
         except (OSError, PeerError) as error:
             self._end(str(error))
+        except Exception as error:
+            self._end(f"a message could not be taken: {error!r}")
+            raise
 
     def _end(self, reason: str) -> None:
         if self._is_open:

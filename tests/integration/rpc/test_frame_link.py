@@ -23,6 +23,8 @@ class End:
         """Keep a frame; refuse one that says so."""
         if frame == b"bad":
             raise PeerError("that was no message")
+        if frame == b"zebra":
+            raise RuntimeError("zebra")
         self.frames.put_nowait(frame)
 
 
@@ -70,6 +72,24 @@ async def test_a_frame_that_is_no_message_ends_the_link() -> None:
     assert reason == "that was no message"
     assert end.frames.empty()
     assert theirs.recv(1) == b""
+    theirs.close()
+
+
+async def test_what_nobody_foresaw_ends_the_link_and_is_told_to_the_loop() -> None:
+    """Were it to go on, a token would be lost in silence."""
+    crashed: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: crashed.append(told["exception"]))
+    ours, theirs = socket.socketpair()
+    end = End(ours)
+    theirs.sendall(framed(b"zebra") + framed(b"more"))
+
+    async with asyncio.timeout(LIMIT_SECONDS):
+        reason = await end.ended
+
+    assert "zebra" in reason
+    assert end.frames.empty()
+    await asyncio.sleep(0)
+    assert [str(error) for error in crashed] == ["zebra"]
     theirs.close()
 
 
