@@ -18,8 +18,8 @@ def import_obstore() -> Any:
     """
     try:
         import obstore  # noqa: PLC0415 - an optional dependency
-        import obstore.exceptions  # noqa: PLC0415
-        import obstore.store  # noqa: PLC0415
+        import obstore.exceptions  # noqa: PLC0415 - as above
+        import obstore.store  # noqa: PLC0415 - as above
     except ImportError as error:
         raise ConfigError("object stores need obstore: pip install 'stoker[remote]' here") from error
     return obstore

@@ -68,7 +68,7 @@ class Trace:
     @property
     def tokens_per_second(self) -> float | None:
         """Return the rate after the first token; None before there are two."""
-        if self.first_token_seconds is None or self.total_seconds is None or self.completion_tokens < 2:  # noqa: PLR2004
+        if self.first_token_seconds is None or self.total_seconds is None or self.completion_tokens <= 1:
             return None
         seconds = self.total_seconds - self.first_token_seconds
         return (self.completion_tokens - 1) / seconds if seconds > 0 else None

@@ -23,9 +23,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
         die_with_parent(parent_pid, signal.SIGKILL)
 
     from services.worker.shell import WorkerShell  # noqa: PLC0415 - imports gRPC: after the tie to the parent
-    from stoker.errors import ConfigError  # noqa: PLC0415
-    from stoker.serving import EXIT_CONFIG, run  # noqa: PLC0415
-    from stoker.settings import load_settings  # noqa: PLC0415
+    from stoker.errors import ConfigError  # noqa: PLC0415 - as above
+    from stoker.serving import EXIT_CONFIG, run  # noqa: PLC0415 - as above
+    from stoker.settings import load_settings  # noqa: PLC0415 - as above
 
     try:
         settings = load_settings(WorkerSettings, **values)

@@ -56,13 +56,13 @@ def import_all(niceness: int) -> None:
         try:
             if niceness:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-            import setproctitle  # noqa: F401, PLC0415
-            import uvloop  # noqa: F401, PLC0415
+            import setproctitle  # noqa: F401, PLC0415 - all of these: what children need, already there
+            import uvloop  # noqa: F401, PLC0415 - as above
 
-            import services.worker.load  # noqa: PLC0415
-            import services.worker.shell  # noqa: PLC0415
-            import services.worker.warm  # noqa: F401, PLC0415
-            from services.worker.model_loading import (  # noqa: PLC0415
+            import services.worker.load  # noqa: PLC0415 - as above
+            import services.worker.shell  # noqa: PLC0415 - as above
+            import services.worker.warm  # noqa: F401, PLC0415 - as above
+            from services.worker.model_loading import (  # noqa: PLC0415 - as above
                 import_popular_architectures,
                 supported_architectures,
             )

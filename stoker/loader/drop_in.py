@@ -108,12 +108,11 @@ def _folder(name: str, hub: Mapping[str, Any]) -> Path | None:
     """Return the local folder that a folder's name or a hub id stands for, fetching it where it must."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - hub ids only
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415 - hub ids only
 
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED_FILES, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError):
         return None  # transformers says what is wrong, as its users know it
 
 

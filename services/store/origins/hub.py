@@ -99,8 +99,8 @@ class HubOrigin:
 def _import_hub() -> Any:
     try:
         import huggingface_hub  # noqa: PLC0415 - an optional dependency, and slow to import
-        import huggingface_hub.errors  # noqa: PLC0415
-        import huggingface_hub.utils  # noqa: PLC0415
+        import huggingface_hub.errors  # noqa: PLC0415 - as above
+        import huggingface_hub.utils  # noqa: PLC0415 - as above
     except ImportError as error:
         raise ConfigError(
             "hf:// needs the hub's library: pip install 'stoker[remote]' on the store's host"
