@@ -42,6 +42,7 @@ from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
 from services.node_agent.workers.fork_server import ForkServer
 from services.node_agent.workers.log_folder import LogFolder
+from services.node_agent.workers.priority import give_way_no_more
 from services.node_agent.workers.replica_workers import group_of, socket_path
 from services.node_agent.workers.worker_link import LinkOptions, WorkerLink
 from services.node_agent.workers.worker_process import WorkerOptions, WorkerProcess, worker_environment
@@ -277,6 +278,8 @@ class Host:
         tell_event(self.state, event)
         for effect in effects:
             self._run(effect)
+        if isinstance(event, StartOrdered) and not any(isinstance(each, LoadModel) for each in effects):
+            self._hurry_workers()
         self._on_change(True)
 
     def _run(self, effect: Effect) -> None:
@@ -299,6 +302,14 @@ class Host:
                     self._timer.cancel()
                 wait_seconds = max(0.0, at_seconds - time.monotonic()) + 0.001
                 self._timer = asyncio.get_running_loop().call_later(wait_seconds, self.apply, Tick())
+
+    def _hurry_workers(self) -> None:
+        """Have workers that are on their way give way to nobody any more: an order waits for one."""
+        self._fork_server.hurry()
+        for worker in self.state.workers.values():
+            link = self._links.get(worker.worker_id)
+            if worker.phase is WorkerPhase.SPAWNING and link is not None:
+                give_way_no_more(link.process.pid)
 
     async def _live(self, worker_id: WorkerId, niceness: int) -> None:
         try:

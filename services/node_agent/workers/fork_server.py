@@ -8,7 +8,8 @@ Rules:
 1. The first worker starts the server, and waits for it: its imports are what the worker would do anyway.
 2. While a lost server starts again, and wherever none can be had, `fork` raises `NoForkServer` at once: the
    agent starts that worker directly, which is slower and shows why the imports fail, if they do.
-3. A server that keeps ending is started again more and more rarely, and only when a worker is wanted.
+3. Its imports give way to everybody, unless an order waits for a worker (`hurry`).
+4. A server that keeps ending is started again more and more rarely, and only when a worker is wanted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from services.node_agent.workers.forked_child import ForkedChild, adopt_orphans, describe_exit
+from services.node_agent.workers.priority import give_way_no_more
 from stoker import log
 from stoker.units import KIB
 
@@ -32,6 +34,10 @@ PACKET_BYTES = 16 * KIB
 
 FORK_SECONDS = 60.0
 """A server that has not forked a worker after this is ended; it takes 20 ms where nothing else runs."""
+
+PATIENCE_SECONDS = 10.0
+"""Niced imports that an order waits for may go on for this long: on an idle host they end sooner
+than they would when begun anew."""
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
@@ -77,6 +83,9 @@ class ForkServer:
         self._failed_starts = 0
         self._not_before_seconds = 0.0
         self._turn = asyncio.Lock()
+        self._importing: _Server | None = None
+        self._is_awaited = False
+        self._begins_anew = False
 
     async def fork(self, arguments: Sequence[str], *, niceness: int) -> ForkedChild:
         """Return a new worker, as soon as the server is ready.
@@ -91,11 +100,37 @@ class ForkServer:
         """
         if self._ready is None:
             self._ready = self._start(niceness)
+        elif not niceness:
+            self.hurry()
         if self._was_lost and not self._ready.done():
             raise NoForkServer
         server = await asyncio.shield(self._ready)
         async with self._turn:
             return await server.fork(arguments)
+
+    def hurry(self) -> None:
+        """Have imports that are under way give way to nobody any more: an order waits for them.
+
+        Beside busy replicas they may else take minutes. Where taking niceness back is not allowed, imports
+        that have not ended `PATIENCE_SECONDS` later begin anew, at once and without niceness.
+        """
+        if self._ready is not None and not self._ready.done():
+            self._is_awaited = True
+            self._hurry_imports()
+
+    def _hurry_imports(self) -> None:
+        server = self._importing
+        if server is None or not self._is_awaited:
+            return
+        self._is_awaited = False
+        if not give_way_no_more(server.pid):
+            asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._begin_anew, server)
+
+    def _begin_anew(self, server: _Server) -> None:
+        if self._importing is server:
+            log.get().info("fork_server.begun_anew", pid=server.pid, reason="an order waits for its imports")
+            self._begins_anew = True
+            server.close()
 
     def _start(self, niceness: int) -> asyncio.Future[_Server]:
         if self._enabled and not adopt_orphans():
@@ -104,6 +139,7 @@ class ForkServer:
         if not self._enabled or time.monotonic() < self._not_before_seconds:
             raise NoForkServer
         ready = asyncio.get_running_loop().create_future()
+        self._is_awaited = False
         self._spawn(self._live(ready, niceness), "fork server")
         return ready
 
@@ -112,14 +148,9 @@ class ForkServer:
         began_seconds = time.monotonic()
         output = bytearray()
         try:
-            server = await _Server.start(self._environment, niceness)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    greeting = tasks.create_task(self._greet(server, ready, began_seconds))
-                    reason = await server.ended(output)
-                    greeting.cancel()
-            finally:
-                server.close()
+            reason = await self._follow(ready, niceness, output, began_seconds)
+            if self._begins_anew:
+                reason = await self._follow(ready, 0, output, began_seconds)
         except OSError as error:
             reason = f"could not be started: {error.strerror or error}"
         finally:
@@ -133,9 +164,29 @@ class ForkServer:
         printed = output.decode(errors="replace")
         log.get().warning("fork_server.lost", reason=reason, was_ready=was_ready, output=printed)
 
+    async def _follow(
+        self, ready: asyncio.Future[_Server], niceness: int, output: bytearray, began_seconds: float
+    ) -> str:
+        """Start a server and return how it ended; raises OSError where there can be no process."""
+        server = await _Server.start(self._environment, niceness)
+        self._begins_anew = False
+        if niceness:
+            self._importing = server
+            self._hurry_imports()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                greeting = tasks.create_task(self._greet(server, ready, began_seconds))
+                reason = await server.ended(output)
+                greeting.cancel()
+        finally:
+            self._importing = None
+            server.close()
+        return reason
+
     async def _greet(self, server: _Server, ready: asyncio.Future[_Server], began_seconds: float) -> None:
         if not await server.greeting():
             return  # it ends, and its output says why
+        self._importing = None
         ready.set_result(server)
         seconds = round(time.monotonic() - began_seconds, 3)
         log.get().info("fork_server.ready", pid=server.pid, seconds=seconds)
