@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
-from typing import Any
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -20,17 +21,23 @@ from stoker import log, rpc
 from stoker.errors import StokerError, WorkerDied
 from stoker.v1 import node_agent_pb2, node_agent_pb2_grpc, session_kv_pb2, session_pb2
 
+if TYPE_CHECKING:
+    from stoker.v1.node_agent_pb2_grpc import NodeAgentAsyncStub
+
 RELEASE_SECONDS = 5.0
 """Longest call that ends a session which would go on without its reader."""
 RELINK_SECONDS = 10.0
 """After a try to link an agent's sessions failed, or the link was lost, before the next one."""
+MAX_AGENTS = 1024
+"""Channels that are kept; beyond, those that were used longest ago are closed: nodes come and go."""
 
 
 class Agents:
-    """Channels to node agents; as many as there are hosts."""
+    """Channels to node agents: those that were used last, and those in use."""
 
     def __init__(self) -> None:
-        self._agents: dict[str, _Agent] = {}
+        self._agents: OrderedDict[str, _Agent] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def generate(
         self, replica: Replica, order: session_pb2.GenerateRequest, *, timeout_seconds: float
@@ -44,6 +51,7 @@ class Agents:
         agent = self._agent(replica.agent_address)
         call = agent.call(order, peer, timeout_seconds)
         answered = False
+        agent.users += 1
         try:
             while (event := await call.next()) is not None:
                 answered = True
@@ -51,6 +59,7 @@ class Agents:
                 if event.finish_reason:
                     return
         finally:
+            agent.users -= 1
             call.cancel()  # does nothing to a call that has ended
             if order.keep_seconds and left_by_us():
                 agent.release(order.session_id, order.epoch)
@@ -69,8 +78,8 @@ class Agents:
         Raises:
             StokerError: Why they are not there; nothing changed where the session runs.
         """
-        with rpc.translated(f"node agent {destination.node_id or destination.agent_address}"):
-            return await self._agent(destination.agent_address).stub.FetchKv(order, timeout=timeout_seconds)
+        with self._used(destination.agent_address, destination.node_id) as stub:
+            return await stub.FetchKv(order, timeout=timeout_seconds)
 
     async def hold(
         self, replica: Replica, session_id: str, epoch: int, *, seconds: float, timeout_seconds: float
@@ -83,8 +92,7 @@ class Agents:
         request = session_kv_pb2.HoldSessionRequest(
             session_id=session_id, replica_id=replica.replica_id, epoch=epoch, seconds=seconds
         )
-        with rpc.translated(f"node agent {replica.node_id or replica.agent_address}"):
-            stub = self._agent(replica.agent_address).stub
+        with self._used(replica.agent_address, replica.node_id) as stub:
             return (await stub.HoldSession(request, timeout=timeout_seconds)).tokens
 
     async def find_sessions(
@@ -95,10 +103,9 @@ class Agents:
         Raises:
             StokerError: It can't be reached, or not in time.
         """
-        with rpc.translated(f"node agent {address}"):
-            request = node_agent_pb2.FindSessionsRequest(session_ids=session_ids)
-            answer = await self._agent(address).stub.FindSessions(request, timeout=timeout_seconds)
-        return answer.sessions
+        request = node_agent_pb2.FindSessionsRequest(session_ids=session_ids)
+        with self._used(address) as stub:
+            return (await stub.FindSessions(request, timeout=timeout_seconds)).sessions
 
     def release(self, replica: Replica, session_id: str, epoch: int) -> None:
         """Have a session ended that would go on without its reader: nobody wants more of it there."""
@@ -106,14 +113,39 @@ class Agents:
 
     async def close(self) -> None:
         """Close all channels."""
-        agents, self._agents = self._agents, {}
+        agents, self._agents = self._agents, OrderedDict()
         for agent in agents.values():
             await agent.close()
+        await asyncio.gather(*self._closing)
+
+    @contextmanager
+    def _used(self, address: str, node_id: str = "") -> Iterator[NodeAgentAsyncStub]:
+        """Yield the stub of an agent, whose errors are StokerErrors within the block."""
+        agent = self._agent(address)
+        agent.users += 1
+        try:
+            with rpc.translated(f"node agent {node_id or address}"):
+                yield agent.stub
+        finally:
+            agent.users -= 1
 
     def _agent(self, address: str) -> _Agent:
-        if address not in self._agents:
-            self._agents[address] = _Agent(address)
-        return self._agents[address]
+        agent = self._agents.get(address)
+        if agent is None:
+            self._close_unused()
+            agent = self._agents[address] = _Agent(address)
+        self._agents.move_to_end(address)
+        return agent
+
+    def _close_unused(self) -> None:
+        """Make room for one more, unless all are in use."""
+        if len(self._agents) < MAX_AGENTS:
+            return
+        unused = next((address for address, agent in self._agents.items() if not agent.users), None)
+        if unused is not None:
+            task = asyncio.create_task(self._agents.pop(unused).close(), name=f"close {unused}")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
 
 class _Call:
@@ -139,6 +171,8 @@ class _Agent:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self.users = 0
+        """Calls under way, but for those that nobody waits for."""
         self._channel = rpc.connect(address)
         self.stub = node_agent_pb2_grpc.NodeAgentStub(self._channel)
         self._link: AgentLink | None = None
