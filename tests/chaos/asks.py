@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stoker.v1 import inference_pb2, session_pb2
+
 MODEL = "m"
+GRPC_EVERY = 4
+"""So many requests have one among them that goes by gRPC."""
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "vexingly", "five", "dozen", "jugs")
 
 
@@ -21,8 +25,10 @@ class Ask:
 
     name: str
     path: str
-    """`/v1/chat/completions` or `/v1/completions`."""
+    """`/v1/chat/completions` or `/v1/completions`; over gRPC the call that stands for it."""
     body: Mapping[str, Any]
+    by_grpc: bool = False
+    """It goes to the gateway's gRPC face."""
 
 
 def asks(count: int, *, tokens: int, seed: int) -> tuple[Ask, ...]:
@@ -51,7 +57,9 @@ def _ask(draw: random.Random, number: int, tokens: int) -> Ask:
     if draw.random() < 0.4:
         body["stop"] = draw.sample(["qu", "jump", "zy", "fox", "你", "ju", "  "], k=2)
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    return Ask(name=f"{number}:{'greedy' if not body['temperature'] else 'sampled'}", path=path, body=body)
+    name = f"{number}:{'greedy' if not body['temperature'] else 'sampled'}"
+    by_grpc = number % GRPC_EVERY == GRPC_EVERY - 1
+    return Ask(name=f"{name} by grpc" if by_grpc else name, path=path, body=body, by_grpc=by_grpc)
 
 
 def _choosing(draw: random.Random, number: int) -> dict[str, Any]:
@@ -105,6 +113,23 @@ class Answer:
             for name, values in (part.get("logprobs") or {}).items():
                 if values is not None:
                     choice.logprobs.setdefault(name, []).extend(values)
+
+    def add_event(self, event: inference_pb2.TextEvent) -> None:
+        """Take an event of a gRPC stream."""
+        self.chunks += 1
+        self.event_id = event.event_id or self.event_id
+        choice = self.choices.setdefault(0, Choice())
+        choice.text += event.text
+        choice.logprobs.setdefault("tokens", []).extend(
+            token.SerializeToString(deterministic=True) for token in event.tokens
+        )
+        if event.finish_reason:
+            choice.finish_reason = session_pb2.FinishReason.Name(event.finish_reason)
+            usage = event.usage
+            self.usage = {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+            }
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from stoker.errors import StreamLost
+from tests.chaos import grpc_face
 from tests.chaos.asks import Answer, Ask
 from tests.chaos.cluster import Gateway
 
@@ -24,6 +26,10 @@ PATIENCE_SECONDS = 8.0
 """After so much silence a client with a key turns to the other gateway: this one may only be paused."""
 
 
+GRPC_SECONDS = 300.0
+"""A whole answer over gRPC, whose stream has no comments that would tell silence from death."""
+
+
 class Lost(Exception):
     """A stream that had begun ended without its end."""
 
@@ -33,6 +39,8 @@ class Tally:
     """What became of the requests."""
 
     streams: int = 0
+    by_grpc: int = 0
+    """Of the streams."""
     tokens: int = 0
     reattached: int = 0
     """Times a client lost its gateway in the middle of an answer and got the rest from the other one."""
@@ -48,7 +56,7 @@ class Tally:
     def line(self) -> str:
         """Return it for people."""
         return (
-            f"{self.streams} streams, {self.tokens} tokens; lost {len(self.lost)}, "
+            f"{self.streams} streams ({self.by_grpc} by gRPC), {self.tokens} tokens; lost {len(self.lost)}, "
             f"changed {len(self.changed)}; {self.reattached} re-attached; {self.refusals} refused before "
             "they began, then served"
         )
@@ -94,7 +102,9 @@ class Clients:
                 if await self._try(gateway, ask, answer, key):
                     return answer
                 why = f"{gateway.name}: refused"
-            except httpx.HTTPError as error:
+            except StreamLost as error:
+                raise Lost(f"{ask.name} after {answer.chunks} events: {error.message}") from error
+            except (httpx.HTTPError, grpc_face.CutOff) as error:
                 why = f"{gateway.name}: {type(error).__name__}"
                 if answer.chunks and not self._gateways_die:
                     raise Lost(f"{ask.name} after {answer.chunks} chunks at {why}") from error
@@ -110,6 +120,11 @@ class Clients:
 
     async def _try(self, gateway: Gateway, ask: Ask, answer: Answer, key: str) -> bool:
         """Read one try into `answer`; False = it was refused."""
+        if ask.by_grpc:
+            return await grpc_face.read(gateway.grpc_address, ask, answer, key, timeout_seconds=GRPC_SECONDS)
+        return await self._try_rest(gateway, ask, answer, key)
+
+    async def _try_rest(self, gateway: Gateway, ask: Ask, answer: Answer, key: str) -> bool:
         headers = {"idempotency-key": key} if key else {}
         if answer.event_id:
             headers["last-event-id"] = answer.event_id
@@ -158,6 +173,7 @@ async def keep_asking(  # noqa: PLR0913 - what a client is
             tally.lost.append(str(lost))
             continue
         tally.streams += 1
+        tally.by_grpc += ask.by_grpc
         tally.tokens += answer.tokens
         if difference := wanted[ask].difference(answer):
             tally.changed.append(f"{ask.name}: {difference}")

@@ -29,5 +29,6 @@ async def test_neither_faults_nor_an_upgrade_change_a_stream_or_leave_anything_b
     assert account.broken == [], said
     assert account.leaked == [], said
     assert account.tally.streams >= weather.streams, said
+    assert account.tally.by_grpc, said
     assert account.faults["replace"] == 4  # a gateway, a controller, a node's agent and its store
     assert account.faults.total() >= 6, said  # those four, and two faults at least
