@@ -39,6 +39,11 @@ class Drain:
     lines: Sequence[dict[str, object]]
     """The gateway's canonical lines."""
 
+    @property
+    def ratios(self) -> list[float]:
+        """Each stream's longest gap against its own time between tokens."""
+        return [pause / self.step_seconds for pause in self.pauses_seconds]
+
 
 async def measure_drain(folder: Path, context_tokens: int, streams: int) -> Drain:
     """Drain the node that runs all streams."""
@@ -92,8 +97,7 @@ async def _ready_elsewhere(on: Cluster, node_id: str) -> float:
 
 def report_drain(found: Drain) -> str:
     """Print the parts; return the figure of the last line."""
-    step_seconds, tokens = found.step_seconds, mean_of(found.lines, "tokens")
-    ratios = [pause / step_seconds for pause in found.pauses_seconds]
+    step_seconds, ratios, tokens = found.step_seconds, found.ratios, mean_of(found.lines, "tokens")
     switches = [float(str(line["pause_seconds"])) / step_seconds for line in found.lines]
     print(f"\na drain of {len(ratios)} streams of {tokens:.0f} tokens, steps of {step_seconds * 1e3:.0f} ms")
     print(f"  a replica ready after {found.ready_seconds:.1f} s, all moved after {found.moved_seconds:.1f} s")

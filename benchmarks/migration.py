@@ -188,6 +188,7 @@ def main() -> int:
             )
         if "drain" in chosen.parts:
             drain = asyncio.run(measure_drain(chosen.model, chosen.lengths[0], chosen.streams))
+            targets_met.append(median(drain.ratios) <= TARGET_P50 and max(drain.ratios) <= TARGET_P99)
             told.append(report_drain(drain))
     except StokerError as error:
         print(f"failed: {error.message}", file=sys.stderr)

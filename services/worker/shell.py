@@ -161,9 +161,10 @@ class WorkerShell(WorkerServicer):
         )
 
     async def _follow(self, request: LoadModelRequest) -> LoadModelResponse:
-        """Load a rank that has no sessions of its own, and follow the first one."""
-        from services.worker.ranks.following import start_following  # noqa: PLC0415 - as in LoadModel
-        from services.worker.ranks.load_rank import completed_follower, load_follower  # noqa: PLC0415
+        """Load a rank without sessions of its own, and follow the first one; answers when all is loaded."""
+        from services.worker.load import completed  # noqa: PLC0415 - as in LoadModel
+        from services.worker.ranks.following import start_following  # noqa: PLC0415
+        from services.worker.ranks.load_rank import load_follower  # noqa: PLC0415
 
         rank = await self._loop.run_in_executor(
             self._thread, load_follower, request, self._settings, self._pool
@@ -171,7 +172,8 @@ class WorkerShell(WorkerServicer):
         self._follows = True
         gc.freeze()
         start_following(rank, self._end_from_thread)
-        return LoadModelResponse(timings=completed_follower(rank))
+        await asyncio.shield(asyncio.wrap_future(rank.loaded))
+        return LoadModelResponse(timings=completed(rank))
 
     async def Run(  # noqa: N802 - the name of the rpc
         self, request_iterator: AsyncIterator[RunCommand], context: Context
@@ -199,6 +201,7 @@ class WorkerShell(WorkerServicer):
         """Give a running session's keys and values away, while it goes on: parts in their wire form."""
         del context
         desk = self._desk()
+        request.hold_seconds = min(request.hold_seconds, MAX_HOLD_SECONDS)
         async with aclosing(
             desk.read(request, self._stream.engine_id(request.session_id, request.epoch))
         ) as parts:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from services.gateway.routing.routes import Replica
+from services.gateway.sessions.move_rounds import LONG_SESSION_TOKENS
 from stoker.errors import (
     CapacityError,
     ContextLengthExceeded,
@@ -48,6 +49,8 @@ class HopPolicy:
     """Longest search for a replica that goes on with a stream."""
     ships_kv: bool = True
     """Planned moves ship keys and values; False: they compute them from the tokens."""
+    long_session_tokens: int = LONG_SESSION_TOKENS
+    """From so many tokens on all keys and values are shipped, the last ones while the source stands still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,23 +17,22 @@ from services.gateway.job import Job
 from services.gateway.routing.agents import Agents
 from services.gateway.routing.placement import Placement
 from services.gateway.routing.routes import Replica
+from services.gateway.sessions.hops import HopPolicy
+from services.gateway.sessions.kv_rounds import KvRounds, Shipped
 from services.gateway.sessions.move_gaps import MoveGaps, Phase
 from services.gateway.sessions.move_rounds import (
-    SHIP_SECONDS,
     Abandon,
     Again,
     Switch,
     after_round,
     hold_seconds,
-    ship_within_seconds,
-    ships_on,
     unseen,
 )
 from services.gateway.sessions.session import Session
 from stoker import log
 from stoker.errors import PeerError, StokerError
 from stoker.ids import ReplicaId, new_id
-from stoker.v1 import node_agent_pb2, session_pb2
+from stoker.v1 import session_pb2
 
 Events = AsyncGenerator[session_pb2.GenerateEvent]
 
@@ -45,18 +44,6 @@ RETRY_SECONDS = 0.25
 """Between two tries to find a destination, or to move there."""
 MAX_TRIES = 5
 """Destinations that may fail under one move."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shipped:
-    """Keys and values that are at a destination."""
-
-    tokens: int = 0
-    """Of how many tokens, from the session's first; 0 = it computes all of them."""
-    data_bytes: int = 0
-    rounds: int = 0
-    why_not: str = ""
-    """Code of the error for which nothing is there, or `switched_off`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +79,7 @@ class Mover:
         agents: Node agents.
         resume_mode: How tokens get into the destination.
         leave: Why it moves, and where to. Where its replica stays it goes there or nowhere.
-        ships_kv: Whether keys and values are shipped, where they can be.
+        policy: Whether keys and values are shipped, where they can be, and of what sessions all.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts it joins
@@ -104,12 +91,12 @@ class Mover:
         agents: Agents,
         resume_mode: session_pb2.ResumeMode.ValueType,
         leave: session_pb2.Leave,
-        *,
-        ships_kv: bool = True,
+        policy: HopPolicy,
     ) -> None:
-        self._ships_kv = ships_kv
+        self._policy = policy
         self._leave = leave
-        self._began_seconds = job.clock.now_seconds()
+        ends_seconds = job.clock.now_seconds() + leave.grace_seconds if leave.grace_seconds else None
+        self._kv = KvRounds(session, origin, job, agents, ends_seconds)
         self._session = session
         self._origin = origin
         self._job = job
@@ -233,11 +220,13 @@ class Mover:
             StokerError: It failed, or can't keep up.
         """
         self._phase = Phase.SHIP
-        shipped = await self._ship(destination)
+        shipped = Shipped(why_not="switched_off")
+        if self._policy.ships_kv:
+            shipped = await self._kv.ship(destination)
         self._phase = Phase.COMPUTE
-        can_hold = not shipped.tokens
         if shipped.tokens:
-            await self._hold()
+            shipped = await self._stand_still(destination, shipped)
+        can_hold = not shipped.tokens
         lag: int | None = None
         recomputed = -shipped.tokens
         for number in range(1, 1_000):
@@ -276,6 +265,23 @@ class Mover:
                     )
         raise AssertionError("after_round bounds the rounds")
 
+    async def _stand_still(self, destination: Replica, shipped: Shipped) -> Shipped:
+        """Have the source stand still, and what a long session still lacks shipped; return what is there."""
+        if self._session.token_count < self._policy.long_session_tokens:
+            await self._hold()
+            return shipped
+        limit_seconds = hold_seconds(self._step_seconds)
+        self._is_held = True  # or about to be, should this fail
+        shipped, held_tokens = await self._kv.ship_last(destination, shipped, hold_seconds=limit_seconds)
+        if not shipped.tokens:
+            await self._let_go_on()
+        elif held_tokens:
+            await self._until(held_tokens, limit_seconds)
+        else:  # its agent or worker is of an older release
+            self._is_held = False
+            await self._hold()
+        return shipped
+
     async def _hold(self) -> bool:
         """Have the source stand still for the last round, and wait for its last tokens; False: it goes on."""
         limit_seconds, session = hold_seconds(self._step_seconds), self._session
@@ -291,12 +297,16 @@ class Mover:
             log.get().info("session.not_held", session_id=session.session_id, message=error.message)
             return False
         self._is_held = True
+        await self._until(tokens, limit_seconds)
+        return True
+
+    async def _until(self, tokens: int, limit_seconds: float) -> None:
+        """Wait until the client has all tokens of a source that stands still."""
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_seconds):
-                while self._tokens() < tokens:
+                while self._session.token_count < tokens:
                     self._news.clear()
                     await self._news.wait()
-        return True
 
     async def _let_go_on(self) -> None:
         """Tell a source that stands still to go on; it would so by itself, a moment later."""
@@ -312,56 +322,6 @@ class Mover:
                 seconds=0.0,
                 timeout_seconds=HOLD_TIMEOUT_SECONDS,
             )
-
-    async def _ship(self, destination: Replica) -> Shipped:
-        """Have the keys and values of the tokens so far brought to the destination, as far as that goes."""
-        session, job = self._session, self._job
-        if not self._ships_kv:
-            return Shipped(why_not="switched_off")
-        shipped, missing = Shipped(), 0
-        while True:
-            earlier, missing = missing, self._tokens() - shipped.tokens
-            if not ships_on(number=shipped.rounds, missing=missing, earlier_missing=earlier):
-                return shipped
-            order = node_agent_pb2.FetchKvRequest(
-                session_id=session.session_id,
-                replica_id=destination.replica_id,
-                from_agent_address=self._origin.agent_address,
-                from_replica_id=self._origin.replica_id,
-                from_epoch=session.epoch,
-                from_token=shipped.tokens,
-                model=job.trace.model,
-                within_seconds=ship_within_seconds(self._grace_left_seconds()),
-            )
-            try:
-                came = await self._agents.fetch_kv(
-                    destination, order, timeout_seconds=min(SHIP_SECONDS, job.left_seconds())
-                )
-            except StokerError as error:
-                log.get().info(
-                    "session.kv_not_shipped",
-                    session_id=session.session_id,
-                    to_replica_id=destination.replica_id,
-                    error_code=error.code,
-                    message=error.message,
-                )
-                return Shipped(why_not=error.code)
-            shipped = Shipped(
-                tokens=came.tokens,
-                data_bytes=shipped.data_bytes + came.data_bytes,
-                rounds=shipped.rounds + 1,
-            )
-
-    def _grace_left_seconds(self) -> float | None:
-        """Return how long the source still runs; None = it doesn't end."""
-        grace_seconds = self._leave.grace_seconds
-        if not grace_seconds:
-            return None
-        return max(0.0, self._began_seconds + grace_seconds - self._job.clock.now_seconds())
-
-    def _tokens(self) -> int:
-        """Return how many tokens the session has, prompt and output."""
-        return len(self._session.prompt_token_ids) + len(self._session.token_ids)
 
     def _round(self, destination: Replica, epoch: int) -> Events:
         order = self._session.generate_request(

@@ -131,6 +131,11 @@ class Session:
             fingerprint=self._fingerprint,
         )
 
+    @property
+    def token_count(self) -> int:
+        """Return how many tokens there are, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
     def own_after(self, epoch: int) -> None:
         """Own the session from the epoch after `epoch`, the highest known, before it has run here."""
         self.epoch = self._highest_epoch = epoch + 1

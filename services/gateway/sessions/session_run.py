@@ -228,7 +228,7 @@ class SessionRun:
             self._agents,
             self._resume_mode(),
             leave,
-            ships_kv=self._policy.ships_kv,
+            policy=self._policy,
         )
 
     def _switch(self, moved: Moved, source: Replica) -> None:

@@ -8,6 +8,7 @@ end, by the worker. The source's sessions never wait for any of it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_SHIPMENTS = 8
 """At once, in each direction; a session that finds no room is computed from its tokens."""
+MAX_LAST_SHIPMENTS = 32
+"""Of sessions that stand still meanwhile, for a token or two: these wait for no others."""
 SHIP_TIMEOUT_SECONDS = 120.0
 """Of one call; a silent peer is found sooner, by keep-alive."""
 
@@ -47,7 +50,7 @@ class KvShipping:
     def __init__(self, worker_of: Callable[[str], WorkerLink], moves: MoveWatch) -> None:
         self._worker_of = worker_of
         self._moves = moves
-        self._running = {"in": 0, "out": 0}
+        self._running: Counter[tuple[str, bool]] = Counter()
 
     async def fetch(self, request: FetchKvRequest) -> FetchKvResponse:
         """Bring a session's keys and values to a worker here.
@@ -64,9 +67,10 @@ class KvShipping:
             epoch=request.from_epoch,
             from_token=request.from_token,
             within_seconds=request.within_seconds,
+            hold_seconds=request.hold_seconds,
         )
         began_seconds = time.monotonic()
-        with self._counted("in"):
+        with self._counted("in", is_last=request.hold_seconds > 0):
             async with (
                 connect(request.from_agent_address) as channel,
                 aclosing(_parts(channel, wanted, request.from_agent_address)) as parts,
@@ -75,12 +79,17 @@ class KvShipping:
         seconds = time.monotonic() - began_seconds
         metrics.KV_BYTES.labels("in").inc(written.data_bytes)
         self._moves.shipped(request.session_id, written.data_bytes, seconds)
-        return FetchKvResponse(tokens=written.tokens, data_bytes=written.data_bytes, seconds=seconds)
+        return FetchKvResponse(
+            tokens=written.tokens,
+            data_bytes=written.data_bytes,
+            seconds=seconds,
+            held_tokens=written.held_tokens,
+        )
 
     async def read(self, request: ReadKvRequest) -> AsyncGenerator[bytes]:
         """Yield the parts of a session that runs here, `KvPart`s as they came; raises as `fetch`."""
         link = self._worker_of(request.replica_id)
-        with self._counted("out"):
+        with self._counted("out", is_last=request.hold_seconds > 0):
             async with aclosing(link.read_kv(request, timeout_seconds=SHIP_TIMEOUT_SECONDS)) as parts:
                 async for part in parts:
                     metrics.KV_BYTES.labels("out").inc(len(part))
@@ -96,13 +105,14 @@ class KvShipping:
         return await self._worker_of(request.replica_id).hold(request, timeout_seconds=HOLD_TIMEOUT_SECONDS)
 
     @contextmanager
-    def _counted(self, direction: str) -> Iterator[None]:
-        if self._running[direction] >= MAX_SHIPMENTS:
+    def _counted(self, direction: str, *, is_last: bool) -> Iterator[None]:
+        running, limit = (direction, is_last), MAX_LAST_SHIPMENTS if is_last else MAX_SHIPMENTS
+        if self._running[running] >= limit:
             raise CapacityError(
-                f"this node ships keys and values of {MAX_SHIPMENTS} sessions already",
+                f"this node ships keys and values of {limit} sessions already",
                 retry_after_seconds=1.0,
             )
-        self._running[direction] += 1
+        self._running[running] += 1
         try:
             yield
         except StokerError as error:
@@ -112,7 +122,7 @@ class KvShipping:
             )
             raise
         finally:
-            self._running[direction] -= 1
+            self._running[running] -= 1
 
 
 async def _parts(channel: Channel, wanted: ReadKvRequest, address: str) -> AsyncGenerator[bytes]:

@@ -82,11 +82,13 @@ class KvDesk:
     async def read(self, request: ReadKvRequest, engine_id: SessionId) -> AsyncGenerator[bytes]:
         """Yield the parts of a session that runs in the engine, as it is now: `KvPart`s in their wire form.
 
+        With `hold_seconds` it stands still from then on, and nothing else is waited for.
+
         Raises:
             NotFound: It has ended.
             KvUnavailable: Its keys and values can't be shipped, for a reason.
         """
-        reader = await self._export(engine_id)
+        reader, held_tokens = await self._export(engine_id, request.hold_seconds)
         layout, first, end = reader.layout, request.from_token, len(reader.tokens)
         if first > end:
             raise KvUnavailable(
@@ -101,6 +103,7 @@ class KvDesk:
             to_token=end,
             adapter_uri=adapter_uri,
             adapter_revision=adapter_revision,
+            held_tokens=held_tokens,
         )
         yield KvPart(header=header).SerializeToString()
         pieces = list(layout.pieces(first, end))
@@ -109,7 +112,8 @@ class KvDesk:
         moved = 0
         try:
             for start, stop in pieces:
-                await self._until_on_time()
+                if not held_tokens:
+                    await self._until_on_time()
                 began_seconds = time.monotonic()
                 while True:
                     try:
@@ -119,11 +123,11 @@ class KvDesk:
                         moved += 1
                         if moved > MAX_MOVED_READS:
                             raise
-                        reader = await self._export(engine_id)
+                        reader, _ = await self._export(engine_id)
                         if len(reader.tokens) < end:  # set back: it computes them again
                             raise
                 yield piece  # comes back when the wire has taken it
-                if stop < end:
+                if stop < end and not held_tokens:
                     await asyncio.sleep(self._rest_seconds(departure, began_seconds))
         finally:
             self._pace.end(departure)
@@ -138,8 +142,15 @@ class KvDesk:
         rest_seconds = self._pace.rest_seconds(departure, now_seconds - began_seconds, now_seconds)
         return rest_seconds if self._engine.is_stepping else 0.0  # else nobody waits for a token
 
-    async def _export(self, engine_id: SessionId) -> KvReader:
-        return await asyncio.wrap_future(self._engine.call(lambda: self._engine.engine.export_kv(engine_id)))
+    async def _export(self, engine_id: SessionId, hold_seconds: float = 0.0) -> tuple[KvReader, int]:
+        """Return what reads a session, and how many tokens it has if it stands still from now on, else 0."""
+
+        def between_steps() -> tuple[KvReader, int]:
+            engine = self._engine.engine
+            reader = engine.export_kv(engine_id)
+            return reader, engine.hold(engine_id, hold_seconds) if hold_seconds else 0
+
+        return await asyncio.wrap_future(self._engine.call(between_steps))
 
     # --- in ---
 
@@ -163,7 +174,7 @@ class KvDesk:
         self._wait_for_session(header.header.session_id, arriving)
         tokens = arriving.staged.tokens
         data_bytes = (tokens - header.header.from_token) * arriving.staged.layout.token_bytes
-        return WriteKvResponse(tokens=tokens, data_bytes=data_bytes)
+        return WriteKvResponse(tokens=tokens, data_bytes=data_bytes, held_tokens=header.header.held_tokens)
 
     async def _begin(self, header: KvHeader) -> _Arriving:
         layout = self._engine.engine.kv_layout
@@ -200,8 +211,9 @@ class KvDesk:
 
     async def _fill(self, arriving: _Arriving, header: KvHeader, parts: AsyncIterator[KvPart]) -> None:
         staged = arriving.staged
-        await self._in_engine(self._engine.engine.warm_decode)  # while the source decodes, not when it stands
-        await self._in_engine(lambda: staged.extend(header.to_token))
+        if not staged.has_room(header.to_token):  # the last tokens find room: they wait for no step here
+            await self._in_engine(self._engine.engine.warm_decode)  # while the source decodes
+            await self._in_engine(lambda: staged.extend(header.to_token))
         while staged.tokens < header.to_token:
             piece = (await _next(parts, "piece")).piece
             await self._in_thread(partial(_write, staged, piece, header.to_token))

@@ -134,6 +134,10 @@ class StagedKv:
         self._layers: list[torch.Tensor] = []
         self._views: list[Any] = []
 
+    def has_room(self, tokens: int) -> bool:
+        """Say whether `tokens` tokens in all can be written without `extend`. Any thread, not beside it."""
+        return bool(self._layers) and self.kv.has_room(tokens)
+
     def extend(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all.
 

@@ -163,6 +163,10 @@ class SessionKv:
         """Return how many layers have written."""
         return len(self._layers)
 
+    def has_room(self, tokens: int) -> bool:
+        """Say whether there is room for `tokens` tokens in all. Any thread, not while that changes."""
+        return tokens <= self._capacity
+
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; return False, changing nothing, if the budget has none."""
         if tokens <= self._capacity:

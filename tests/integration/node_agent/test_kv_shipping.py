@@ -66,6 +66,10 @@ class PlayedEngine:
         """Return room."""
         return self
 
+    def has_room(self, tokens: int) -> bool:
+        """Say that room must be made."""
+        return False
+
     def extend(self, tokens: int) -> None:
         """Make room."""
 

@@ -77,6 +77,11 @@ class Node:
         return self._engine.engine.stats().prefill_token_count
 
     @property
+    def replayed_tokens(self) -> int:
+        """Return how many tokens it has computed without asking what follows."""
+        return self._engine.engine.stats().replay_token_count
+
+    @property
     def kv_tokens(self) -> int:
         """Return how many tokens of its cache are taken."""
         return self._engine.engine.stats().kv_tokens
@@ -95,12 +100,18 @@ class Node:
         """Begin to drain."""
         self.relay.ask_to_leave("test", 30)
 
-    async def read_kv(self, session_id: str, epoch: int, from_token: int) -> AsyncGenerator[KvPart]:
+    async def read_kv(self, order: FetchKvRequest) -> AsyncGenerator[KvPart]:
         """Give a session's keys and values away."""
         if self.is_dead:
             raise ReplicaGone("it was killed")
-        request = ReadKvRequest(session_id=session_id, epoch=epoch, from_token=from_token)
-        async with aclosing(self._desk.read(request, self._stream.engine_id(session_id, epoch))) as parts:
+        request = ReadKvRequest(
+            session_id=order.session_id,
+            epoch=order.from_epoch,
+            from_token=order.from_token,
+            hold_seconds=order.hold_seconds,
+        )
+        engine_id = self._stream.engine_id(order.session_id, order.from_epoch)
+        async with aclosing(self._desk.read(request, engine_id)) as parts:
             async for part in parts:
                 if self.is_dead:
                     raise ReplicaGone("it was killed")
@@ -182,10 +193,12 @@ class Cluster:
     ) -> FetchKvResponse:
         """Ship keys and values between two nodes, as `Agents.fetch_kv`."""
         source, node = self.nodes[order.from_replica_id], self._node(destination.replica_id)
-        parts = source.read_kv(order.session_id, order.from_epoch, order.from_token)
+        parts = source.read_kv(order)
         async with aclosing(parts):
             written = await node.write_kv(self._watched(parts))
-        response = FetchKvResponse(tokens=written.tokens, data_bytes=written.data_bytes)
+        response = FetchKvResponse(
+            tokens=written.tokens, data_bytes=written.data_bytes, held_tokens=written.held_tokens
+        )
         self.shipped.append(response)
         return response
 

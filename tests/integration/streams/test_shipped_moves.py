@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from services.gateway.sessions.hops import HopPolicy
 from services.gateway.text.model_text import ModelText
 from services.worker.engine.protocol import Sampling, Submit
 from stoker.errors import KvUnavailable, WorkerDied
@@ -21,6 +22,7 @@ from tests.unit.services.worker.kv.test_kv_exchange import shipped, stopped_afte
 from tests.unit.services.worker.tiny_models import numbers, run
 
 POSITIONS = 64
+ALL_SHIPPED = HopPolicy(max_hops=1000, long_session_tokens=0)
 
 
 def how(sampling: dict, tokens: int = POSITIONS + 8) -> dict:
@@ -98,6 +100,47 @@ def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
     source.close()
 
     assert numbers(made) == whole[: len(made)]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+async def test_a_long_session_lacks_one_token_when_it_comes(
+    new_engine: NewEngine, text: ModelText, sampling: dict
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(sampling))
+
+    async with Cluster(new_engine, leave_after([30])) as cluster:
+        found = await answer(cluster, text, PROMPT, policy=ALL_SHIPPED, **how(sampling))
+        last, order = cluster.shipped[-1], cluster.orders[-1]
+        holds = cluster.holds
+        computed = cluster.nodes["rep-1"].prefilled_tokens, cluster.nodes["rep-1"].replayed_tokens
+        await until_nothing_is_held(cluster)
+
+    assert found == wanted
+    assert (found.trace.moves, found.trace.hops, holds) == (1, 0, [])
+    assert last.held_tokens == last.tokens + 1 == len(PROMPT) + len(order.generated_token_ids)
+    assert computed == (0, 0)
+
+
+async def test_a_long_session_whose_last_tokens_are_not_shipped_goes_on(
+    new_engine: NewEngine, text: ModelText
+) -> None:
+    wanted = await answer(Replicas(new_engine), text, PROMPT, **how(SAMPLED))
+    broken: list[KvPart] = []
+
+    def on_part(cluster: Cluster, came: KvPart) -> None:
+        if came.header.held_tokens and not broken:
+            broken.append(came)
+            raise KvUnavailable("no")
+
+    async with Cluster(new_engine, leave_after([5]), on_part) as cluster:
+        found = await answer(cluster, text, PROMPT, policy=ALL_SHIPPED, **how(SAMPLED))
+        holds = cluster.holds
+        await until_nothing_is_held(cluster)
+
+    assert found == wanted
+    assert broken
+    assert holds[0] == 0.0
+    assert (found.trace.moves, found.trace.hops) == (1, 0)
 
 
 async def test_a_source_that_stood_still_for_a_destination_that_died_goes_on(

@@ -113,7 +113,8 @@ class ToyCluster:
         if self._random.random() < 3 * self._faults:
             raise KvUnavailable("not now")
         tokens = order.from_token + 1 + self._random.randrange(20)
-        return node_agent_pb2.FetchKvResponse(tokens=tokens, data_bytes=tokens)
+        stands_still = order.hold_seconds and self._random.random() < 0.5  # an older agent's does not
+        return node_agent_pb2.FetchKvResponse(tokens=tokens, data_bytes=tokens, held_tokens=int(stands_still))
 
     async def hold(
         self, replica: Replica, session_id: str, epoch: int, *, seconds: float, timeout_seconds: float

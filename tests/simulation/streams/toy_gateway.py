@@ -7,6 +7,7 @@ its successor; its client is gone, so what it says reaches nobody, and it must n
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from services.gateway.job import Job
 from services.gateway.routing.routes import RouteTable
@@ -24,6 +25,8 @@ from tests.simulation.streams.toy_cluster import ToyCluster, ToyPlacement, route
 from tests.unit.services.gateway.builders import session
 
 POLICY = HopPolicy(max_attempts=1_000, max_hops=1_000, resume_timeout_seconds=1e9)
+ALL_SHIPPED = replace(POLICY, long_session_tokens=0)
+"""Its moves ship the last tokens while the source stands still."""
 WOKEN_TURNS = 200
 """Of the loop, in which a gateway that has woken finds that its client has gone."""
 
@@ -54,6 +57,7 @@ class ToyGateway:
     ) -> None:
         fate = cluster.fate
         self._cluster, self._client, self._fate = cluster, client, fate
+        self._policy = ALL_SHIPPED if seed % 4 == 3 else POLICY
         self._cut_at = fate.randrange(client.tokens, tokens) if number < count - 1 else tokens + 1
         self._is_cut = asyncio.Event()
         self._is_awake = asyncio.Event()
@@ -141,7 +145,7 @@ class ToyGateway:
                 agents = Reattachment(self._cluster)  # type: ignore[arg-type]
                 (place,) = await agents.restore(job, self._key, [self.session], route, place)
                 self.found_tokens = len(self.session.token_ids)
-            run = SessionRun(self.session, 0, job, self.placement, self._cluster, POLICY)  # type: ignore[arg-type]
+            run = SessionRun(self.session, 0, job, self.placement, self._cluster, self._policy)  # type: ignore[arg-type]
             await run.run(place)
         except StokerError as error:
             if not self._is_cut.is_set():

@@ -29,6 +29,10 @@ class PlayedStaged:
     def __init__(self) -> None:
         self.layout, self.tokens, self.room, self.released = LAYOUT, 0, 0, 0
 
+    def has_room(self, tokens: int) -> bool:
+        """Say whether there is room."""
+        return tokens <= self.room
+
     def extend(self, tokens: int) -> None:
         """Make room."""
         if tokens > 100:
@@ -51,6 +55,7 @@ class PlayedEngine:
         self.engine, self.kv_layout, self.numerics = self, LAYOUT, "n"
         self.staged: list[PlayedStaged] = []
         self.warmed = 0
+        self.calls = 0
 
     def warm_decode(self) -> None:
         """Be warm."""
@@ -63,6 +68,7 @@ class PlayedEngine:
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
         """Do it at once."""
+        self.calls += 1
         done: Future[Any] = Future()
         try:
             done.set_result(work())
@@ -116,6 +122,19 @@ async def test_rounds_add_up_and_go_to_the_session_they_belong_to(desk: KvDesk, 
     assert claimed is engine.staged[0]
     assert desk.claim("s", wanted()) is None
     assert engine.staged[0].released == 0
+
+
+async def test_the_last_tokens_wait_for_no_step_where_there_is_room(
+    desk: KvDesk, engine: PlayedEngine
+) -> None:
+    await desk.write(stream(header(end=2), piece(0, TOKENS[:2])))
+    engine.staged[0].room = 128
+    calls = engine.calls
+
+    written = await desk.write(stream(header(first=2), piece(2, TOKENS[2:])))
+
+    assert written.tokens == len(TOKENS)
+    assert engine.calls == calls
 
 
 async def test_a_session_uses_only_what_was_computed_for_its_own_tokens(

@@ -30,10 +30,16 @@ class PlayedEngine:
         self.is_late = self.is_stepping = False
         self.waits = 0
         self.moves_left = 0
+        self.held_seconds = 0.0
 
     def export_kv(self, engine_id: SessionId) -> PlayedEngine:
         """Return the reader."""
         return self
+
+    def hold(self, engine_id: SessionId, seconds: float) -> int:
+        """Have the session stand still; it has a token more than can be read."""
+        self.held_seconds = seconds
+        return len(TOKENS) + 1
 
     def read(self, first: int, end: int) -> memoryview:
         """Return tokens' bytes, unless the store has moved."""
@@ -117,3 +123,33 @@ async def test_a_session_without_time_to_lose_waits_for_no_step(desk: KvDesk, en
 
     assert engine.waits == 0
     await reading.aclose()
+
+
+async def test_a_session_that_shall_stand_still_does_so_where_the_read_ends(
+    desk: KvDesk, engine: PlayedEngine
+) -> None:
+    request = ReadKvRequest(session_id="s", from_token=4, hold_seconds=0.5)
+    reading = desk.read(request, SessionId("e"))
+
+    header = KvPart.FromString(await anext(reading)).header
+    engine.is_late = True
+    pieces = [KvPart.FromString(part) async for part in reading]
+
+    assert (header.to_token, header.held_tokens) == (len(TOKENS), len(TOKENS) + 1)
+    assert engine.held_seconds == 0.5
+    assert [token for part in pieces for token in part.piece.token_ids] == list(TOKENS[4:])
+    assert engine.waits == 0
+
+
+async def test_a_session_that_can_not_be_read_does_not_stand_still(engine: PlayedEngine) -> None:
+    def refuse(engine_id: SessionId) -> PlayedEngine:
+        raise KvUnavailable("it has none yet")
+
+    engine.export_kv = refuse  # type: ignore[method-assign]
+    desk = KvDesk(engine)  # type: ignore[arg-type]
+
+    with pytest.raises(KvUnavailable, match="none yet"):
+        await anext(desk.read(ReadKvRequest(session_id="s", hold_seconds=0.5), SessionId("e")))
+
+    assert engine.held_seconds == 0.0
+    desk.close()
