@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.controller.cluster_view.view import Model, Node, Refusal, Replica, Reservation, Scheduling
+from services.controller.cluster_view.demand import Refusal
+from services.controller.cluster_view.view import Model, Node, Replica, Reservation, Scheduling
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from immutables import Map
 
+from services.controller.cluster_view.demand import Demand, Failure
 from services.controller.cluster_view.events import (
     Declined,
     Demanded,
@@ -56,8 +57,6 @@ from services.controller.cluster_view.load_report import is_woken, narrowed, rem
 from services.controller.cluster_view.moves import learn_move
 from services.controller.cluster_view.reach import reach_of, reach_of_report
 from services.controller.cluster_view.view import (
-    Demand,
-    Failure,
     Model,
     Node,
     Phase,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
+from services.controller.cluster_view.demand import Refusal
 from services.controller.cluster_view.events import Event, RefusalLifted, Refused, RoomSettled, StopOrdered
 from services.controller.cluster_view.fleet import Member
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.index import Index, index_of, indexed
-from services.controller.cluster_view.view import Policy, Refusal, View
+from services.controller.cluster_view.view import Policy, View
 from services.controller.placement.place import Decision
 from services.controller.scaling.actions import Action, Note, Noted, Stop
 from stoker.ids import ModelName, ReplicaId

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.controller.cluster_view.demand import Failure
 from services.controller.cluster_view.events import (
     Distrusted,
     ModelPut,
@@ -13,7 +14,7 @@ from services.controller.cluster_view.events import (
 )
 from services.controller.cluster_view.fold import fold, fold_all
 from services.controller.cluster_view.learnt import StartStages
-from services.controller.cluster_view.view import Failure, Phase, View
+from services.controller.cluster_view.view import Phase, View
 from stoker.ids import ModelName, ReplicaId
 from tests.unit.services.controller.builders import (
     NOW_SECONDS,

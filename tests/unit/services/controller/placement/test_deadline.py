@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from services.controller.answer import answer
-from services.controller.cluster_view.view import Demand, Phase, Policy, View
+from services.controller.cluster_view.demand import Demand
+from services.controller.cluster_view.view import Phase, Policy, View
 from services.controller.placement.deadline import Late, late, late_if_started
 from stoker.ids import ModelName
 from tests.unit.services.controller.builders import (

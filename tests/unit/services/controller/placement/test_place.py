@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.controller.cluster_view.view import Demand, Device, Held, Policy, Pool
+from services.controller.cluster_view.demand import Demand
+from services.controller.cluster_view.view import Device, Held, Policy, Pool
 from services.controller.placement.place import Placed, StopIdle, Unplaceable, Wait, place
 from stoker.ids import ModelName
 from stoker.units import GB
