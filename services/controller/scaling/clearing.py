@@ -29,7 +29,7 @@ from services.controller.placement.place import Wait, place
 from services.controller.scaling.actions import Migrate
 from stoker.ids import ModelName, NodeId
 
-MAX_LOOKED_AT = 4
+MAX_LOOKED_AT = 2
 """Models placed per look, those that promise most first."""
 
 
@@ -109,8 +109,8 @@ def clear_a_node(
         terms: When it is worth it.
     """
     looked: list[ModelName] = []
-    if not policy.may_migrate:
-        return None, ()
+    if not policy.may_migrate or not any(len(nodes) for nodes in index_of(view).free.values()):
+        return None, ()  # nothing may move, or nothing has anywhere to go
     calm = replace(
         policy, minimum_residency_seconds=max(policy.minimum_residency_seconds, terms.rest_seconds)
     )

@@ -15,13 +15,14 @@ batch where that is smaller), or while some wait for a place in its batch. Rules
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from services.controller.cluster_view.fleet import Member, Standing, is_leaving, members_of
+from services.controller.cluster_view.fleet import Member, Standing, is_leaving, member, members_of
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.moves import move_seconds
-from services.controller.cluster_view.view import Policy, Replica, Scheduling, View
+from services.controller.cluster_view.view import Model, Policy, Replica, Scheduling, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 
@@ -62,6 +63,7 @@ class Bounds:
         give_not: Replicas that took sessions lately: they give none.
         take_not: Replicas that gave sessions lately: they take none.
         on_their_way: Sessions by node, from there and to there.
+        most: Shifts at a time.
     """
 
     crowded_seconds: float
@@ -71,48 +73,69 @@ class Bounds:
     give_not: frozenset[ReplicaId]
     take_not: frozenset[ReplicaId]
     on_their_way: Mapping[NodeId, int]
+    most: int
 
 
-def crowded(view: View) -> Iterator[tuple[Member, Replica]]:
-    """Yield the crowded replicas of models with several; by model, then id."""
-    tallies = index_of(view).tallies
-    several = (
-        name
-        for name, tally in tallies.items()
-        if tally.live > 1 and (tally.waiting or tally.sessions > 1) and name in view.models
-    )
-    for name in sorted(several):
-        for found in members_of(view, name):
-            replica = _serving(view, found)
-            if replica is not None and _too_many(view, found, replica) > 0:
-                yield found, replica
+class Crowd(NamedTuple):
+    """A crowded replica, and what its node says of it."""
+
+    source: Member
+    replica: Replica
 
 
-def shifts(
-    view: View, since_seconds: Mapping[ReplicaId, float], now_seconds: float, policy: Policy, bounds: Bounds
+def crowded(view: View) -> list[Crowd]:
+    """Return the crowded replicas of models with several; by model, then id."""
+    index, found = index_of(view), []
+    for name, tally in index.tallies.items():
+        model = view.models.get(name)
+        if model is None or tally.live < 2 or not (tally.waiting or tally.sessions > model.concurrency):  # noqa: PLR2004 - several
+            continue
+        for replica_id in index.of_model.get(name, ()):
+            reservation = view.reservations[replica_id]
+            node = view.nodes.get(reservation.node_id)
+            replica = node.replicas.get(replica_id) if node is not None else None
+            if replica is None or _too_many(model, replica) <= 0:
+                continue  # most: told before anything is made of them
+            one = member(view, reservation)
+            if _serving(view, one) is not None:
+                found.append(Crowd(one, replica))
+    found.sort(key=lambda crowd: (crowd.source.reservation.model, crowd.replica.replica_id))
+    return found
+
+
+def shifts(  # noqa: PLR0913, PLR0917 - what a decision is made of
+    view: View,
+    crowds: Iterable[Crowd],
+    since_seconds: Mapping[ReplicaId, float],
+    now_seconds: float,
+    policy: Policy,
+    bounds: Bounds,
 ) -> tuple[Shift, ...]:
     """Return what is worth moving now, the longest crowds first.
 
     Args:
         view: The cluster.
+        crowds: Its crowded replicas.
         since_seconds: Of the crowded replicas: since when they are.
         now_seconds: The view's clock.
         policy: Constants.
         bounds: What must be kept to.
     """
-    found = [
-        (source, replica)
-        for source, replica in crowded(view)
-        if source.reservation.replica_id in since_seconds
-        and source.reservation.replica_id not in bounds.busy | bounds.give_not
-    ]
+    still = bounds.busy | bounds.give_not
+    found = [crowd for crowd in crowds if crowd.replica.replica_id not in still]
     found.sort(
-        key=lambda pair: (since_seconds[pair[1].replica_id], -pair[1].waiting_sessions, pair[1].replica_id)
+        key=lambda crowd: (
+            since_seconds[crowd.replica.replica_id],
+            -crowd.replica.waiting_sessions,
+            crowd.replica.replica_id,
+        )
     )
     chosen: list[Shift] = []
     taken = set(bounds.busy)
     room = dict(bounds.on_their_way)
     for source, replica in found:
+        if len(chosen) >= bounds.most:
+            break
         age_seconds = now_seconds - since_seconds[replica.replica_id]
         shift = _shift(view, source, replica, age_seconds, taken, room, policy, bounds)
         if shift is not None:
@@ -134,6 +157,7 @@ def _shift(  # noqa: PLR0913, PLR0917 - what a decision is made of
     bounds: Bounds,
 ) -> Shift | None:
     name = source.reservation.model
+    model = view.models[name]
     tokens = replica.context_tokens // max(1, replica.sessions - replica.waiting_sessions)
     one_seconds = move_seconds(view, name, tokens, policy)
     if age_seconds < max(bounds.crowded_seconds, bounds.hysteresis_ratio * one_seconds):
@@ -146,8 +170,8 @@ def _shift(  # noqa: PLR0913, PLR0917 - what a decision is made of
     ways = {node_id: 1, to_node_id: 1} if node_id != to_node_id else {node_id: 2}
     allowed = min((bounds.sessions_per_node - room.get(each, 0)) // count for each, count in ways.items())
     count = min(
-        _too_many(view, source, replica),
-        _places(view, to, other) - other.sessions,
+        _too_many(model, replica),
+        _places(model, other) - other.sessions,
         (replica.sessions - other.sessions) // 2,
         allowed,
     )
@@ -170,6 +194,7 @@ def _target(
 ) -> tuple[Member, Replica] | None:
     """Return the emptiest replica that could take some of these sessions; None = there is none."""
     passed_over = {replica.replica_id, *but_not}
+    model = view.models[source.reservation.model]
     found = [
         (to, other)
         for to in members_of(view, source.reservation.model)
@@ -177,12 +202,12 @@ def _target(
         and (other := _serving(view, to)) is not None
         and _goes_on_there(replica, other)
         and not other.waiting_sessions
-        and _places(view, to, other) > other.sessions
+        and _places(model, other) > other.sessions
         and view.scheduling.get(to.reservation.node_id, Scheduling.OPEN) is Scheduling.OPEN
     ]
     return min(
         found,
-        key=lambda pair: (pair[1].sessions / _places(view, *pair), pair[1].replica_id),
+        key=lambda pair: (pair[1].sessions / _places(model, pair[1]), pair[1].replica_id),
         default=None,
     )
 
@@ -212,11 +237,11 @@ def _goes_on_there(here: Replica, there: Replica) -> bool:
     return same_weights and same_bits and long_enough
 
 
-def _places(view: View, found: Member, replica: Replica) -> int:
+def _places(model: Model, replica: Replica) -> int:
     """Return how many sessions the replica should have at most."""
-    target = max(1, view.models[found.reservation.model].concurrency)
+    target = max(1, model.concurrency)
     return min(target, replica.max_batch) if replica.max_batch else target
 
 
-def _too_many(view: View, found: Member, replica: Replica) -> int:
-    return max(replica.sessions - _places(view, found, replica), replica.waiting_sessions)
+def _too_many(model: Model, replica: Replica) -> int:
+    return max(replica.sessions - _places(model, replica), replica.waiting_sessions)

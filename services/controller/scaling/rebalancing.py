@@ -121,10 +121,11 @@ def _with_shifts(
     busy = frozenset(
         replica_id for each in under_way for replica_id in (each.shift.replica_id, each.shift.to_replica_id)
     )
+    crowds = crowded(view)
     since = {
-        replica.replica_id: before.crowded_since.get(replica.replica_id, now_seconds)
-        for _, replica in crowded(view)
-        if replica.replica_id not in busy  # it has to show once more that it is
+        crowd.replica.replica_id: before.crowded_since.get(crowd.replica.replica_id, now_seconds)
+        for crowd in crowds
+        if crowd.replica.replica_id not in busy  # it has to show once more that it is
     }
     took, gave = _live(before.took, now_seconds), _live(before.gave, now_seconds)
     bounds = Bounds(
@@ -135,8 +136,9 @@ def _with_shifts(
         give_not=frozenset(took),
         take_not=frozenset(gave),
         on_their_way=_on_their_way(under_way),
+        most=MAX_SHIFTS,
     )
-    found = shifts(view, since, now_seconds, policy, bounds)[:MAX_SHIFTS] if since else ()
+    found = shifts(view, crowds, since, now_seconds, policy, bounds) if since else ()
     begun = tuple(
         UnderWay(shift=shift, until_seconds=now_seconds + 2 * shift.cost_seconds + SETTLE_SECONDS)
         for shift in found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -136,6 +137,23 @@ def test_sessions_stay_where_no_other_replica_computes_the_same_bits() -> None:
 
     assert _after_a_while(crowded).under_way
     assert not _after_a_while(mixed).under_way
+
+
+@pytest.mark.parametrize(("there", "moved"), [(0, 2), (2, 1), (3, 0)])
+def test_of_sessions_that_wait_below_the_target_so_many_go_as_leave_no_more_there_than_here(
+    there: int, moved: int
+) -> None:
+    """They wait for memory, say; the others' counts are within the target."""
+    view = cluster({"r0": PLACES, "r1": there}, nodes=2)
+    node = view.nodes[NodeId("n0")]
+    waiting = replace(
+        node.replicas[ReplicaId("r0")], waiting_sessions=3, waiting_since_seconds=NOW_SECONDS - 1
+    )
+    view = replace(
+        view, nodes={**view.nodes, node.node_id: replace(node, replicas={ReplicaId("r0"): waiting})}
+    )
+
+    assert sum(each.shift.sessions for each in _after_a_while(view).under_way) == moved
 
 
 def test_a_source_whose_order_failed_rests() -> None:
