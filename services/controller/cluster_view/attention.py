@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.cluster_view.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.cluster_view.frozen import changed
-from services.controller.cluster_view.view import Model, View
+from services.controller.cluster_view.frozen import draft_of, finished
+from services.controller.cluster_view.view import Model, Phase, Replica, View
 from stoker.ids import ModelName
 
 NOW = 0.0
@@ -59,15 +59,14 @@ class Tally:
         if old.idle_since_seconds != new.idle_since_seconds:
             idle = _without(idle, old.idle_since_seconds)
             idle = _with(idle, new.idle_since_seconds)
-        return changed(
-            self,
-            replicas=self.replicas + (now is not None) - (was is not None),
-            cares=self.cares + new.cares - old.cares,
-            live=self.live + new.live - old.live,
-            waiting=self.waiting + new.waiting - old.waiting,
-            sessions=self.sessions + new.sessions - old.sessions,
-            idle_since=idle,
-        )
+        draft = draft_of(self)
+        draft.replicas += (now is not None) - (was is not None)
+        draft.cares += new.cares - old.cares
+        draft.live += new.live - old.live
+        draft.waiting += new.waiting - old.waiting
+        draft.sessions += new.sessions - old.sessions
+        draft.idle_since = idle
+        return finished(draft, Tally)
 
 
 def _without(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]:
@@ -104,6 +103,20 @@ def mark_of(view: View, found: Member) -> Mark:
         waiting=int(replica is not None and replica.waiting_since_seconds is not None),
         sessions=replica.sessions if replica is not None else 0,
         idle_since_seconds=replica.idle_since_seconds if replica is not None and is_idle(found) else None,
+    )
+
+
+def mark_with_load(mark: Mark, replica: Replica) -> Mark | None:
+    """Return a mark after nothing but its replica's sessions have changed; None = it takes a closer look."""
+    if not mark.live or replica.phase is not Phase.READY:
+        return None
+    is_idle_now = replica.sessions == 0 and replica.idle_since_seconds is not None
+    return Mark(
+        mark.cares,
+        mark.live,
+        int(replica.waiting_since_seconds is not None),
+        replica.sessions,
+        replica.idle_since_seconds if is_idle_now else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.controller.cluster_view.demand import Refusal
 from services.controller.cluster_view.view import Model, Node, Replica, Reservation, Scheduling
@@ -51,6 +52,18 @@ class NodeReported:
     node: Node
 
 
+class SessionLoad(NamedTuple):
+    """The sessions of one replica, as `Replica` has them; a tuple, because most reports say no more."""
+
+    replica_id: ReplicaId
+    model: ModelName
+    sessions: int = 0
+    waiting_sessions: int = 0
+    waiting_since_seconds: float | None = None
+    idle_since_seconds: float | None = None
+    context_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReported:
     """An agent reported, and nothing but the sessions of some replicas is other than before.
@@ -59,8 +72,8 @@ class LoadReported:
     """
 
     node_id: NodeId
-    replicas: tuple[Replica, ...]
-    """Those whose sessions changed; nothing else of them is read."""
+    replicas: tuple[Replica | SessionLoad, ...]
+    """Those whose sessions changed; of a whole one nothing else is read."""
     seen_seconds: float
 
 

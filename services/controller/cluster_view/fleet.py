@@ -37,18 +37,29 @@ class Member(NamedTuple):
     """It runs what was deployed before the model's last change."""
 
 
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call that names its fields."""
+
+
 def member(view: View, reservation: Reservation) -> Member:
     """Return the reserved replica as it stands."""
     node = view.nodes.get(reservation.node_id)
-    replica = node.replicas.get(reservation.replica_id) if node else None
+    replica = node.replicas.get(reservation.replica_id) if node is not None else None
     model = view.models.get(reservation.model)
-    return Member(
-        reservation,
-        replica,
-        node,
-        _standing(view, reservation, node, replica),
-        model is not None and model.runtime != reservation.runtime,
-    )
+    if (
+        replica is not None
+        and replica.phase is Phase.READY
+        and node is not None
+        and node.connected
+        and node.reachable
+        and reservation.stopping_since_seconds is None
+        and not reservation.releasing
+    ):
+        standing = Standing.READY  # as most do: said without asking further
+    else:
+        standing = _standing(view, reservation, node, replica)
+    stale = model is not None and model.runtime != reservation.runtime
+    return _new_tuple(Member, (reservation, replica, node, standing, stale))
 
 
 def members_by_model(view: View) -> Mapping[ModelName, tuple[Member, ...]]:

@@ -75,11 +75,11 @@ MEASURED_STARTS = 9
 
 def fold(view: View, event: Event) -> View:
     """Return the view after `event`, its index current. Events about things that are gone change nothing."""
-    before = indexed(view)
+    before = view if view.index is not None else indexed(view)
     if isinstance(event, NodeReported):
         event = narrowed(before, event.node) or event
     if isinstance(event, LoadReported):
-        return _after(before, event)  # with its index, and what room it makes
+        return _after_load(before, event)  # with its index, and what room it makes
     after = _after(before, event)
     if after is before:
         return before

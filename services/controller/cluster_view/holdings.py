@@ -21,9 +21,8 @@ def held_changes(was: Mapping[Checkpoint, Held], now: Mapping[Checkpoint, Held])
     if was is now:
         return []
     if len(was) == len(now) and all(map(is_, was, now)):
-        found = zip(was, was.values(), now.values(), strict=True)
-        others = compress(found, map(is_not, was.values(), now.values()))
-        return [(checkpoint, before, after) for checkpoint, before, after in others if before != after]
+        others = compress(was, map(is_not, was.values(), now.values()))
+        return [(each, was[each], now[each]) for each in others if was[each] != now[each]]
     gone = [(checkpoint, was[checkpoint], None) for checkpoint in was if checkpoint not in now]
     changed = [
         (checkpoint, before, after)

@@ -14,11 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from math import floor
 from typing import TypeVar
 
 from immutables import Map
 
-from services.controller.cluster_view.attention import EMPTY, Mark, Tally, due_of, mark_of
+from services.controller.cluster_view.attention import (
+    EMPTY,
+    Mark,
+    Tally,
+    due_of,
+    mark_of,
+    mark_with_load,
+)
 from services.controller.cluster_view.fleet import member
 from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.groups import Groups, Members
@@ -29,10 +37,10 @@ from services.controller.cluster_view.places import (
     Draft,
     Nodes,
     Rung,
-    disturbed_by,
     disturbing_places,
     has_free_slots,
     move,
+    move_disturbed,
     placed_by,
     places,
     put,
@@ -75,7 +83,7 @@ class Index:
         homeless: Nodes that have reservations, and are not in the cluster.
         labelled: Nodes by label.
         open_nodes: Ids, sorted.
-        last_seen: Every node by the time of its last report.
+        last_seen: Every node by the time of its last report, in whole seconds: no later than that was.
         due: When something about a model may have to be done next, by time and name.
         due_at: The same, by name.
         shapes: How many nodes there are of each shape.
@@ -176,14 +184,16 @@ def reloaded(before: View, after: View, node_id: NodeId, loads: Iterable[Load]) 
         if differs_in_sessions(was, now):
             reservation = after.reservations.get(now.replica_id)
             if reservation is not None:
-                _remark(draft, after, now.replica_id, reservation.model)
+                mark = draft.marks.get(now.replica_id)
+                mark = mark_with_load(mark, now) if mark is not None else None
+                _remark(draft, after, now.replica_id, reservation.model, mark)
             names[now.model] = None
     node, was_summary = after.nodes[node_id], draft.summaries[node_id]
     _resee(draft, before.nodes[node_id], node)
     now_summary = summary_with_load(after, node, was_summary, {now.replica_id for _, now in loads})
     draft.summaries = draft.summaries.set(node_id, now_summary)
-    if disturbed_by(was_summary) != disturbed_by(now_summary):
-        move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
+    if was_summary.is_open:
+        move_disturbed(draft, was_summary, now_summary, node_id)
     _change_models(draft, after, names)
     return finished(draft, Index)
 
@@ -211,10 +221,14 @@ def _change_reservation(draft: Draft, before: View, after: View, replica_id: Rep
     _rehome(draft, after, found.node_id)
 
 
-def _remark(draft: Draft, view: View, replica_id: ReplicaId, name: ModelName) -> None:
-    reservation = view.reservations.get(replica_id)
+def _remark(
+    draft: Draft, view: View, replica_id: ReplicaId, name: ModelName, now: Mark | None = None
+) -> None:
+    """Bring a replica's mark up to date, and its model's tally; `now` is the mark, where it is known."""
     was = draft.marks.get(replica_id)
-    now = mark_of(view, member(view, reservation)) if reservation is not None else None
+    if now is None:
+        reservation = view.reservations.get(replica_id)
+        now = mark_of(view, member(view, reservation)) if reservation is not None else None
     if was == now:
         return
     tally: Tally = draft.tallies.get(name, EMPTY).after(was, now)
@@ -267,12 +281,14 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
 
 
 def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
-    if was is not None and now is not None and was.last_seen_seconds == now.last_seen_seconds:
+    before = floor(was.last_seen_seconds) if was is not None else None
+    after = floor(now.last_seen_seconds) if now is not None else None
+    if before == after:
         return
-    if was is not None:
-        draft.last_seen = draft.last_seen.removed((was.last_seen_seconds, was.node_id))
-    if now is not None:
-        draft.last_seen = draft.last_seen.added((now.last_seen_seconds, now.node_id))
+    if was is not None and before is not None:
+        draft.last_seen = draft.last_seen.removed((before, was.node_id))
+    if now is not None and after is not None:
+        draft.last_seen = draft.last_seen.added((after, now.node_id))
 
 
 def _rehold(

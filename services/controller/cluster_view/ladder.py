@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from typing import Generic, Self, TypeVar
@@ -17,11 +16,16 @@ RUN = 64
 _last = itemgetter(-1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Ladder(Generic[Item]):
-    """Items in ascending order, each once; equal to another one with the same items."""
+    """Items in ascending order, each once; equal to another one with the same items.
 
-    runs: tuple[tuple[Item, ...], ...] = ()
+    Never changed once it is made; no frozen dataclass, because every event makes several.
+    """
+
+    __slots__ = ("runs",)
+
+    def __init__(self, runs: tuple[tuple[Item, ...], ...] = ()) -> None:
+        self.runs = runs
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Self:

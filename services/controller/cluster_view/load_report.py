@@ -10,7 +10,7 @@ from dataclasses import fields
 from operator import attrgetter
 from statistics import median
 
-from services.controller.cluster_view.events import LoadReported
+from services.controller.cluster_view.events import LoadReported, SessionLoad
 from services.controller.cluster_view.frozen import changed, draft_of, finished
 from services.controller.cluster_view.lessons import is_complete, rates_after
 from services.controller.cluster_view.view import Node, Phase, Replica, View
@@ -85,7 +85,9 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         was = replicas.get(replica.replica_id)
         if was is None:
             continue
-        waiting_since_seconds = waiting_since(replica, was, event.seen_seconds)
+        waiting_since_seconds = (
+            waiting_since(replica, was, event.seen_seconds) if replica.waiting_sessions else None
+        )
         draft = draft_of(was)
         draft.sessions = replica.sessions
         draft.waiting_sessions = replica.waiting_sessions
@@ -94,7 +96,10 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         draft.context_tokens = replica.context_tokens
         now = replicas[replica.replica_id] = finished(draft, Replica)
         loads.append((was, now))
-    return changed(node, replicas=replicas, last_seen_seconds=event.seen_seconds), loads
+    after = draft_of(node)
+    after.replicas = replicas
+    after.last_seen_seconds = event.seen_seconds
+    return finished(after, Node), loads
 
 
 def differs_in_sessions(was: Replica, now: Replica) -> bool:
@@ -136,7 +141,7 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
     )
 
 
-def waiting_since(replica: Replica, before: Replica | None, now_seconds: float) -> float | None:
+def waiting_since(replica: Replica | SessionLoad, before: Replica | None, now_seconds: float) -> float | None:
     """Return since when sessions have waited in a replica's queue without a break; None = none does."""
     if not replica.waiting_sessions:
         return None

@@ -52,11 +52,6 @@ def has_free_slots(summary: Summary | None) -> bool:
     return summary is not None and summary.is_open and bool(summary.free)
 
 
-def disturbed_by(summary: Summary) -> tuple[float | None, bool]:
-    """Return what of a summary decides where `disturbing_places` has the node, its rates aside."""
-    return summary.worth_keys[0][0] if summary.worth_keys else None, bool(summary.busy)
-
-
 def move(draft: Draft, had: Iterable[Place], has: Iterable[Place]) -> None:
     """Take a node out of the lists that it does not belong into any more, and put it into the others."""
     before, now = set(had), set(has)
@@ -89,13 +84,33 @@ def disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[Plac
     """Yield the sorted lists of nodes with replicas that may go, as far as a node belongs into them."""
     if summary is None or not summary.is_open:
         return
-    for origin, rate in zip(ORIGINS, summary.rates, strict=True):
-        if summary.worth_keys:
-            yield "idle_by_rate", origin, (-rate, node_id)
-        if summary.busy:
-            yield "busy_by_rate", origin, (-rate, node_id)
     if summary.worth_keys:
         yield "idle_by_worth", None, (summary.worth_keys[0][0], node_id)
+        for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+            yield "idle_by_rate", origin, (-rate, node_id)
+    if summary.busy:
+        for origin, rate in zip(ORIGINS, summary.rates, strict=True):
+            yield "busy_by_rate", origin, (-rate, node_id)
+
+
+def move_disturbed(draft: Draft, was: Summary, now: Summary, node_id: NodeId) -> None:
+    """Move an open node between its `disturbing_places`: of its replicas only the sessions have changed."""
+    was_key = was.worth_keys[0][0] if was.worth_keys else None
+    now_key = now.worth_keys[0][0] if now.worth_keys else None
+    if was_key != now_key:
+        by_worth: Nodes = draft.idle_by_worth
+        if was_key is not None:
+            by_worth = by_worth.removed((was_key, node_id))
+        if now_key is not None:
+            by_worth = by_worth.added((now_key, node_id))
+        draft.idle_by_worth = by_worth
+    for name, was_in, now_in in (
+        ("idle_by_rate", was_key is not None, now_key is not None),
+        ("busy_by_rate", bool(was.busy), bool(now.busy)),
+    ):
+        if was_in != now_in:
+            for origin, rate in zip(ORIGINS, now.rates, strict=True):
+                _place(draft, (name, origin, (-rate, node_id)), present=now_in)
 
 
 def _steps(count: int) -> Iterator[int]:

@@ -190,19 +190,23 @@ def summary_with_load(view: View, node: Node, known: Summary, replicas: Containe
         known: Its summary before.
         replicas: Whose sessions, or whose contexts, are others.
     """
-    traits = tuple(
-        [
-            with_load(view, node, trait) if trait.reservation.replica_id in replicas else trait
-            for trait in known.traits
-        ]
-    )
-    busy = [trait for trait in traits if trait.busy is not None]
+    traits, worth_keys, busy_ids, busy = [], [], [], []
+    for was in known.traits:
+        replica_id = was.reservation.replica_id
+        trait = with_load(view, node, was) if replica_id in replicas else was
+        traits.append(trait)
+        if trait.worth_key is not None:
+            worth_keys.append(trait.worth_key)
+        if trait.busy is not None:
+            busy_ids.append(replica_id)
+            busy.append(trait.busy)
+    worth_keys.sort()
     draft = draft_of(known)
-    draft.traits = traits
-    draft.worth_keys = tuple(sorted([trait.worth_key for trait in traits if trait.worth_key is not None]))
-    draft.busy = tuple([trait.reservation.replica_id for trait in busy])
-    draft.busy_tokens = min([trait.busy[0] for trait in busy if trait.busy], default=0)
-    draft.busy_bytes = min([trait.busy[1] for trait in busy if trait.busy], default=0)
+    draft.traits = tuple(traits)
+    draft.worth_keys = tuple(worth_keys)
+    draft.busy = tuple(busy_ids)
+    draft.busy_tokens = min([tokens for tokens, _ in busy], default=0)
+    draft.busy_bytes = min([byte_count for _, byte_count in busy], default=0)
     return finished(draft, Summary)
 
 

@@ -118,6 +118,19 @@ _read_by_all = attrgetter(
 
 def with_load(view: View, node: Node, trait: Trait) -> Trait:
     """Return a trait after nothing but the sessions of its replica have changed."""
+    replica = node.replicas.get(trait.reservation.replica_id)
+    if trait.busy is not None and replica is not None and replica.sessions > 0:  # its contexts have grown
+        return Trait(
+            trait.reservation,
+            trait.takes_workers,
+            None,
+            (replica.context_tokens, trait.busy[1]),
+            trait.settled_at_seconds,
+            trait.leaving_for,
+            trait.loading,
+            trait.coming,
+            trait.restart_log,
+        )
     found = member(view, trait.reservation)
     model = view.models.get(trait.reservation.model)
     worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)

@@ -212,6 +212,8 @@ class Bounds:
         wanted, node = self.wanted, self._nodes[node_id]
         if not summary.queued:
             return self._unqueued_seconds(node, summary)
+        if not 0 < summary.shape.pool_bytes < self._file_bytes:
+            return self._queued_seconds(node, summary)
         return load_seconds(
             wanted.model,
             node,
@@ -239,6 +241,27 @@ class Bounds:
         if rate >= device_rate:  # that of the device: how fast the source is, the summary does not say
             rate = bytes_per_second(node, source)
         seconds = summary.openings[origin] + missing_bytes / rate
+        return max(device_seconds, seconds)
+
+    def _queued_seconds(self, node: Node, summary: Summary) -> float:
+        """Return how long a load takes where bytes wait: `load_seconds` of one that fits the pool."""
+        held = node.held.get(self._checkpoint, NOTHING_HELD)
+        missing_bytes, stages, seconds = self._file_bytes - held.dram_bytes, node.stages, 0.0
+        if missing_bytes > 0:
+            source = source_of(self.wanted.model, held, has_peer=self.wanted.has_peer(node.node_id))
+            queued_bytes, stage = summary.loading_bytes, stages.get(source)
+            if stage is not None and stage.queued_bytes > queued_bytes:
+                queued_bytes = stage.queued_bytes
+            if self._checkpoint in summary.loading:
+                missing_bytes = 0
+            origin = _PLACE_OF[source]
+            rate = summary.rates[origin]
+            if rate >= summary.device_rate:
+                rate = bytes_per_second(node, source)
+            seconds = summary.openings[origin] + (queued_bytes + missing_bytes) / rate
+        stage = stages.get("device")
+        queued_bytes = stage.queued_bytes if stage is not None else 0
+        device_seconds = (queued_bytes + self._device_bytes) / summary.device_rate
         return max(device_seconds, seconds)
 
     def _least_disturbing(self, summary: Summary) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from itertools import count
 
 from services.controller.cluster_view.demand import Refusal
 from services.controller.cluster_view.events import Event, RefusalLifted, Refused, RoomSettled, StopOrdered
-from services.controller.cluster_view.fleet import Member
+from services.controller.cluster_view.fleet import Member, members_of
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.index import Index, index_of, indexed
 from services.controller.cluster_view.view import Policy, View
@@ -26,6 +26,9 @@ class Planner:
         self.actions: list[Action] = []
         self.decisions: list[tuple[ModelName, Decision]] = []
         self._due_seconds: float | None = None
+        self._members: dict[ModelName, tuple[Member, ...]] = {}
+        self._members_view = self.view
+        """Of which view those are."""
         self._tentative = count()
 
     @property
@@ -37,6 +40,15 @@ class Planner:
     def next_due_seconds(self) -> float | None:
         """The earliest moment to look again at; None = on the next event."""
         return self._due_seconds
+
+    def members_of(self, name: ModelName) -> tuple[Member, ...]:
+        """Return the reserved replicas of a model as they stand now, in the order of their ids."""
+        if self._members_view is not self.view:
+            self._members, self._members_view = {}, self.view
+        found = self._members.get(name)
+        if found is None:
+            found = self._members[name] = members_of(self.view, name)
+        return found
 
     def tentative_id(self) -> ReplicaId:
         """Return an id for a replica that the shell will name."""

@@ -26,6 +26,7 @@ from services.controller.scaling.planner import Planner
 from services.controller.scaling.starting import lacks_more_room, start_what_is_wanted
 from services.controller.scaling.stopping import (
     check_nodes,
+    may_have_to_go,
     release_what_is_gone,
     stop_orphans,
     stop_what_must_go,
@@ -40,11 +41,14 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
     stop_orphans(planner)
     room = planner.view.room
     names = _to_look_at(planner)
-    for name in names:
-        stop_what_must_go(planner, name)
-    for name in names:
-        release_what_is_gone(planner, name)
-    start_what_is_wanted(planner, names)
+    if names:
+        for name in names:
+            if may_have_to_go(planner, name):
+                stop_what_must_go(planner, name)
+        for name in names:
+            if may_have_to_go(planner, name):
+                release_what_is_gone(planner, name)
+        start_what_is_wanted(planner, names)
     planner.settle(room)
     return Plan(
         actions=tuple(planner.actions),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from services.controller.cluster_view.attention import asked_for
+from services.controller.cluster_view.attention import EMPTY, asked_for
 from services.controller.cluster_view.events import ForecastMissed
-from services.controller.cluster_view.fleet import Member, Standing, is_leaving, members_of
+from services.controller.cluster_view.fleet import Member, Standing, is_leaving
 from services.controller.cluster_view.forecast import prewarm_window_seconds
 from services.controller.cluster_view.view import Model, Policy
 from services.controller.placement.options import Move
@@ -148,17 +148,20 @@ def lacking(planner: Planner, name: ModelName) -> int:
     model = planner.view.models.get(name)
     if model is None:
         return 0
-    return _desired(planner, model, members_of(planner.view, name)) - _live(planner, name)
+    return _desired(planner, model, planner.members_of(name)) - _live(planner, name)
 
 
 def _live(planner: Planner, name: ModelName) -> int:
     """Return how many replicas the model has or is getting."""
+    tally = planner.index.tallies.get(name, EMPTY)
+    if not tally.cares:
+        return tally.live  # nobody is stale, or on its way elsewhere
     return sum(
         found.standing in LIVE
         and not found.stale
         and found.reservation.moving_to is None
         and not is_leaving(planner.view, found)
-        for found in members_of(planner.view, name)
+        for found in planner.members_of(name)
     )
 
 
@@ -179,9 +182,11 @@ def _queues(planner: Planner, name: ModelName) -> bool:
 
 def _waiting_since_seconds(planner: Planner, name: ModelName) -> float | None:
     """Return since when sessions wait for a place in a ready replica's batch; None = none does."""
+    if not planner.index.tallies.get(name, EMPTY).waiting:
+        return None
     since = [
         found.replica.waiting_since_seconds
-        for found in members_of(planner.view, name)
+        for found in planner.members_of(name)
         if found.standing is Standing.READY
         and found.replica is not None
         and found.replica.waiting_since_seconds is not None
@@ -204,7 +209,7 @@ def _loses_its_node(planner: Planner, name: ModelName) -> bool:
     """Tell whether sessions run where no replica may stay: they need another one to move to."""
     return any(
         is_leaving(planner.view, found) and found.replica is not None and found.replica.sessions > 0
-        for found in members_of(planner.view, name)
+        for found in planner.members_of(name)
     )
 
 
@@ -213,7 +218,7 @@ def _is_asked_for(planner: Planner, name: ModelName) -> bool:
 
 
 def _is_warm(planner: Planner, name: ModelName) -> bool:
-    return any(found.standing is Standing.READY for found in members_of(planner.view, name))
+    return any(found.standing is Standing.READY for found in planner.members_of(name))
 
 
 def _rests(planner: Planner, name: ModelName) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.controller.cluster_view.attention import EMPTY
 from services.controller.cluster_view.events import (
     MoveGivenUp,
     NodeForgotten,
@@ -9,7 +10,7 @@ from services.controller.cluster_view.events import (
     Releasing,
     ReplicaLost,
 )
-from services.controller.cluster_view.fleet import Member, Standing, is_idle, is_leaving, members_of
+from services.controller.cluster_view.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.cluster_view.forecast import keep_until_seconds
 from services.controller.cluster_view.index import reservations_of
 from services.controller.cluster_view.view import Model, Node, Phase, Reservation, Scheduling
@@ -22,15 +23,19 @@ LIVE = (Standing.STARTING, Standing.READY)
 
 def check_nodes(planner: Planner) -> None:
     """Silent beyond the time-out → unreachable; silent for very long → forgotten; never came → lost."""
-    policy = planner.policy
-    for last_seen_seconds, node_id in planner.index.last_seen:
+    policy, index = planner.policy, planner.index
+    for least_seconds, node_id in index.last_seen:
+        if least_seconds + policy.node_timeout_seconds > planner.now_seconds:
+            planner.look_again(least_seconds + policy.node_timeout_seconds)
+            break  # the others were heard of later, or within the same second
+        last_seen_seconds = planner.view.nodes[node_id].last_seen_seconds
         if not planner.is_over(last_seen_seconds + policy.node_timeout_seconds):
-            break  # the others were heard of later
+            continue
         if planner.view.nodes[node_id].reachable:
             planner.note(NodeUnreachable(node_id=node_id))
         elif planner.is_over(last_seen_seconds + policy.node_forget_seconds):
             planner.note(NodeForgotten(node_id=node_id))
-    for node_id in sorted(planner.index.homeless):
+    for node_id in sorted(planner.index.homeless) if index.homeless else ():
         for replica_id in planner.index.on_node.get(node_id, ()):
             reservation = planner.view.reservations[replica_id]
             if not reservation.lost and planner.is_over(
@@ -41,7 +46,8 @@ def check_nodes(planner: Planner) -> None:
 
 def stop_orphans(planner: Planner) -> None:
     """Stop replicas that nobody reserved, after a grace: their reservation may still be on its way."""
-    for node_id in sorted(planner.index.orphaned):
+    orphaned = planner.index.orphaned
+    for node_id in sorted(orphaned) if orphaned else ():
         _stop_orphans_on(planner, planner.view.nodes[node_id])
 
 
@@ -63,9 +69,15 @@ def _stop_orphans_on(planner: Planner, node: Node) -> None:
             planner.look_again(planner.now_seconds + grace_seconds)
 
 
+def may_have_to_go(planner: Planner, name: ModelName) -> bool:
+    """Tell whether any replica of a model may have to end: not where all serve or start, and may stay."""
+    tally = planner.index.tallies.get(name, EMPTY)
+    return bool(tally.cares or tally.idle_since) or name not in planner.view.models
+
+
 def stop_what_must_go(planner: Planner, name: ModelName) -> None:
     """Decide which of a model's replicas end."""
-    members = members_of(planner.view, name)
+    members = planner.members_of(name)
     model = planner.view.models.get(name)
     for found in members:
         if found.standing is Standing.FAILED:
@@ -76,7 +88,7 @@ def stop_what_must_go(planner: Planner, name: ModelName) -> None:
         _finish_moves(planner, members)
         _replace_stale(planner, members)
         _leave_drained_nodes(planner, members)
-        _stop_unused(planner, model, members_of(planner.view, name))
+        _stop_unused(planner, model, planner.members_of(name))
 
 
 def release_what_is_gone(planner: Planner, name: ModelName) -> None:

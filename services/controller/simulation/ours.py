@@ -24,6 +24,7 @@ from services.controller.cluster_view.events import (
     Released,
     Releasing,
     Reserved,
+    SessionLoad,
     StopOrdered,
     StopRefused,
 )
@@ -163,6 +164,8 @@ class Ours:
         loads: dict[NodeId, dict[SimReplica, None]] = {}
         for replica in (*changes.replicas, *self._queue_elsewhere(world)):
             loads.setdefault(replica.node.node_id, {})[replica] = None
+        if not loads and not changes.nodes and not changes.gone:
+            return
         for node_id in {**changes.nodes, **loads}:
             node = world.nodes[node_id]
             if node.down:
@@ -210,7 +213,7 @@ class Ours:
         ]
         return LoadReported(
             node_id=node.node_id,
-            replicas=tuple([_replica(self._reserved[each], each, world) for each in told]),
+            replicas=tuple([_session_load(self._reserved[each], each, world) for each in told]),
             seen_seconds=world.now,
         )
 
@@ -385,7 +388,22 @@ def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replic
         waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
         idle_since_seconds=replica.idle_since_seconds,
         stages=_make_stages(weights_seconds=seconds, total_seconds=seconds) if ready else _NO_STAGES,
-        context_tokens=sum([world.tokens_of(session) for session in replica.sessions]),
+        context_tokens=world.serving.context_tokens(replica),
+    )
+
+
+def _session_load(replica_id: ReplicaId, replica: SimReplica, world: World) -> SessionLoad:
+    """Return the sessions of a replica, those of its model's queue that wait at it included."""
+    queue = world.queues[replica.model.name]
+    queued = _queued_at(replica, len(queue), world) if queue and replica.phase is Standing.READY else 0
+    return SessionLoad(
+        replica_id,
+        replica.model.name,
+        len(replica.sessions) + queued,
+        queued,
+        queue[0].waiting_since_seconds if queued else None,
+        replica.idle_since_seconds,
+        world.serving.context_tokens(replica) if replica.sessions else 0,
     )
 
 

@@ -105,7 +105,7 @@ class SimNode:
     @property
     def replicas(self) -> list[SimReplica]:
         """Return what is on its devices, each once."""
-        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
+        return list(dict.fromkeys([owner for owner in self.owners if owner is not None]))
 
     @property
     def free_devices(self) -> tuple[int, ...]:

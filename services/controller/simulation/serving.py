@@ -133,6 +133,19 @@ class Serving:
         left = int(max(0.0, left_seconds) / max(1e-9, replica.token_seconds))
         return session.request.input_tokens + max(0, session.request.output_tokens - left)
 
+    def context_tokens(self, replica: SimReplica) -> int:
+        """Return how many tokens a replica's sessions have by now together, their prompts included."""
+        now_seconds, token_seconds = self._clock.now_seconds, max(1e-9, replica.token_seconds)
+        tokens = 0
+        for session in replica.sessions:
+            request = session.request
+            tokens += request.input_tokens
+            if session.first_token_seconds is not None:
+                left = int(max(0.0, session.ends_seconds - now_seconds) / token_seconds)
+                if left < request.output_tokens:
+                    tokens += request.output_tokens - left
+        return tokens
+
     def _occupy(self, replica: SimReplica, session: Session) -> None:
         if not replica.sessions:
             self._busy(replica, begins=True)
