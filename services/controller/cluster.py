@@ -76,7 +76,9 @@ class Cluster:
         self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
         self._waiting = 0
         self._ended = False
-        self._ordered: deque[Migrate | Start] = deque()  # bounded: one per call of an operator, done at once
+        self._ordered: deque[Migrate | Start] = (
+            deque()
+        )  # bounded: by calls of operators, and a clearing's moves
 
     # --- one term ---
 
@@ -211,7 +213,7 @@ class Cluster:
         self.tell("node.scheduling_set", node_id=node_id, scheduling=scheduling.value)
 
     def order(self, action: Migrate | Start) -> None:
-        """Have the loop begin a move that an operator wants, or the start before it."""
+        """Have the loop begin a move that an operator or rebalancing wants, or the start before it."""
         self._ordered.append(action)
         self._dirty.set()
 

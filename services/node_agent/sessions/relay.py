@@ -37,6 +37,7 @@ class RelayedSession:
         "_waiter",
         "context_tokens",
         "epoch",
+        "is_leaving",
         "request_id",
         "session_id",
         "started",
@@ -49,6 +50,8 @@ class RelayedSession:
         self.context_tokens = context_tokens
         """Prompt and output so far."""
         self.started = False
+        self.is_leaving = False
+        """Its reader was asked to move it."""
         self._events: deque[GenerateEvent] = deque()
         self._error: StokerError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -226,14 +229,16 @@ class SessionRelay:
             grace_seconds: Until the replica ends; 0 = it does not.
             to_replica_id: Where they should go; empty = wherever the model is ready.
             request_id: Only this request's sessions; empty = all.
-            max_sessions: At most so many: those that wait first, then the shortest contexts; 0 = all.
+            max_sessions: At most so many; first those asked before, then those that wait, then the shortest;
+                0 = all.
         """
         leave = Leave(reason=reason, grace_seconds=grace_seconds, to_replica_id=to_replica_id)
         leaving = [session for session in self._sessions.values() if request_id in ("", session.request_id)]
         if max_sessions:
-            leaving.sort(key=lambda session: (session.started, session.context_tokens))
+            leaving.sort(key=lambda each: (not each.is_leaving, each.started, each.context_tokens))
             del leaving[max_sessions:]
         for session in leaving:
+            session.is_leaving = True
             session.put(GenerateEvent(epoch=session.epoch, leave=leave))
         return len(leaving)
 

@@ -86,12 +86,8 @@ def test_of_some_sessions_those_that_wait_go_first_then_the_shortest() -> None:
         session.started = session is not waiting
     order = MoveSessionsRequest(replica_id="rep-1", to_replica_id="rep-9", max_sessions=2)
 
-    asked = ask_to_move(order, {"rep-1": ("m", made)}, highest_fence=0)
+    for _ in range(2):  # an order that comes again is about the same ones
+        assert ask_to_move(order, {"rep-1": ("m", made)}, highest_fence=0).sessions == 2
+        waiting.started, waiting.context_tokens = True, 500
 
-    assert asked.sessions == 2
-    assert [bool(session._events) for session in (long, short, waiting, longest)] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [len(session._events) for session in (long, short, waiting, longest)] == [0, 2, 2, 0]
