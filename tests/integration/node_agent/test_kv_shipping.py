@@ -43,6 +43,7 @@ class PlayedEngine:
         self.layout, self.tokens, self.adapter = layout, 0, ("", "")
         self.came = bytearray()
         self.released = 0
+        self.held_seconds = 0.0
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
         """Do it at once."""
@@ -58,6 +59,11 @@ class PlayedEngine:
         return SimpleNamespace(
             layout=self.layout, tokens=tuple(range(TOKENS)), adapter=self.adapter, read=data_of
         )
+
+    def hold(self, engine_id: SessionId, seconds: float) -> int:
+        """Have the session stand still; its last token's keys and values are not there yet."""
+        self.held_seconds = seconds
+        return TOKENS + 1
 
     def warm_decode(self) -> None:
         """Be warm."""
@@ -113,7 +119,9 @@ class Agent:
     def __init__(self, address: str, engine: PlayedEngine, moves: MoveWatch) -> None:
         self.address, self.engine, self.moves = address, engine, moves
 
-    async def fetch(self, source: Agent, *, from_token: int = 0, replica_id: str = "rep") -> FetchKvResponse:
+    async def fetch(
+        self, source: Agent, *, from_token: int = 0, replica_id: str = "rep", hold_seconds: float = 0.0
+    ) -> FetchKvResponse:
         """Ask it to fetch the session."""
         async with connect(self.address) as channel:
             with translated("agent"):
@@ -124,6 +132,7 @@ class Agent:
                         from_agent_address=source.address,
                         from_replica_id=replica_id,
                         from_token=from_token,
+                        hold_seconds=hold_seconds,
                     ),
                     timeout=120,
                 )
@@ -178,6 +187,16 @@ async def test_keys_and_values_come_whole_and_in_order_from_node_to_node(tmp_pat
         data_of(first, end) for first, end in LAYOUT.pieces(0, TOKENS)
     )
     assert target.engine.released == 0
+
+
+async def test_a_session_stands_still_where_the_last_of_it_is_fetched(tmp_path: Path) -> None:
+    async with agent(tmp_path, "a", PlayedEngine()) as source, agent(tmp_path, "b", PlayedEngine()) as target:
+        before = await target.fetch(source)
+        last = await target.fetch(source, from_token=TOKENS, hold_seconds=0.5)
+
+    assert (before.held_tokens, last.held_tokens) == (0, TOKENS + 1)
+    assert (last.tokens, last.data_bytes) == (TOKENS, 0)
+    assert source.engine.held_seconds == 0.5
 
 
 async def test_a_worker_that_lays_them_out_differently_refuses_by_name(tmp_path: Path) -> None:
