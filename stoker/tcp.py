@@ -1,16 +1,20 @@
-"""Plain TCP: addresses as people write them, and connections for small messages that somebody waits for."""
+"""Plain sockets: addresses as people write them, connections, and what comes over them."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 
-from stoker.errors import InvalidRequest
+from stoker.errors import InvalidRequest, PeerError
 
 Address = tuple[str, int]
 """Host and port."""
 
 _MAX_PORT = 65535
+
+
+class HungUp(PeerError):
+    """The other end closed the connection."""
 
 
 def parse_address(text: str) -> Address:
@@ -67,3 +71,20 @@ async def dial(address: Address) -> socket.socket:
 def send_at_once(connection: socket.socket) -> None:
     """Have small messages sent when they are written, not when an earlier one was acknowledged."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+async def receive_exactly(connection: socket.socket, length: int) -> bytes:
+    """Return the next bytes of a connection that does not block, so many.
+
+    Raises:
+        HungUp: The other end closed it before.
+        OSError: It is broken.
+    """
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    while len(data) < length:
+        piece = await loop.sock_recv(connection, length - len(data))
+        if not piece:
+            raise HungUp("the other end closed the connection")
+        data += piece
+    return bytes(data)

@@ -25,9 +25,11 @@ from services.store.messages import (
 )
 from services.store.pool.resident import Phase, Resident
 from stoker import log
+from stoker.accepting import serve_connections
 from stoker.attach import framing
 from stoker.clock import Clock
 from stoker.errors import ConfigError, PeerError, QueueFull, StokerError
+from stoker.tcp import HungUp, receive_exactly
 from stoker.v1 import checkpoint_store_pb2 as pb
 
 REQUEST_SECONDS = 5.0
@@ -93,16 +95,7 @@ class AttachServer:
         """Accept connections until cancelled; ends all of them then."""
         if self._listener is None:
             raise StokerError("the attach socket is not bound")
-        loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as group:
-            while True:
-                try:
-                    connection, _ = await loop.sock_accept(self._listener)
-                except OSError as error:  # too many open files: those there go on
-                    log.get().error("attach.accept_failed", message=str(error))
-                    await self._clock.sleep(1.0)
-                    continue
-                group.create_task(self._serve_one(connection))
+        await serve_connections(self._listener, self._serve_one, name="attach")
 
     def close(self) -> None:
         """Remove the socket and close what is handed out."""
@@ -114,8 +107,7 @@ class AttachServer:
         for descriptor in self._descriptors:
             os.close(descriptor)
 
-    async def _serve_one(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+    async def _serve_one(self, connection: socket.socket, _host: str) -> None:
         self._open += 1
         try:
             with connection, log.bind(peer_pid=_peer_pid(connection)):
@@ -186,7 +178,7 @@ class AttachServer:
 
     async def _until_read(self, connection: socket.socket, resident: Resident, reader: int) -> None:
         """Take note of what a window's reader has used up, until it has left."""
-        with suppress(ConnectionResetError, _Left):
+        with suppress(ConnectionResetError, HungUp):
             while True:
                 said = await _message(connection, pb.AttachConsumed)
                 self._loads.consumed(resident, reader, file=said.file, upto_bytes=said.bytes)
@@ -242,25 +234,10 @@ async def _refuse(connection: socket.socket, request: pb.AttachRequest, error: S
     await _send(connection, framing.frame(pb.AttachReply(failed=failed_message(error))))
 
 
-class _Left(PeerError):
-    """The client closed the connection."""
-
-
 async def _message(connection: socket.socket, kind: type[framing.M]) -> framing.M:
-    prefix = await _exactly(connection, framing.LENGTH_BYTES)
+    prefix = await receive_exactly(connection, framing.LENGTH_BYTES)
     length = framing.body_length(prefix, limit_bytes=framing.MAX_REQUEST_BYTES)
-    return framing.parse(kind, await _exactly(connection, length))
-
-
-async def _exactly(connection: socket.socket, length: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < length:
-        piece = await loop.sock_recv(connection, length - len(data))
-        if not piece:
-            raise _Left("the client left in the middle of its request")
-        data += piece
-    return bytes(data)
+    return framing.parse(kind, await receive_exactly(connection, length))
 
 
 def _send(connection: socket.socket, data: bytes) -> Awaitable[None]:

@@ -66,7 +66,7 @@ class StoreService:
         self._arena = arena = open_arena(settings)
         self._counters = counters = ReadyCounters(max(_MIN_COUNTERS, arena.chunk_count))
         if settings.peer_address:
-            self._peers = Peers(clock=self._clock, find_on_disk=self._find_for_peers)
+            self._peers = Peers(find_on_disk=self._find_for_peers)
             self._peers.start(
                 settings.peer_address, settings.peers, advertised=settings.advertised_peer_address
             )

@@ -16,7 +16,7 @@ from stoker import log
 from stoker.accepting import serve_connections
 from stoker.errors import CapacityError, ConfigError, InvalidRequest, PeerError
 from stoker.frames import LENGTH_BYTES
-from stoker.tcp import listen, parse_address, send_at_once
+from stoker.tcp import listen, parse_address, receive_exactly, send_at_once
 
 TICKET_BYTES = 32
 GREET_SECONDS = 5.0
@@ -152,16 +152,9 @@ class SessionListener:
 
 async def _first_frame(connection: socket.socket) -> bytes:
     """Return the first message if it has a ticket's length, and nothing of what follows it; else nothing."""
-    head = await _exactly(connection, LENGTH_BYTES)
-    return await _exactly(connection, TICKET_BYTES) if int.from_bytes(head, "little") == TICKET_BYTES else b""
-
-
-async def _exactly(connection: socket.socket, length: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = b""
-    while len(data) < length:
-        piece = await loop.sock_recv(connection, length - len(data))
-        if not piece:
-            raise ConnectionResetError("it closed the connection")
-        data += piece
-    return data
+    head = await receive_exactly(connection, LENGTH_BYTES)
+    return (
+        await receive_exactly(connection, TICKET_BYTES)
+        if int.from_bytes(head, "little") == TICKET_BYTES
+        else b""
+    )

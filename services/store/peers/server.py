@@ -26,8 +26,8 @@ from services.store.peers.wire import (
     StoreId,
 )
 from stoker import log
+from stoker.accepting import serve_connections
 from stoker.background import background
-from stoker.clock import Clock
 from stoker.errors import ConfigError, InvalidRequest, PeerError
 from stoker.tcp import Address, listen, parse_address, send_at_once
 
@@ -44,22 +44,19 @@ class PeerServer:
     Args:
         exchange: What is shared.
         limits: How many peers, how long.
-        clock: For signs of life.
         seen: Called with each store that comes in and the address where it says that it listens: the
             address it comes from, with its own port.
     """
 
     def __init__(
-        self, exchange: Exchange, *, limits: Limits, clock: Clock, seen: Callable[[StoreId, Address], None]
+        self, exchange: Exchange, *, limits: Limits, seen: Callable[[StoreId, Address], None]
     ) -> None:
         self._exchange = exchange
         self._limits = limits
-        self._clock = clock
         self._seen = seen
         self._listener: socket.socket | None = None
         self._controls: dict[_Control, None] = {}
         self._senders: dict[socket.socket, threading.Thread] = {}
-        self._connections: set[socket.socket] = set()
         self._greeting = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.port = 0
@@ -87,33 +84,13 @@ class PeerServer:
         self._loop = asyncio.get_running_loop()
         self._exchange.listen(self._changed)
         try:
-            async with asyncio.TaskGroup() as group:
-                while True:
-                    await _readable(self._listener)
-                    if not self._accept(self._listener, group):
-                        await self._clock.sleep(1.0)
+            await serve_connections(self._listener, self._serve_one, name="peers")
         finally:
             self._listener.close()
-            for connection in self._connections:  # of tasks that were cancelled before they began
-                connection.close()
             for sender in list(self._senders):
                 _shut(sender)
 
-    def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> bool:
-        """Take one connection in, without a moment at which a cancellation could lose it."""
-        try:
-            connection, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return True  # it left
-        except OSError as error:  # too many open files: those there go on
-            log.get().error("peer.accept_failed", message=str(error))
-            return False
-        self._connections.add(connection)
-        group.create_task(self._serve_one(connection, str(address[0])))
-        return True
-
     async def _serve_one(self, connection: socket.socket, host: str) -> None:
-        connection.setblocking(False)
         sending = False
         try:
             hello = await self._greet(connection)
@@ -127,7 +104,6 @@ class PeerServer:
         except Exception as error:  # noqa: BLE001 - the boundary of a connection's task
             log.get().error("peer.crashed", peer_host=host, exc_info=error)
         finally:
-            self._connections.discard(connection)
             if not sending:
                 connection.close()
 
@@ -274,17 +250,6 @@ class _Control:
         """Forget what the peer asked."""
         for file_id in list(self._files):
             self._drop(file_id)
-
-
-async def _readable(listener: socket.socket) -> None:
-    """Return when somebody wants to come in."""
-    loop = asyncio.get_running_loop()
-    someone = loop.create_future()
-    loop.add_reader(listener, lambda: None if someone.done() else someone.set_result(None))
-    try:
-        await someone
-    finally:
-        loop.remove_reader(listener)
 
 
 def _shut(connection: socket.socket) -> None:

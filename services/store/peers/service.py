@@ -17,7 +17,6 @@ from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId
 from services.store.reading.chunk_source import ChunkSource
 from stoker import log
-from stoker.clock import Clock
 from stoker.errors import ConfigError, InvalidRequest
 from stoker.tcp import parse_address
 
@@ -29,16 +28,14 @@ class Peers:
         exchange: What is shared; loads put their chunks there.
     """
 
-    def __init__(
-        self, *, clock: Clock, find_on_disk: FindOnDisk | None = None, limits: Limits | None = None
-    ) -> None:
+    def __init__(self, *, find_on_disk: FindOnDisk | None = None, limits: Limits | None = None) -> None:
         """Args: find_on_disk: files that peers may have although they are not in the pool."""
         self._limits = limits or Limits()
         store = StoreId(secrets.token_hex(8))
         self.exchange = Exchange(store, find_on_disk=find_on_disk or _nothing_on_disk)
         self._connections = PeerConnections(store, self._limits)
         self._links = Links(self.exchange, self._connections, limits=self._limits)
-        self._server = PeerServer(self.exchange, limits=self._limits, clock=clock, seen=self._links.seen)
+        self._server = PeerServer(self.exchange, limits=self._limits, seen=self._links.seen)
         self._tasks: list[asyncio.Task[None]] = []
         self._static: frozenset[tuple[str, int]] = frozenset()
         self.address = ""

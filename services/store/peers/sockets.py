@@ -7,7 +7,7 @@ import socket
 import time
 
 from services.store.peers.wire import HEAD, Message, body_length, decode, encode
-from stoker.errors import PeerError
+from stoker.tcp import HungUp, receive_exactly
 
 
 async def send(connection: socket.socket, message: Message) -> None:
@@ -21,19 +21,8 @@ async def receive(connection: socket.socket) -> Message:
     Raises:
         PeerError: The other end has hung up or speaks something else.
     """
-    head = await _exactly(connection, HEAD.size)
-    return decode(head, await _exactly(connection, body_length(head)))
-
-
-async def _exactly(connection: socket.socket, length: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < length:
-        piece = await loop.sock_recv(connection, length - len(data))
-        if not piece:
-            raise PeerError("the peer hung up")
-        data += piece
-    return bytes(data)
+    head = await receive_exactly(connection, HEAD.size)
+    return decode(head, await receive_exactly(connection, body_length(head)))
 
 
 def send_blocking(connection: socket.socket, message: Message) -> None:
@@ -63,7 +52,7 @@ def recv_all(
 
     Raises:
         TimeoutError: It took too long.
-        PeerError: The other end has hung up.
+        HungUp: The other end has.
     """
     done = 0
     while done < len(into):
@@ -73,7 +62,7 @@ def recv_all(
         connection.settimeout(min(stall_seconds, left))
         count = connection.recv_into(into[done:])
         if count == 0:
-            raise PeerError("the peer hung up")
+            raise HungUp("the peer hung up")
         done += count
 
 

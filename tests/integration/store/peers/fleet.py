@@ -20,7 +20,6 @@ from services.store.peers.wire import FileIdentity
 from stoker.checkpoint.digests import digest
 from stoker.checkpoint.reading import ReadPart
 from stoker.cli.free_ports import free_ports
-from stoker.clock import SystemClock
 from stoker.errors import LoadFailed
 from stoker.units import KIB
 
@@ -116,7 +115,7 @@ class World:
         """Start stores that know of each other and are linked."""
         addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
         for address in addresses:
-            peers = Peers(clock=SystemClock(), limits=limits)
+            peers = Peers(limits=limits)
             peers.start(address, addresses)
             self.stores.append(Store(peers=peers, address=address))
         await self.linked()

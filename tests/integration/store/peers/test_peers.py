@@ -36,7 +36,6 @@ from services.store.peers.wire import (
     encode,
 )
 from stoker.checkpoint.digests import digest
-from stoker.clock import SystemClock
 from stoker.tcp import parse_address
 from tests.integration.store.peers.fleet import CHUNK, PATIENT, QUICK, Store, World, world
 
@@ -91,7 +90,7 @@ async def test_a_store_that_joins_late_gets_what_is_there_from_its_peers():
 async def test_stores_that_nobody_told_of_each_other_in_both_ways_still_share():
     async with world() as made:
         (first,) = await made.start(1, PATIENT)
-        peers = Peers(clock=SystemClock(), limits=PATIENT)
+        peers = Peers(limits=PATIENT)
         peers.start("127.0.0.1:0", [first.address])  # the first one has never heard of it
         second = Store(peers=peers, address="")
         made.stores.append(second)
