@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from services.controller.simulation import scenario, workload
+from services.controller.simulation import scenario, traces, workload
 from services.controller.simulation.hardware import PAPER_NODE, ModelSpec
 from services.controller.simulation.workload import Request
 from stoker.ids import ModelName
@@ -72,10 +72,10 @@ class Cell:
         names = [model.name for model in self.specs()]
         if self.recorded in AZURE_LLM:
             return _recorded_requests(TRACES / AZURE_LLM[self.recorded], names, self)
-        drawn = workload.read_lengths(TRACES / LENGTHS[self.lengths], context_tokens=CONTEXT_TOKENS)
+        drawn = traces.read_lengths(TRACES / LENGTHS[self.lengths], context_tokens=CONTEXT_TOKENS)
         if self.recorded:
             first = int(self.recorded.split()[1])
-            return workload.read_invocations(
+            return traces.read_invocations(
                 AZURE_FUNCTIONS,
                 names,
                 drawn,
@@ -155,7 +155,7 @@ def floor_seconds(specs: Sequence[ModelSpec], requests: Sequence[Request]) -> np
 
 def _recorded_requests(path: Path, names: Sequence[ModelName], cell: Cell) -> list[Request]:
     """Return every tenth request of an LLM trace, a tenth for each seed, dealt to the models in turn."""
-    read = workload.read_requests(path, names)
+    read = traces.read_requests(path, names)
     first = (cell.seed - 1) % AZURE_EVERY
     kept = [each for each in read[first::AZURE_EVERY] if each.arrival_seconds < cell.seconds]
     return [

@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from services.controller.simulation import scenario, workload
+from services.controller.simulation import scenario, traces, workload
 from services.controller.simulation.hardware import opt_models
 from services.controller.simulation.report import table
 
@@ -51,7 +51,7 @@ def main() -> int:
         requests_per_second=rate,
         seconds=arguments.requests / rate,
         cv=1.0,
-        lengths=workload.read_lengths(LENGTHS, context_tokens=2048),
+        lengths=traces.read_lengths(LENGTHS, context_tokens=2048),
         seed=1,
         popularity=[1.0 / rank for rank in range(1, len(models) + 1)],
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from services.controller.simulation import plot, report, scenario, workload
+from services.controller.simulation import plot, report, scenario, traces, workload
 from services.controller.simulation.world import World
 from stoker.errors import InvalidRequest, StokerError
 from stoker.ids import ModelName
@@ -56,16 +56,16 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     plot_file: Annotated[Path | None, typer.Option("--plot", help="write a picture here")] = None,
 ) -> None:
     """Run placement policies side by side on a simulated cluster, over real or generated traces."""
+    _check_outputs(json_file, plot_file)
     served = scenario.parse_models(models)
     names = [model.name for model in served]
-    chosen = policy or list(scenario.POLICIES)
-    for name in chosen:
-        if name not in scenario.POLICIES:
-            raise InvalidRequest(f"--policy {name!r} is none of {', '.join(scenario.POLICIES)}")
+    chosen = _known(policy or list(scenario.POLICIES))
+    if trace is not None and invocations is not None:
+        raise InvalidRequest("--trace and --invocations are two traces: give one of them")
     requests = (
         _generated(names, lengths, invocations, rate=rate, cv=cv, seconds=seconds, context=context, seed=seed)
         if trace is None
-        else workload.read_requests(trace, names)
+        else traces.read_requests(trace, names)
     )
     spec = scenario.host(scenario.HARDWARE[hardware], devices=devices)
     waits: dict[str, list[float]] = {}
@@ -91,9 +91,32 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     )
     typer.echo(report.table(summaries))
     if json_file is not None:
-        json_file.write_text(report.to_json(summaries) + "\n")
+        _write(json_file, report.to_json(summaries) + "\n")
     if plot_file is not None:
         plot.draw(waits, plot_file)
+
+
+def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Refuse files that could not be written, before anything is simulated for them."""
+    for option, path in (("--json", json_file), ("--plot", plot_file)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidRequest(f"{option} {path}: there is no folder {path.absolute().parent}")
+    if plot_file is not None:
+        plot.check(plot_file)
+
+
+def _known(policies: list[str]) -> list[str]:
+    for name in policies:
+        if name not in scenario.POLICIES:
+            raise InvalidRequest(f"--policy {name!r} is none of {', '.join(scenario.POLICIES)}")
+    return list(dict.fromkeys(policies))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise InvalidRequest(f"--json {path}: {error.strerror or error}") from error
 
 
 def _generated(  # noqa: PLR0913 - what a generated trace is made of
@@ -110,15 +133,19 @@ def _generated(  # noqa: PLR0913 - what a generated trace is made of
     """Return requests at the moments of an invocations file, or else of a Gamma process."""
     drawn = workload.Lengths.constant(64, 96)
     if lengths is not None:
-        drawn = workload.read_lengths(lengths, context_tokens=context)
+        drawn = traces.read_lengths(lengths, context_tokens=context)
     if invocations is None:
-        return workload.gamma_requests(
+        found = workload.gamma_requests(
             names, requests_per_second=rate, seconds=seconds, cv=cv, lengths=drawn, seed=seed
         )
-    minutes = range(1, 1 + max(1, round(seconds / 60)))
-    return workload.read_invocations(
-        invocations, names, drawn, minutes=minutes, requests_per_second=rate, seed=seed
-    )
+    else:
+        minutes = range(1, 1 + max(1, round(seconds / 60)))
+        found = traces.read_invocations(
+            invocations, names, drawn, minutes=minutes, requests_per_second=rate, seed=seed
+        )
+    if not found:
+        raise InvalidRequest(f"{rate:g} requests/s for {seconds:g} s are no request: raise one of them")
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,21 @@ import numpy as np
 from stoker.errors import InvalidRequest
 
 
+def check(path: Path) -> None:
+    """Refuse a picture that could not be written, before anything is simulated for it.
+
+    Raises:
+        InvalidRequest: matplotlib is not installed, or doesn't write that format, or there is no such folder.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - an extra that only this needs
+    except ImportError as error:
+        raise InvalidRequest("--plot needs matplotlib: pip install 'stoker[simulate]'") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InvalidRequest(f"--plot {path}: its suffix is none of {', '.join(sorted(known))}")
+
+
 def draw(waits_by_policy: Mapping[str, Sequence[float]], path: Path) -> None:
     """Write the distribution of start-up times to `path`; its suffix chooses the format (png, svg, pdf).
 
@@ -20,10 +35,9 @@ def draw(waits_by_policy: Mapping[str, Sequence[float]], path: Path) -> None:
     Raises:
         InvalidRequest: matplotlib is not installed, or doesn't write that format.
     """
-    try:
-        import matplotlib as mpl  # noqa: PLC0415 - an extra that only this needs
-    except ImportError as error:
-        raise InvalidRequest("--plot needs matplotlib: pip install 'stoker[simulate]'") from error
+    check(path)
+    import matplotlib as mpl  # noqa: PLC0415 - an extra that only this needs
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 - after the back end was chosen
 

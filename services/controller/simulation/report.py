@@ -22,7 +22,8 @@ class Summary:
         lost: How many waited beyond the time-out.
         startup_mean, startup_p50, startup_p95, startup_p99: From arrival until a replica serves it, waiting
             after a preemption included; lost requests count with their whole wait.
-        first_token_mean, first_token_p99: From arrival to the first token, of served requests.
+        first_token_mean, first_token_p50, first_token_p95, first_token_p99: From arrival to the first
+            token, of served requests.
         cold: Share of requests that found no replica with a place.
         utilisation: Share of all device time in which devices computed.
         held: Share in which they had an owner.
@@ -41,6 +42,8 @@ class Summary:
     startup_p95: float
     startup_p99: float
     first_token_mean: float
+    first_token_p50: float
+    first_token_p95: float
     first_token_p99: float
     cold: float
     utilisation: float
@@ -76,6 +79,8 @@ def summarise(world: World) -> Summary:
         startup_p95=float(np.percentile(waits, 95)),
         startup_p99=float(np.percentile(waits, 99)),
         first_token_mean=float(firsts.mean()),
+        first_token_p50=float(np.percentile(firsts, 50)),
+        first_token_p95=float(np.percentile(firsts, 95)),
         first_token_p99=float(np.percentile(firsts, 99)),
         cold=sum(session.cold for session in world.sessions) / max(1, len(world.sessions)),
         utilisation=counters.busy_device_seconds / device_seconds,

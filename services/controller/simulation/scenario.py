@@ -68,14 +68,18 @@ def parse_models(text: str) -> list[ModelSpec]:
     """Return the models that `opt-6.7b:32,opt-13b:16` names.
 
     Raises:
-        InvalidRequest: A size is not known, or a count is none.
+        InvalidRequest: A size is not known or named twice, or a count is none.
     """
     models: list[ModelSpec] = []
+    named: set[str] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([\w.-]+)(?::(\d{1,5}))?\s*", part)
-        if match is None or match[1] not in OPT_SIZES:
+        if match is None or match[1] not in OPT_SIZES or int(match[2] or 1) < 1:
             known = ", ".join(OPT_SIZES)
-            raise InvalidRequest(f"--models {part!r}: write SIZE:COUNT with a size of {known}")
+            raise InvalidRequest(f"--models {part!r}: write SIZE:COUNT with a size of {known}, COUNT from 1")
+        if match[1] in named:
+            raise InvalidRequest(f"--models names {match[1]} twice: write it once, with their sum")
+        named.add(match[1])
         models += opt_models(match[1], int(match[2] or 1))
     return models
 
@@ -109,7 +113,12 @@ def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
         failures: Hosts that fail; None = none does.
         standing_seconds: How long the cluster stands, its models deployed, before the trace begins.
         then: Called with each world after its run.
+
+    Raises:
+        InvalidRequest: A model fits on no host.
     """
+    for model in models:
+        _check_fits(model, specs)
     later = [
         replace(request, arrival_seconds=request.arrival_seconds + standing_seconds) for request in requests
     ]
@@ -124,6 +133,17 @@ def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
         summaries.append(summarise(world))
         then(world)
     return summaries
+
+
+def _check_fits(model: ModelSpec, specs: Sequence[NodeSpec]) -> None:
+    """Refuse a model that no host has devices for: all its requests would wait in vain."""
+    if any(model.devices_on(spec.device) <= spec.device_count for spec in specs):
+        return
+    most = max(specs, key=lambda spec: spec.device_count)
+    raise InvalidRequest(
+        f"{model.name} needs {model.devices_on(most.device)} {most.device.kind} of one host, the largest has "
+        f"{most.device_count}: use hosts with more devices, or smaller models"
+    )
 
 
 def _schedule(world: World, failures: Failures, *, until_seconds: float) -> None:

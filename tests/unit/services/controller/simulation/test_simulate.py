@@ -33,7 +33,9 @@ def test_figures_go_to_a_file_for_machines_and_to_a_picture(tmp_path: Path) -> N
 
     (summary,) = json.loads(figures.read_text())
     assert summary["requests"] == 60
-    assert 0 < summary["startup_p50"] <= summary["startup_p99"]
+    for time in ("startup", "first_token"):
+        assert 0 < summary[f"{time}_p50"] <= summary[f"{time}_p95"] <= summary[f"{time}_p99"]
+        assert summary[f"{time}_mean"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,10 +65,33 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
         CliRunner().invoke(app, [*SHORT, "--policy", "best"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("text", ["", "opt-6.7b:x", "gpt-5:2", "opt-6.7b:2,,"])
+@pytest.mark.parametrize("text", ["", "opt-6.7b:x", "opt-6.7b:00", "gpt-5:2", "opt-6.7b:2,,"])
 def test_models_that_are_not_known_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="SIZE:COUNT"):
         parse_models(text)
+
+
+def test_a_size_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"opt-6\.7b twice"):
+        parse_models("opt-6.7b:2,opt-6.7b:3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--models", "opt-30b:2", "--devices", "1"],
+            r"opt-30b-00 needs 2 A40 of one host, the largest",
+        ),
+        (["--rate", "0.001"], "are no request"),
+        (["--trace", "a.csv", "--invocations", "b.csv"], "two traces"),
+        (["--json", "nowhere/figures.json"], "there is no folder"),
+        (["--plot", "picture.doc"], "its suffix is none of"),
+    ],
+)
+def test_what_cannot_be_simulated_or_written_is_refused_at_once(arguments: list[str], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        CliRunner().invoke(app, [*SHORT, "--policy", "serverless", *arguments], catch_exceptions=False)
 
 
 def test_a_cluster_that_has_stood_starts_from_memory_and_one_that_has_not_from_disk() -> None:
