@@ -42,9 +42,9 @@ from services.node_agent.host_state import (
     WorkerWarm,
 )
 from services.node_agent.workers.replica_workers import (
-    are_serving,
     handed_over,
     shares_of,
+    with_loaded,
     workers_needed,
     workers_of,
 )
@@ -131,12 +131,8 @@ class _Turn:
                 self._exited(event)
             case LoadSucceeded():
                 self._loaded(event)
-            case LoadRefused(worker_id=worker_id, error_code=code, error_message=message):
-                if self._phase(worker_id) is WorkerPhase.LOADING:
-                    hosted = self._replica_of(self._workers[worker_id])
-                    self._fail_replica_of(self._workers[worker_id], code, message)
-                    self._end(worker_id)
-                    self._end_workers_of(hosted)
+            case LoadRefused():
+                self._load_refused(event)
             case WeightsArrived():
                 self._weights_arrived(event)
             case WeightsLost():
@@ -207,36 +203,51 @@ class _Turn:
         self._workers[event.worker_id] = worker
         self._state = replace(self._state, pool_failures=0)
         hosted = self._replica_of(worker)
-        if hosted is not None and are_serving(workers_of(self._workers.values(), hosted.replica_id)):
-            first = self._workers.get(hosted.worker_id or worker.worker_id, worker)
-            self._replicas[hosted.replica_id] = replace(
-                hosted,
-                phase=ReplicaPhase.READY,
-                ready_seconds=self._now,
-                loaded=first.loaded,
-            )
+        if hosted is not None and hosted.worker_id == worker.worker_id:
+            hosted = replace(hosted, phase=ReplicaPhase.READY, ready_seconds=self._now, loaded=event.response)
+            self._replicas[hosted.replica_id] = hosted
+        if hosted is not None:
+            self._complete(hosted)
         if not event.response.loading:
             self._pause_refill()
 
+    def _load_refused(self, event: LoadRefused) -> None:
+        if self._phase(event.worker_id) is not WorkerPhase.LOADING:
+            return
+        worker = self._workers[event.worker_id]
+        hosted = self._replica_of(worker)
+        if hosted is not None:
+            self._lose_load(hosted, worker, event)
+        self._end(event.worker_id)
+
     def _weights_arrived(self, event: WeightsArrived) -> None:
         hosted = self._loading_replica(event.worker_id)
-        if hosted is None or hosted.loaded is None:
+        worker = self._workers.get(event.worker_id)
+        if hosted is None or worker is None or worker.loaded is None:
             return
         loaded = LoadModelResponse()
-        loaded.CopyFrom(hosted.loaded)
+        loaded.CopyFrom(worker.loaded)
         loaded.timings.CopyFrom(event.timings)
         loaded.loading = False
-        self._replicas[hosted.replica_id] = replace(hosted, loaded=loaded, complete_seconds=self._now)
+        self._workers[worker.worker_id] = replace(worker, loaded=loaded)
+        self._complete(hosted)
         self._pause_refill()
+
+    def _complete(self, hosted: Hosted) -> None:
+        workers = workers_of(self._workers.values(), hosted.replica_id)
+        self._replicas[hosted.replica_id] = with_loaded(hosted, workers, self._now)
 
     def _weights_lost(self, event: WeightsLost) -> None:
         hosted = self._loading_replica(event.worker_id)
         if hosted is None:
             return
-        worker = self._workers[event.worker_id]
-        message = f"replica {hosted.replica_id} lost its load: {event.error_message}"
-        self._fail_sessions(worker, WorkerDied.code, message)
-        if hosted.phase is ReplicaPhase.READY:
+        self._lose_load(hosted, self._workers[event.worker_id], event)
+
+    def _lose_load(self, hosted: Hosted, worker: Worker, event: LoadRefused | WeightsLost) -> None:
+        if hosted.loaded is not None:  # it takes sessions already
+            message = f"replica {hosted.replica_id} lost its load: {event.error_message}"
+            self._fail_sessions(worker, WorkerDied.code, message)
+        if hosted.phase in (ReplicaPhase.STARTING, ReplicaPhase.READY):
             self._fail(hosted, event.error_code, event.error_message)
         self._end_workers_of(hosted)
 
@@ -263,7 +274,8 @@ class _Turn:
             doing = "loading" if worker.phase is WorkerPhase.LOADING else "serving"
             message = f"worker {worker.worker_id} ended while {doing} {worker.replica_id}: {event.reason}"
             self._fail_sessions(worker, WorkerDied.code, message)
-            self._fail_replica_of(worker, WorkerDied.code, message)
+            if hosted is not None:
+                self._fail(hosted, WorkerDied.code, message)
         elif worker.replica_id is None and not self._state.draining and not worker.is_surplus:
             self._count_pool_failure(worker, event.reason)
 
@@ -373,11 +385,6 @@ class _Turn:
 
     def _replica_of(self, worker: Worker) -> Hosted | None:
         return self._replicas.get(worker.replica_id) if worker.replica_id is not None else None
-
-    def _fail_replica_of(self, worker: Worker, code: str, message: str) -> None:
-        hosted = self._replica_of(worker)
-        if hosted is not None:
-            self._fail(hosted, code, message)
 
     def _fail(self, hosted: Hosted, code: str, message: str) -> None:
         self._replicas[hosted.replica_id] = replace(

@@ -12,7 +12,7 @@ import json
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -197,7 +197,31 @@ def lock_pool_for_devices(settings: WorkerSettings) -> LockedPool | None:
     return lock_pool(settings.attach_socket, engine)
 
 
-def completed(model: LoadedModel) -> StartTimings:
+class Load(Protocol):
+    """A load that was begun; see `LoadedModel`."""
+
+    @property
+    def timings(self) -> StartTimings:
+        """Of the stages that are over."""
+        ...
+
+    @property
+    def gate(self) -> WeightsGate:
+        """Opens as weights arrive."""
+        ...
+
+    @property
+    def weights(self) -> Weights:
+        """The tensors."""
+        ...
+
+    @property
+    def loaded(self) -> Future[Loaded]:
+        """Done when all weights are there, or will not come."""
+        ...
+
+
+def completed(model: Load) -> StartTimings:
     """Return the timings of a load all of whose weights are there.
 
     Raises:

@@ -22,10 +22,13 @@ class AwaitedStart:
         self._is_awaited = hosted is not None and hosted.is_loading
 
     def add_to(self, event: GenerateEvent) -> None:
-        """Put the start's timings into the first event that carries timings, if the session waited for it."""
+        """Put the start's timings into the first event that carries timings, if the session waited for it.
+
+        Of several ranks the last one may answer just after the first token: then a later event has them.
+        """
         if not self._is_awaited or not event.HasField("timings"):
             return
-        self._is_awaited = False
         hosted = self._replica()
         if hosted is not None and not hosted.is_loading:
+            self._is_awaited = False
             event.timings.start.CopyFrom(start_timings(hosted))

@@ -3,7 +3,8 @@
 Rules:
 1. A replica of N ranks takes N workers at once, each with one of the devices that its order lists.
 2. The first one has the sessions, and speaks for the replica.
-3. It takes sessions when all of them have loaded; the end of any of them is the end of all.
+3. It takes sessions when the first one does, which has met all others then, and is complete when the weights
+   of all are there. The end of any of them is the end of all.
 4. Each holds its own slot until its own process has ended.
 """
 
@@ -18,6 +19,7 @@ from stoker.errors import InvalidRequest
 from stoker.ids import ReplicaId, WorkerId
 from stoker.v1.node_agent_pb2 import StartReplicaRequest
 from stoker.v1.rank_group_pb2 import RankGroup
+from stoker.v1.worker_pb2 import LoadModelResponse
 
 SOCKET_SUFFIX = ".rank"
 """Of the first rank's socket for the others; else it has the name of that worker's own."""
@@ -86,9 +88,23 @@ def handed_over(
     ]
 
 
-def are_serving(workers: Collection[Worker]) -> bool:
-    """Tell whether all workers of a replica have loaded."""
-    return all(worker.phase is WorkerPhase.SERVING for worker in workers)
+def with_loaded(hosted: Hosted, workers: Collection[Worker], now_seconds: float) -> Hosted:
+    """Return a replica that takes sessions as its workers have it: loading while one of them still is.
+
+    Args:
+        hosted: The replica.
+        workers: Its own; as long as the first one has not answered, nothing changes.
+        now_seconds: When.
+    """
+    first = next((worker.loaded for worker in workers if worker.worker_id == hosted.worker_id), None)
+    if first is None:
+        return hosted
+    loaded = LoadModelResponse()
+    loaded.CopyFrom(first)
+    loaded.loading = any(worker.loaded is None or worker.loaded.loading for worker in workers)
+    has_ended = hosted.is_loading and not loaded.loading
+    complete_seconds = now_seconds if has_ended else hosted.complete_seconds
+    return replace(hosted, loaded=loaded, complete_seconds=complete_seconds)
 
 
 def group_of(load: LoadModel, run_dir: Path) -> RankGroup | None:

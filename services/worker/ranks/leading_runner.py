@@ -4,8 +4,8 @@ Theory of operation. Only rank 0 has an engine: sessions, queues, clocks and the
 All that another rank needs is which tokens of which session a pass feeds, and what became of the sessions'
 stores of keys and values since the pass before; it makes the same pass on its pieces, and the parts meet in
 the sums of the pass itself. So ranks can't choose differently, and a session that is cancelled, held, set
-back or resumed is nothing special to them. A pass that was told is made: weights are awaited before there is
-an engine.
+back or resumed is nothing special to them. A pass that was told is made: where weights are still on their way
+it waits for them, and nothing interrupts it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Loads one rank of a model: the first one gives an engine, the others one that follows it.
 
-All weights are awaited: passes of several ranks can't be given up half-way.
+Each makes its passes before all of its weights are there: a module waits for its own, and the ranks wait for
+each other in the sums of the pass. A pass of several ranks can't be given up half-way, so nothing interrupts
+these waits. Rank 0 listens before the ranks meet, and has all of them before it waits for a weight.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from services.worker.ranks.meeting import RankMeeting
 from services.worker.ranks.order_socket import OrderReader, OrderSender
 from services.worker.weights.arrival import Arrival
 from services.worker.weights.arrival_order import arrival_order
+from services.worker.weights.module_waits import wait_for_weights
 from services.worker.weights.weights_gate import WeightsGate
 from stoker.attach import attach
 from stoker.errors import CheckpointInvalid, InvalidRequest
@@ -45,19 +48,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedFollower:
-    """A rank that is ready to follow; `weights` and `loaded` as in `LoadedModel`."""
+    """A rank that is ready to follow; `timings`, `gate`, `weights` and `loaded` as in `LoadedModel`."""
 
     follower: Follower
     orders: OrderReader
     timings: StartTimings
+    gate: WeightsGate
     weights: Weights
-    loaded: Loaded
+    loaded: Future[Loaded]
 
 
 def load_leader(
     request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool | None = None
 ) -> LoadedModel:
-    """Return the engine of rank 0, with all weights there and all ranks met.
+    """Return the engine of rank 0, with all ranks met; weights may still be arriving, at any of them.
 
     Args:
         request: What to load, and which rank of it.
@@ -80,7 +84,7 @@ def load_leader(
         engine=_leading_engine(request, settings, loaded, sender),
         timings=loaded.timings,
         gate=loaded.gate,
-        needs_stages=0,
+        needs_stages=loaded.needs_stages,
         weights=loaded.weights,
         loaded=loaded.arrived,
         adapters=AdapterCache(loaded.model, max_count=1, max_bytes=1, attach=_refuse_adapter),
@@ -102,18 +106,10 @@ def load_follower(
         follower=follower,
         orders=OrderReader(Path(request.group.socket)),
         timings=loaded.timings,
+        gate=loaded.gate,
         weights=loaded.weights,
-        loaded=loaded.arrived.result(),
+        loaded=loaded.arrived,
     )
-
-
-def completed_follower(rank: LoadedFollower) -> StartTimings:
-    """Return the timings of a following rank's load."""
-    timings = StartTimings(
-        weights_seconds=rank.loaded.seconds, transfers=(*rank.loaded.transfers, *rank.weights.transfers)
-    )
-    timings.MergeFrom(rank.timings)
-    return timings
 
 
 def _refuse(request: LoadModelRequest) -> None:
@@ -150,6 +146,7 @@ class _LoadedPieces:
     revision: str
     timings: StartTimings
     gate: WeightsGate
+    needs_stages: int
     weights: Weights
     arrived: Future[Loaded]
 
@@ -171,7 +168,7 @@ def _load(request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool 
     _check_cut(attachment, group.ranks)
     refuse_what_cannot_fit(spec, attachment.checkpoint, device, ranks=group.ranks)
     order = arrival_order(attachment.tensors.values(), files=attachment.file_count)
-    gate = WeightsGate(order.stages)
+    gate = WeightsGate(order.stages, is_interruptible=False)
     weights = weights_for(attachment, order, device=device, dtype=dtype_named(spec.dtype), pool=pool)
     arrival = Arrival(attachment, order, weights, gate)
     arrival.start()
@@ -180,11 +177,12 @@ def _load(request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool 
     meeting = RankMeeting(group.rank, group.ranks, store_file=Path(group.store_file), device=device)
     cut_skeleton(skeleton, meeting)
     timings.skeleton_seconds = time.monotonic() - began
-    arrival.loaded.result()
-    gate.wait(order.stages - 1)
+    if not settings.execute_while_loading:
+        arrival.loaded.result()
     began = time.monotonic()
-    model = assign_weights(skeleton, weights.tensors)
+    model = assign_weights(skeleton, weights.tensors, before_reading=arrival.loaded.result)
     add_biases_once(model, group.rank)
+    needs_stages = wait_for_weights(model, weights.tensors, order.stage_of, gate, weights.join)
     timings.assign_seconds = time.monotonic() - began
     return _LoadedPieces(
         model=model,
@@ -192,6 +190,7 @@ def _load(request: LoadModelRequest, settings: WorkerSettings, pool: LockedPool 
         revision=attachment.checkpoint.revision,
         timings=timings,
         gate=gate,
+        needs_stages=needs_stages,
         weights=weights,
         arrived=arrival.loaded,
     )

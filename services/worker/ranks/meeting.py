@@ -25,7 +25,8 @@ LOOPBACK = "lo"
 """Ranks are processes of one host; without a name gloo would look for the host's own address."""
 
 PASS_SECONDS = 300.0
-"""Longest wait for another rank's part: it may compute more slowly, but not for ever."""
+"""Longest wait for another rank's part: it may compute more slowly, but not for ever. The same while weights
+arrive: a store reads the files of all ranks in turn, chunk by chunk, so one has them as soon as another."""
 
 
 class RankMeeting:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-JOIN_SECONDS = 60.0
-"""Until the other ranks connect, once all have met: they do nothing else in between."""
+JOIN_SECONDS = 300.0
+"""Until the other ranks connect, once all have met: they wait for weights before only where tensors must be
+cast or compared as a whole, or the settings say so, and a store reads the files of all ranks in turn."""
 _READ_BYTES = 64 * 1024
 
 

@@ -5,7 +5,7 @@ Rules:
 2. A failed load ends every wait with the load's error, at once and for ever.
 3. `interrupt` ends the present wait, or the next one, with `PassInterrupted`: whoever drives the passes can
    then do what it was asked to, and makes the pass again. A pass leaves nothing behind that a second one
-   does not overwrite.
+   does not overwrite. A pass that several processes make together can't be given up by one of them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ class WeightsGate:
 
     Args:
         stages: How many there are.
+        is_interruptible: Whether `interrupt` does anything.
         clock: Seconds, monotonic.
     """
 
-    def __init__(self, stages: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stages: int, *, is_interruptible: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stages = stages
+        self._is_interruptible = is_interruptible
         self._clock = clock
         self._changed = threading.Condition()
         self._open = 0
@@ -72,7 +76,7 @@ class WeightsGate:
     def interrupt(self) -> None:
         """End the wait that is under way, or the next one; nothing happens when all is open."""
         with self._changed:
-            if not self.is_open:
+            if self._is_interruptible and not self.is_open:
                 self._interrupted = True
                 self._changed.notify_all()
 

@@ -143,7 +143,8 @@ def check_invariants(state: HostState) -> None:
             assert len(phases := phases_of(state, replica_id)) == max(
                 1, hosted.order.checkpoint.tensor_parallel
             )
-            assert set(phases) == {WorkerPhase.SERVING}
+            assert set(phases) <= {WorkerPhase.SERVING, WorkerPhase.LOADING}
+            assert hosted.is_loading or set(phases) == {WorkerPhase.SERVING}
         if hosted.phase is ReplicaPhase.FAILED:
             assert hosted.error_code
             assert set(phases_of(state, replica_id)) <= {WorkerPhase.ENDING}, "a rank is left behind"
@@ -710,17 +711,63 @@ def test_a_replica_of_two_ranks_waits_for_two_workers_and_gives_each_one_device(
     ]
 
 
-def test_a_replica_of_two_ranks_takes_sessions_when_both_have_loaded():
+def ranks_that_load(desk: Desk) -> None:
+    """Bring two ranks up to where the first one takes sessions, while both still wait for weights."""
+    start_ranks(desk)
+    for worker in desk.spawning():
+        desk.warm(worker)
+    desk.take(LoadSucceeded(worker_id=WorkerId("w-1"), response=LoadModelResponse(max_batch=8, loading=True)))
+
+
+def test_a_replica_of_two_ranks_takes_sessions_when_the_first_one_does():
+    desk = Desk(prestarted_workers=0)
+    ranks_that_load(desk)
+
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.phase, hosted.is_loading, hosted.loaded.max_batch) == (ReplicaPhase.READY, True, 8)
+
+
+def test_a_rank_that_has_loaded_first_takes_no_sessions():
     desk = Desk(prestarted_workers=0)
     start_ranks(desk)
     for worker in desk.spawning():
         desk.warm(worker)
 
-    desk.loaded("w-1")
-    assert desk.phase() is ReplicaPhase.STARTING
     desk.loaded("w-2")
-    assert desk.phase() is ReplicaPhase.READY
-    assert desk.state.replicas[ReplicaId("rep-1")].loaded.max_batch == 8
+    assert desk.phase() is ReplicaPhase.STARTING
+    desk.loaded("w-1")
+    assert not desk.state.replicas[ReplicaId("rep-1")].is_loading
+
+
+@pytest.mark.parametrize("last", ["w-1", "w-2"])
+def test_a_replica_of_two_ranks_is_complete_when_the_weights_of_both_are_there(last):
+    desk = Desk(prestarted_workers=0)
+    ranks_that_load(desk)
+
+    for worker in sorted(("w-1", "w-2"), key=lambda worker: worker == last):
+        assert desk.state.replicas[ReplicaId("rep-1")].is_loading
+        desk.arrived("w-1", after=2.0) if worker == "w-1" else desk.loaded("w-2")
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.is_loading, hosted.loaded.timings.weights_seconds) == (False, 2.0)
+    assert hosted.complete_seconds == desk.now
+
+
+def test_a_rank_whose_weights_do_not_come_ends_sessions_that_wait_for_them_with_the_reason():
+    desk = Desk(prestarted_workers=0)
+    ranks_that_load(desk)
+
+    refused = LoadRefused(worker_id=WorkerId("w-2"), error_code="load_failed", error_message="disk broke")
+    effects = desk.take(refused)
+
+    assert {e.worker_id for e in effects if isinstance(e, EndWorker)} == {"w-1", "w-2"}
+    [failed] = [e for e in effects if isinstance(e, FailSessions)]
+    assert (failed.worker_id, failed.error_code) == ("w-1", "worker_died")
+    hosted = desk.state.replicas[ReplicaId("rep-1")]
+    assert (hosted.phase, hosted.error_code, hosted.error_message) == (
+        ReplicaPhase.FAILED,
+        "load_failed",
+        "disk broke",
+    )
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from services.worker.model_loading import build_skeleton
 from services.worker.ranks.cut_model import JOINED, add_biases_once, cut_skeleton, deals_out_heads
 from services.worker.ranks.follower import Follower
 from services.worker.ranks.leading_runner import LeadingRunner
+from services.worker.weights.module_waits import wait_for_weights
+from services.worker.weights.weights_gate import WeightsGate
 from stoker.checkpoint.cuts import Cut
 from stoker.errors import CheckpointInvalid, KvUnavailable, PeerError
 from stoker.models.tensor_parallel import COLWISE, EMBEDDINGS, PACKED, ROWWISE, WHOLE, cut_of, style_of
@@ -23,6 +27,8 @@ from stoker.v1.rank_group_pb2 import RankOrder
 from tests.unit.services.worker.tiny_models import CONFIGS, config_json, ids, reference, request, run, served
 
 RANKS = 2
+STAGES = 5
+"""Embedding, three layers, norm and head."""
 WAIT_SECONDS = 60.0
 LIMITS = EngineLimits(max_batch=4, max_waiting=8, max_context_tokens=128, max_kv_tokens=4 * 512 + 128)
 
@@ -97,12 +103,37 @@ def piece(model, rank: int, seat: Seat):
     return made
 
 
-class Group:
-    """An engine whose passes a second rank makes, too."""
+class Gate(WeightsGate):
+    """Tells when a pass has come to it."""
 
-    def __init__(self, model, limits: EngineLimits = LIMITS) -> None:
+    def __init__(self) -> None:
+        super().__init__(STAGES, is_interruptible=False)
+        self.reached = threading.Event()
+
+    def wait(self, stage: int) -> None:
+        """See `WeightsGate`."""
+        self.reached.set()
+        super().wait(stage)
+
+
+def wait_at(gate: WeightsGate, model) -> None:
+    """Have a rank's layers wait for stages 1 to n, its embedding for 0, and what comes after for the last."""
+    tensors = dict(model.named_parameters())
+    stages = {}
+    for name in tensors:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        stages[name] = int(layer[1]) + 1 if layer else 0 if "embed" in name else STAGES - 1
+    wait_for_weights(model, tensors, stages, gate)
+
+
+class Group:
+    """An engine whose passes a second rank makes, too; `gates` are those that the ranks' weights come by."""
+
+    def __init__(self, model, limits: EngineLimits = LIMITS, gates: Sequence[WeightsGate] = ()) -> None:
         table, self.sender = Table(), Orders()
         pieces = [piece(model, rank, Seat(table, rank)) for rank in range(RANKS)]
+        for gate, each in zip(gates, pieces, strict=False):
+            wait_at(gate, each)
         self.follower = Follower(
             pieces[1], engine=ENGINE, ranks=RANKS, prefill_chunk_tokens=limits.prefill_chunk_tokens
         )
@@ -131,8 +162,8 @@ class Group:
 def group():
     made: list[Group] = []
 
-    def make(model, limits: EngineLimits = LIMITS) -> Group:
-        made.append(Group(model, limits))
+    def make(model, limits: EngineLimits = LIMITS, gates: Sequence[WeightsGate] = ()) -> Group:
+        made.append(Group(model, limits, gates))
         return made[-1]
 
     yield make
@@ -215,6 +246,28 @@ def test_stores_of_sessions_that_ended_or_were_cancelled_or_set_back_are_given_b
     run(ranks.engine, [request("last", (1, 2), max_tokens=1)])
     ranks.close()
     assert ranks.follower.store_count == 1  # the last one's: told with the next pass
+
+
+def test_ranks_whose_weights_arrive_in_a_pass_choose_the_same_tokens(group):
+    """Each rank's stages open at other times; the pass of a session that is cancelled is made to its end."""
+    model = reference("llama")
+    expected, _ = run(TransformersEngine(served(model), LIMITS), requests())
+    gates = [Gate() for _ in range(RANKS)]
+    ranks = group(model, LIMITS, gates)
+    ranks.engine.submit(request("gone", (1, 2, 3), max_tokens=50))
+
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(run, ranks.engine, requests())
+        assert all(gate.reached.wait(WAIT_SECONDS) for gate in gates)
+        ranks.engine.cancel("gone")
+        for stage in range(1, STAGES + 1):
+            for gate in reversed(gates) if stage % 2 else gates:
+                gate.interrupt()
+                gate.open(stage)
+        tokens, ends = running.result(timeout=WAIT_SECONDS)
+
+    assert {name: ids(tokens[name]) for name in PROMPTS} == {key: ids(o) for key, o in expected.items()}
+    assert ends["gone"].reason is FinishReason.CANCELLED
 
 
 def test_keys_and_values_of_a_rank_are_not_shipped(group):
