@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from math import exp, inf
 
 from services.controller.cluster_view.estimate import (
@@ -31,6 +31,7 @@ from stoker.ids import NodeId
 
 Bounded = tuple[Rank, NodeId]
 _PLACE_OF = {origin: place for place, origin in enumerate(ORIGINS)}
+_DISK = _PLACE_OF["disk"]
 ROUNDING = 1 - 1e-9
 """Sums of the same terms in another order may differ by a rounding; a bound must not be above its node."""
 
@@ -105,6 +106,30 @@ class Bounds:
     def sorted_on(self, nodes: Iterable[NodeId]) -> list[Bounded]:
         """Return the bounds of these nodes, the lowest first; those that are out are left out."""
         found = [(bound, node_id) for node_id in nodes if (bound := self.on(node_id)) is not None]
+        found.sort()
+        return found
+
+    def free_on(self, nodes: Iterable[NodeId]) -> list[Bounded]:
+        """Return the same of nodes with free slots that hold some of the checkpoint: `on` without its calls.
+
+        Where a model could move to is asked for each one that could, and mostly of such nodes.
+        """
+        if self._slots > 1 or self.wanted.model.preferred_labels:
+            return self.sorted_on(nodes)
+        found: list[Bounded] = []
+        summaries, beside, overhead = self._summaries, self._beside_seconds, self._overhead_seconds
+        for node_id in nodes:
+            summary = summaries[node_id]
+            if summary.shape is not self._shape:
+                self._look_at(summary.shape)
+            if not summary.is_open or not summary.free or not self._shape_fits:
+                continue
+            if summary.queued:
+                load = self.load_seconds(node_id, summary)
+            else:
+                load = self._unqueued_seconds(self._nodes[node_id], summary)
+            seconds = (summary.worker_seconds + max(load, beside) + overhead) * ROUNDING
+            found.append(((int(seconds / self._tie_seconds), 0, 0.0, 0, seconds, ""), node_id))
         found.sort()
         return found
 
@@ -184,18 +209,15 @@ class Bounds:
         """Return the rank that nodes with no more than this rate, and busy replicas, can't beat."""
         return self._rank(self._least_start(rate, 0.0), victims=1)
 
-    def least_free_seconds(self, known: Sequence[float]) -> float | None:
-        """Return what a start takes at least on any node with room; None = no node has any.
-
-        Args:
-            known: What it takes on each node that holds some of the checkpoint, in seconds.
-        """
-        index, least = self._index, list(known)
-        if not self.wanted.model.required_labels:
-            for nodes, by_worker in rungs_of(index, self.wanted):
-                worker_seconds = by_worker.first[0] if by_worker is not None else 0.0
-                least.append(self._least_start(-nodes.first[0], worker_seconds) * ROUNDING)
-        return min(least) if least else None
+    def least_free(self) -> Rank | None:
+        """Return the rank that no free node beats that holds nothing of the checkpoint; None = there is none."""
+        if self.wanted.model.required_labels:
+            return None
+        least = [
+            self._least_start(-nodes.first[0], by_worker.first[0] if by_worker is not None else 0.0)
+            for nodes, by_worker in rungs_of(self._index, self.wanted)
+        ]
+        return self._rank(min(least)) if least else None
 
     def start_seconds(self, node_id: NodeId, summary: Summary) -> float:
         """Return how long a start takes on the node, once there is room."""
@@ -235,8 +257,11 @@ class Bounds:
         device_seconds = self._device_bytes / device_rate
         if missing_bytes <= 0:
             return device_seconds
-        source = source_of(self.wanted.model, held, has_peer=self.wanted.has_peer(node.node_id))
-        origin = _PLACE_OF[source]
+        if held.disk_bytes >= file_bytes:
+            source, origin = "disk", _DISK
+        else:
+            source = source_of(self.wanted.model, held, has_peer=self.wanted.has_peer(node.node_id))
+            origin = _PLACE_OF[source]
         rate = summary.rates[origin]
         if rate >= device_rate:  # that of the device: how fast the source is, the summary does not say
             rate = bytes_per_second(node, source)

@@ -15,7 +15,7 @@ from services.controller.cluster_view.traits import Trait, worth_seconds
 from services.controller.cluster_view.view import Node, Reservation
 from services.controller.placement.options import Option
 from services.controller.placement.room import Situation
-from stoker.ids import ModelName, NodeId
+from stoker.ids import ModelName, NodeId, ReplicaId
 
 MAX_VICTIMS_CONSIDERED = 16
 """Replicas of one node looked at, the cheapest first: hosts have at most sixteen devices."""
@@ -49,6 +49,9 @@ make_victim = maker_of(Victim)
 
 class Destinations(Protocol):
     """Where replicas could move to without disturbing anybody."""
+
+    def copied_seconds(self, byte_count: int) -> float:
+        """Return what copying so many bytes to a device takes at least: no start is over sooner."""
 
     def swiftest_seconds(self, name: ModelName) -> float:
         """Return what starting the model takes at least, were there a free node with all of it in memory."""
@@ -85,15 +88,19 @@ def victims_on(situation: Situation, node: Node, destinations: Destinations) -> 
             and may_disturb_busy
             and _has_stayed(situation, trait, policy.minimum_residency_seconds)
         ):
-            victim = _busy_victim(situation, trait, trait.busy[0], destinations)
+            victim = _busy_victim(situation, trait, *trait.busy, destinations)
             if victim is not None:
                 found.append(victim)
-    found.sort(key=lambda victim: (victim.disturbance_seconds, victim.reservation.replica_id))
+    found.sort(key=_by_disturbance)
     return found[:MAX_VICTIMS_CONSIDERED]
 
 
+def _by_disturbance(victim: Victim) -> tuple[float, ReplicaId]:
+    return victim.disturbance_seconds, victim.reservation.replica_id
+
+
 def _busy_victim(
-    situation: Situation, trait: Trait, tokens: int, destinations: Destinations
+    situation: Situation, trait: Trait, tokens: int, byte_count: int, destinations: Destinations
 ) -> Victim | None:
     """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not.
 
@@ -103,8 +110,8 @@ def _busy_victim(
     policy, name = situation.policy, trait.reservation.model
     if policy.may_migrate:
         seconds = move_seconds(situation.view, name, tokens, policy)
-        start_seconds = destinations.swiftest_seconds(name)
-        held_seconds = start_seconds if situation.lacking > 1 else 0.0
+        held_seconds = destinations.swiftest_seconds(name) if situation.lacking > 1 else 0.0
+        start_seconds = held_seconds or destinations.copied_seconds(byte_count)  # its model is not looked up
         return make_victim(
             reservation=trait.reservation,
             name=name,
