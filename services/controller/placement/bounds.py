@@ -210,7 +210,7 @@ class Bounds:
         return self._rank(self._least_start(rate, 0.0), victims=1)
 
     def least_free(self) -> Rank | None:
-        """Return the rank that no free node beats that holds nothing of the checkpoint; None = there is none."""
+        """Return the rank that no free node without any of the checkpoint beats; None = there is none."""
         if self.wanted.model.required_labels:
             return None
         least = [
