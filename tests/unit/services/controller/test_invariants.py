@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from services.controller.placement.place import Wait, place
 from services.controller.scaling.actions import Start
 from services.controller.scaling.planner import Planner
 from services.controller.scaling.reconcile import reconcile
+from services.controller.scaling.starting import lacking, lacks_more_room
 from stoker.ids import ModelName, NodeId, ReplicaId
 from tests.scenarios.world import World, model
 from tests.unit.services.controller.builders import a_node
@@ -154,8 +156,15 @@ def check(world: World) -> None:
     planner = Planner(view, world.now_seconds, world.policy)
     for name in view.refusals:
         for may_disturb in (True, False):
-            if planner.still_waits(name, may_disturb=may_disturb):
-                decision = place(view, name, world.now_seconds, world.policy, may_disturb=may_disturb)
+            if planner.still_waits(name, may_disturb=may_disturb) and not lacks_more_room(planner, name):
+                decision = place(
+                    view,
+                    name,
+                    world.now_seconds,
+                    world.policy,
+                    may_disturb=may_disturb,
+                    lacking=max(1, lacking(planner, name)),
+                )
                 assert isinstance(decision, Wait), "there is room"
 
 
@@ -265,6 +274,36 @@ def test_every_waiting_request_is_served_once_nothing_else_happens(steps: list[t
     assert served == set(MODELS)
     running = {replica_id for node in world.nodes.values() for replica_id in node.replicas}
     assert set(world.view.reservations) == running, "a reservation has no owner"
+
+
+@pytest.mark.parametrize(("devices", "models"), [(1, 2), (1, 4), (2, 3), (3, 4)])
+def test_nobody_waits_longer_than_the_bound_for_each_who_came_before_though_no_stream_ever_ends(
+    devices: int, models: int
+) -> None:
+    world = World(policy=Policy(minimum_residency_seconds=0.5, waiting_bound_seconds=10.0))
+    names = [ModelName(f"m{index}") for index in range(models)]
+    join(world, "a", devices)
+    for name in names:
+        world.apply(ModelPut(model=model(name)), Demanded(model=name, now_seconds=world.now_seconds))
+    waits, served = dict.fromkeys(names, 0.0), set[ModelName]()
+
+    for _ in range(60):
+        for replica_id, replica in sorted(world.nodes[NodeId("a")].replicas.items()):
+            reservation = world.view.reservations[replica_id]
+            if reservation.stopping_since_seconds is not None:
+                world.remove_replica(replica_id)  # its stream waits again
+                world.apply(Demanded(model=reservation.model, now_seconds=world.now_seconds))
+                waits[reservation.model] = 0.0
+            elif replica.phase is Phase.STARTING:
+                world.change_replica(replica_id, phase=Phase.READY, sessions=1)
+                world.apply(DemandEnded(model=reservation.model))
+                served.add(reservation.model)
+        world.wait(1.0)
+        for name in world.view.demands:
+            waits[name] += 1.0
+        assert max(waits.values()) <= models * (world.policy.waiting_bound_seconds + 3.0)
+
+    assert served == set(names)
 
 
 def obey(world: World, replica_id: ReplicaId) -> None:
