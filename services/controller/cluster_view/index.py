@@ -41,6 +41,7 @@ from services.controller.cluster_view.places import (
     has_free_slots,
     move,
     move_disturbed,
+    move_free,
     placed_by,
     places,
     put,
@@ -269,8 +270,11 @@ def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId
     _recount(draft, was_summary, now_summary)
     if was_summary is None or now_summary is None or placed_by(was_summary) != placed_by(now_summary):
         move(draft, places(was_summary, node_id), places(now_summary, node_id))
-        draft.free_nodes = _marked(draft.free_nodes, node_id, present=has_free_slots(now_summary))
-    move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
+        move(draft, disturbing_places(was_summary, node_id), disturbing_places(now_summary, node_id))
+    elif now_summary.is_open:
+        move_free(draft, was_summary, now_summary, node_id)
+        move_disturbed(draft, was_summary, now_summary, node_id)
+    draft.free_nodes = _marked(draft.free_nodes, node_id, present=has_free_slots(now_summary))
     was_leaving = was_summary.leaving_for if was_summary else ()
     now_leaving = now_summary.leaving_for if now_summary else ()
     if was_leaving != now_leaving:

@@ -35,10 +35,9 @@ Place = tuple[str, str | Rung | None, NodeId | tuple[float, NodeId]]
 
 
 def placed_by(summary: Summary) -> tuple[object, ...]:
-    """Return what of a summary decides where `places` has the node: of its free slots the number of steps."""
+    """Return what of a summary decides where `places` has the node, the number of its free slots aside."""
     return (
         summary.is_open,
-        len(summary.free).bit_length(),
         summary.worker_seconds,
         summary.device_rate,
         summary.rates,
@@ -93,8 +92,20 @@ def disturbing_places(summary: Summary | None, node_id: NodeId) -> Iterator[Plac
             yield "busy_by_rate", origin, (-rate, node_id)
 
 
+def move_free(draft: Draft, was: Summary, now: Summary, node_id: NodeId) -> None:
+    """Move an open node between the rungs of its `places`: only the number of its free slots has changed."""
+    was_steps, now_steps = len(was.free).bit_length(), len(now.free).bit_length()
+    comes, waits = now_steps > was_steps, not now.worker_seconds
+    for step in range(min(was_steps, now_steps), max(was_steps, now_steps)):
+        for origin, rate in zip(ORIGINS, now.rates, strict=True):
+            _place(draft, ("free", (origin, 1 << step, waits, now.shape), (-rate, node_id)), present=comes)
+        if not waits:
+            by_worker = (now.worker_seconds, node_id)
+            _place(draft, ("free_by_worker", ("", 1 << step, waits, now.shape), by_worker), present=comes)
+
+
 def move_disturbed(draft: Draft, was: Summary, now: Summary, node_id: NodeId) -> None:
-    """Move an open node between its `disturbing_places`: of its replicas only the sessions have changed."""
+    """Move an open node between its `disturbing_places`: its rates are the same."""
     was_key = was.worth_keys[0][0] if was.worth_keys else None
     now_key = now.worth_keys[0][0] if now.worth_keys else None
     if was_key != now_key:
