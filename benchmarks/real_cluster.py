@@ -129,9 +129,14 @@ class RealCluster:
     async def until_quiet(self) -> None:
         """Wait until nothing runs and every node that takes replicas has a pre-started worker."""
         await until_cold(self.admin)
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not all(report.warm_workers for report in await self._reports()):  # noqa: ASYNC110 - a benchmark
-                await asyncio.sleep(POLL_SECONDS)
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not all(report.warm_workers for report in await self._reports()):  # noqa: ASYNC110 - a benchmark
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            raise SystemExit(
+                f"a node had no pre-started worker within {PATIENCE_SECONDS:g} s: is the machine busy?"
+            ) from None
 
     async def drop(self, model: MadeModel, *, copies: bool = False) -> None:
         """Drop a cold model from every node's memory, and with `copies` from their disk caches, too."""
