@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +193,9 @@ class AttachServer:
             return False
         seconds = self._clock.now_seconds() - asked.began_seconds
         metrics.ATTACH_SECONDS.observe(seconds)
-        reply = framing.frame_bytes(attach_reply(self._loads, resident, asked.files, tier=tier))
+        reply = framing.frame_bytes(
+            attach_reply(self._loads, resident, asked.files, tier=tier, columns=asked.request.columns)
+        )
         sent = socket.send_fds(connection, [reply[:_FIRST_SEND_BYTES]], self._descriptors)
         await _send(connection, reply[sent:])
         log.get().info("lease.began", tier=tier, seconds=round(seconds, 4))
@@ -240,8 +241,9 @@ async def _message(connection: socket.socket, kind: type[framing.M]) -> framing.
     return framing.parse(kind, await receive_exactly(connection, length))
 
 
-def _send(connection: socket.socket, data: bytes) -> Awaitable[None]:
-    return asyncio.get_running_loop().sock_sendall(connection, data)
+async def _send(connection: socket.socket, data: bytes) -> None:
+    if data:  # else it would cost a turn of the loop
+        await asyncio.get_running_loop().sock_sendall(connection, data)
 
 
 async def _until_closed(connection: socket.socket) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +59,15 @@ class CatalogEntry:
     signatures: dict[str, FileSignature]
     attached_files: dict[str, bytes]
     folder_signature: tuple[FileSignature | None, ...]
+    watched: tuple[str, ...]
+    """What `folder_signature` is made of: paths as text, for they are looked at before every load."""
     far: FarWeights | None = None
     """How its weights come when they are not, or not all, in its folder; None where they are."""
-    attach_tables: dict[range, bytes] = field(init=False, default_factory=dict, compare=False, repr=False)
-    """Tensor tables of attach replies, serialised at the first attach, by the files that they tell of."""
+    attach_tables: dict[tuple[range, bool], bytes] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    """Tensor tables of attach replies, serialised at the first attach, by the files that they tell of and
+    whether they do so by columns."""
 
     @property
     def uri(self) -> str:
@@ -203,7 +209,7 @@ class Catalog:
     def _open(self, uri: str) -> CatalogEntry:
         folder = self._folder(uri)
         known = self._entries.get(str(folder))
-        if known is not None and known.folder_signature == _folder_signature(known.index):
+        if known is not None and known.folder_signature == _folder_signature(known.watched):
             return known
         return read_entry(folder)
 
@@ -254,7 +260,8 @@ def read_entry(folder: Path) -> CatalogEntry:
         StokerError: As `open_all_ranks`.
     """
     index = adapter_index(folder) if is_adapter(folder) else open_all_ranks(folder)
-    before = _folder_signature(index)
+    watched = _watched(index)
+    before = _folder_signature(watched)
     configs = {name: _read_config(folder, name) for name in _ATTACHED_FILES if name in index.small_files}
     return CatalogEntry(
         index=index,
@@ -263,6 +270,7 @@ def read_entry(folder: Path) -> CatalogEntry:
         signatures={file.name: _signature_of_file(file.path, file.size_bytes) for file in index.files},
         attached_files=configs,
         folder_signature=before,
+        watched=watched,
     )
 
 
@@ -281,16 +289,18 @@ def _signature_of_file(path: Path, size_bytes: int) -> FileSignature:
     return signature
 
 
-def _folder_signature(index: CheckpointIndex) -> tuple[FileSignature | None, ...]:
+def _watched(index: CheckpointIndex) -> tuple[str, ...]:
     names = (".", MANIFEST_NAME, SHARD_INDEX_NAME, *index.small_files)
-    return tuple(
-        [_signature(index.path / name) for name in names] + [_signature(file.path) for file in index.files]
-    )
+    return tuple([str(index.path / name) for name in names] + [str(file.path) for file in index.files])
 
 
-def _signature(path: Path) -> FileSignature | None:
+def _folder_signature(watched: Sequence[str]) -> tuple[FileSignature | None, ...]:
+    return tuple(_signature(path) for path in watched)
+
+
+def _signature(path: str | Path) -> FileSignature | None:
     try:
-        return FileSignature.of(path.stat())
+        return FileSignature.of(os.stat(path))  # noqa: PTH116 - a Path of each costs more than the call
     except OSError:
         return None
 

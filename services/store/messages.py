@@ -10,6 +10,7 @@ from services.store.pool.window import window_chunks
 from services.store.reading.bandwidth import Moved
 from services.store.reading.lanes import Lane
 from services.store.reading.read_queue import Urgency
+from stoker.attach.columns import Tensor, columns_of, message_of
 from stoker.checkpoint.index import check_rank
 from stoker.checkpoint.reading import DISK
 from stoker.errors import StokerError
@@ -38,7 +39,9 @@ def files_of(entry: CatalogEntry, rank: int | None) -> range:
     return range(rank, rank + 1)
 
 
-def attach_reply(loads: Loads, resident: Resident, files: range, *, tier: str) -> bytes:
+def attach_reply(
+    loads: Loads, resident: Resident, files: range, *, tier: str, columns: bool = False
+) -> bytes:
     """Return the serialised first reply to an attach.
 
     The big part, the tensor table, is the same for every attach and load and kept with the catalog's entry;
@@ -49,12 +52,14 @@ def attach_reply(loads: Loads, resident: Resident, files: range, *, tier: str) -
         resident: Has its chunks.
         files: See `files_of`.
         tier: The best one that held all of it when it was asked for.
+        columns: The client reads the tensor table by columns.
     """
-    tables = resident.entry.attach_tables
-    if files not in tables:
-        tables[files] = pb.AttachReply(attached=_table(resident.entry, files)).SerializeToString()
+    tables, kind = resident.entry.attach_tables, (files, columns)
+    if kind not in tables:
+        table = _table(resident.entry, files, columns=columns)
+        tables[kind] = pb.AttachReply(attached=table).SerializeToString()
     chunks = _chunks(loads, resident, files, tier=tier)
-    return tables[files] + pb.AttachReply(attached=chunks).SerializeToString()
+    return tables[kind] + pb.AttachReply(attached=chunks).SerializeToString()
 
 
 def _chunks(loads: Loads, resident: Resident, files: range, *, tier: str) -> pb.Attached:
@@ -76,24 +81,26 @@ def _chunks(loads: Loads, resident: Resident, files: range, *, tier: str) -> pb.
     )
 
 
-def _table(entry: CatalogEntry, files: range) -> pb.Attached:
+def _table(entry: CatalogEntry, files: range, *, columns: bool) -> pb.Attached:
     """Return what is in a checkpoint's files, wherever they lie."""
     number = {entry.index.files[index].name: at for at, index in enumerate(files)}
+    tensors = [
+        Tensor(
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            file=number[tensor.file],
+            offset=tensor.offset,
+            nbytes=tensor.nbytes,
+            layer=tensor.layer,
+        )
+        for tensor in entry.tensors
+        if tensor.file in number
+    ]
     return pb.Attached(
         checkpoint=entry.info,
-        tensors=[
-            pb.AttachedTensor(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                file=number[tensor.file],
-                offset=tensor.offset,
-                bytes=tensor.nbytes,
-                layer=tensor.layer,
-            )
-            for tensor in entry.tensors
-            if tensor.file in number
-        ],
+        columns=columns_of(tensors) if columns else None,
+        tensors=[] if columns else map(message_of, tensors),
         small_files=[
             pb.SmallFile(name=name, content=content, last=True)
             for name, content in entry.attached_files.items()

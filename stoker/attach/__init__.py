@@ -4,7 +4,8 @@
 tensors of it. Only `tensors` needs torch.
 """
 
-from stoker.attach.attachment import Attachment, AttachTimings, Loaded, Tensor
+from stoker.attach.attachment import Attachment, AttachTimings, Loaded
 from stoker.attach.client import attach
+from stoker.attach.columns import Tensor
 
 __all__ = ["AttachTimings", "Attachment", "Loaded", "Tensor", "attach"]

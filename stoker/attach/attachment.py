@@ -20,35 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
+from stoker.attach.columns import tensors_of
 from stoker.attach.connection import Connection, failure
 from stoker.attach.memory import Access, MappedRange
 from stoker.errors import DeadlineExceeded, InvalidRequest, LoadFailed, StokerError
 from stoker.v1 import checkpoint_store_pb2 as pb
 from stoker.v1 import model_pb2, start_pb2
-
-
-class Tensor(NamedTuple):
-    """Where a tensor lies. A named tuple, for an attach makes hundreds: a frozen dataclass takes thrice as long.
-
-    Attributes:
-        name: As the model calls it.
-        dtype: safetensors' name, e.g. `BF16`.
-        shape: Element counts; `()` for a scalar.
-        file: Index into the attachment's files.
-        offset: First byte, counted from the start of the file.
-        nbytes: Bytes it fills.
-        layer: Decoder layer that uses it; None outside the layers.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: int
-    offset: int
-    nbytes: int
-    layer: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +96,7 @@ class Attachment:
         began = time.monotonic()
         arena, counters = descriptors
         self.checkpoint: model_pb2.CheckpointInfo = attached.checkpoint
-        self.tensors = {tensor.name: _tensor(tensor) for tensor in attached.tensors}
+        self.tensors = tensors_of(attached)
         self.tied = tuple(tuple(group.names) for group in attached.tied)
         self.small_files = {file.name: file.content for file in attached.small_files}
         self.tier = attached.tier
@@ -311,16 +290,3 @@ def runs(chunk_offsets: Sequence[int], chunk_bytes: int) -> list[Run]:
         Run(at=start * chunk_bytes, offset=chunk_offsets[start], length=(end - start) * chunk_bytes)
         for start, end in pairwise([*starts, len(chunk_offsets)])
     ]
-
-
-def _tensor(described: pb.AttachedTensor) -> Tensor:
-    layer = described.layer
-    return Tensor(  # by position: a third faster than by name
-        described.name,
-        described.dtype,
-        tuple(described.shape[:]),  # as a list first: half the time of its iterator
-        described.file,
-        described.offset,
-        described.bytes,
-        layer if layer or described.HasField("layer") else None,
-    )

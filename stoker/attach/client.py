@@ -59,6 +59,7 @@ def attach(  # noqa: PLR0913 - what a caller may say about one attach
         priority=_PRIORITIES[priority],
         rank=rank,
         window=window,
+        columns=True,
     )
     attached, descriptors = connection.ask(request, timeout_seconds=timeout_seconds)
     try:

@@ -13,7 +13,11 @@ from stoker.v1 import checkpoint_store_pb2 as pb
 DESCRIPTORS = 2
 """The arena, then the ready counters."""
 
-_PIECE_BYTES = 256 * 1024
+_FIRST_BYTES = 32 * 1024
+"""Taken with the descriptors: the tables of most models; a larger buffer is mapped anew at every call."""
+
+_LEAST_BYTES, _MOST_BYTES = 4 * 1024, 256 * 1024
+"""Taken at a time: messages of progress are short, and large tables are not believed in before they come."""
 
 
 class Connection:
@@ -101,7 +105,7 @@ class Connection:
         """Receive the first bytes of the answer and return the descriptors that came with them."""
         self._limit(deadline)
         try:
-            piece, descriptors, _, _ = socket.recv_fds(self._socket, _PIECE_BYTES, DESCRIPTORS)
+            piece, descriptors, _, _ = socket.recv_fds(self._socket, _FIRST_BYTES, DESCRIPTORS)
         except OSError as error:
             raise self._gone(error) from error
         self._received += piece
@@ -120,7 +124,8 @@ class Connection:
         while len(self._received) < length:
             self._limit(deadline)
             try:
-                piece = self._socket.recv(_PIECE_BYTES)
+                missing = length - len(self._received)
+                piece = self._socket.recv(min(max(missing, _LEAST_BYTES), _MOST_BYTES))
             except OSError as error:
                 raise self._gone(error) from error
             if not piece:

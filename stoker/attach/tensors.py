@@ -11,7 +11,8 @@ from functools import cache
 
 import torch
 
-from stoker.attach.attachment import Attachment, Tensor
+from stoker.attach.attachment import Attachment
+from stoker.attach.columns import Tensor
 from stoker.checkpoint.torch_views import shaped, torch_dtype, torch_shape
 
 
@@ -25,13 +26,15 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
         CheckpointInvalid: torch has no such dtype.
         LoadFailed: A tensor that must be copied did not arrive.
     """
-    return _tensor(attachment, attachment.tensors[name], attachment.buffer)
+    place = attachment.tensors[name]
+    return _tensor(attachment, place, torch_dtype(place.dtype, name=name), attachment.buffer)
 
 
-def _tensor(attachment: Attachment, place: Tensor, whole: Callable[[int], memoryview]) -> torch.Tensor:
-    """As `tensor`; `whole` gives all bytes of a file."""
+def _tensor(
+    attachment: Attachment, place: Tensor, dtype: torch.dtype, whole: Callable[[int], memoryview]
+) -> torch.Tensor:
+    """As `tensor`; `dtype` is torch's, `whole` gives all bytes of a file."""
     name, stored, extents, file, offset, nbytes, _ = place
-    dtype = torch_dtype(stored, name=name)
     shape = torch_shape(stored, extents, name=name)
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
@@ -50,7 +53,13 @@ def _tensor(attachment: Attachment, place: Tensor, whole: Callable[[int], memory
 def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
     """Return every tensor by name, tied names included (they share one tensor object)."""
     whole = cache(attachment.buffer)
-    found = {name: _tensor(attachment, place, whole) for name, place in attachment.tensors.items()}
+    dtypes: dict[str, torch.dtype] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, place in attachment.tensors.items():
+        stored = place.dtype
+        if stored not in dtypes:
+            dtypes[stored] = torch_dtype(stored, name=name)
+        found[name] = _tensor(attachment, place, dtypes[stored], whole)
     for stored, *others in attachment.tied:
         found.update(dict.fromkeys(others, found[stored]))
     return found

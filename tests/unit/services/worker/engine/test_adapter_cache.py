@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from services.worker.engine.adapter_cache import AdapterCache
-from stoker.attach.attachment import Attachment, Tensor
+from stoker.attach.attachment import Attachment
+from stoker.attach.columns import Tensor
 from stoker.checkpoint.adapter import adapter_index, open_adapter
 from stoker.errors import CapacityError, CheckpointInvalid, DoesNotFit, InvalidRequest, NotFound, PeerError
 from stoker.v1.model_pb2 import AdapterSpec, CheckpointInfo
