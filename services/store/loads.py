@@ -183,7 +183,7 @@ class Loads:
         if held is not None:
             why = "it is pinned; unpin it" if self.is_pinned(uri) else f"{held.leases} workers have it mapped"
             raise InUse(f"{uri} stays in the pool: {why}")
-        freed = sum(len(resident.chunk_numbers) for resident in found) * self.arena.chunk_bytes
+        freed = sum(resident.chunk_count for resident in found) * self.arena.chunk_bytes
         for resident in found:
             self._drop(resident, "asked", InUse(f"{uri} was evicted while it was loading"))
         self._placing.go_on()
@@ -322,15 +322,18 @@ class Loads:
         resident.parts = []
         resident.done.set_result(None)
         resident.changes.tell()
+        self._loop.call_soon(self._record_loaded, resident, read_seconds)  # who waits is told first
+        self._changed()
+
+    def _record_loaded(self, resident: Resident, read_seconds: float) -> None:
         record_loaded(resident, read_seconds=read_seconds)
         record_rates(self.transfers.rates.all())
-        self._changed()
 
     # --- and its end ---
 
     def _drop(self, resident: Resident, reason: str, error: StokerError) -> None:
         """Let a resident go; `error` is for those who wait for it, if it is still on its way."""
-        pool_bytes = len(resident.chunk_numbers) * self.arena.chunk_bytes
+        pool_bytes = resident.chunk_count * self.arena.chunk_bytes
         record_dropped(resident, reason=reason, pool_bytes=pool_bytes)
         self._leave(resident, error)
 

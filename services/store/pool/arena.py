@@ -56,6 +56,7 @@ class Arena:
         self._shared = shared
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._views: dict[int, memoryview] = {}
         self.chunk_bytes = chunk_bytes
         self.chunk_count = shared.memory.length // chunk_bytes
         shared.memory.fault_in(0, chunk_bytes, write=True)
@@ -73,8 +74,12 @@ class Arena:
         return "memfd" if self._shared.backing == "memfd_huge" and not huge else self._shared.backing
 
     def chunk(self, number: int) -> memoryview:
-        """Return a chunk's memory, writable."""
-        return self._shared.memory.view(number * self.chunk_bytes, self.chunk_bytes)
+        """Return a chunk's memory, writable; made once: a load asks for each of its chunks."""
+        view = self._views.get(number)
+        if view is None:
+            view = self._shared.memory.view(number * self.chunk_bytes, self.chunk_bytes)
+            self._views[number] = view
+        return view
 
     def offset(self, number: int) -> int:
         """Return where a chunk starts in the arena, in bytes."""

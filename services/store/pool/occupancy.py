@@ -47,14 +47,14 @@ def pool_as_seen(  # noqa: PLR0913 - all that a decision about room looks at
         total_chunks=total_chunks,
         free_chunks=free_chunks,
         draining_chunks=sum(
-            len(each.chunk_numbers) for each in others if each.phase is Phase.GONE and not each.leases
+            each.chunk_count for each in others if each.phase is Phase.GONE and not each.leases
         ),
         chunk_bytes=chunk_bytes,
         occupants=[
             Occupant(
                 key=each.key,
-                chunks=len(each.chunk_numbers),
-                reload_seconds=len(each.chunk_numbers) * chunk_bytes / bytes_per_second(each),
+                chunks=each.chunk_count,
+                reload_seconds=each.chunk_count * chunk_bytes / bytes_per_second(each),
                 uses=each.uses,
                 held=each.phase is Phase.GONE
                 or is_held(each, pinned)

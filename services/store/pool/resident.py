@@ -154,6 +154,11 @@ class Resident:
         return self.window is None or self.window.all_given_out
 
     @property
+    def chunk_count(self) -> int:
+        """How many chunks it has; none while it waits for them."""
+        return self.need_chunks if self.files else 0
+
+    @property
     def chunk_numbers(self) -> tuple[int, ...]:
         """All its chunks, each once."""
         return tuple(dict.fromkeys(chunk for file in self.files for chunk in file.chunks))

@@ -20,7 +20,7 @@ MAX_RUN_CHUNKS = 4
 """Beyond 64 MiB a read gains nothing: see `fill_chunks`."""
 
 FIRST_CHUNKS = 2
-"""Read one by one, so that the first layers are there early."""
+"""Of a load that is used in order: read one by one, so that the first layers are there early."""
 
 AHEAD_SECONDS = {Urgency.DEMAND: 0.25, Urgency.PREFETCH: 0.125}
 """What another urgent load may have to wait for a load's reads that run already, by that load's urgency.
@@ -121,6 +121,7 @@ def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
             urgency=resident.urgency,
             window_chunks=None if window is None else window.chunks,
         ),
+        in_order=resident.used_in_order or window is not None,
     )
     if window is None:
         return reads
@@ -163,13 +164,14 @@ def _open(entry: CatalogEntry, file: CheckpointFile, sources: DiskSources, chunk
     return entry.far.open(file, lambda file: sources.open(entry, file), chunk_bytes=chunk_bytes)
 
 
-def plan_reads(
+def plan_reads(  # noqa: PLR0913 - what a load is made of
     files: Sequence[ResidentFile],
     *,
     load: int,
     ranks: bool,
     memory: Callable[[int], memoryview],
     per_read: int = 1,
+    in_order: bool = False,
 ) -> list[ChunkRead]:
     """Return a load's reads in order.
 
@@ -180,7 +182,9 @@ def plan_reads(
             shards that are used one after the other.
         memory: Gives the memory of a chunk.
         per_read: Chunks of a file on disk that are read in one go.
+        in_order: The load is used in order, as it comes.
     """
+    first_chunks = FIRST_CHUNKS if in_order else 0
     by_file = [
         [
             ChunkRead(
@@ -191,7 +195,7 @@ def plan_reads(
                 chunks=tuple(memory(chunk) for chunk in file.chunks[index:end]),
                 length=min(end * file.chunk_bytes, file.size_bytes) - index * file.chunk_bytes,
             )
-            for index, end in _steps(file, per_read)
+            for index, end in _steps(file, per_read, first_chunks)
         ]
         for number, file in enumerate(files)
         if file.source is not None
@@ -201,12 +205,12 @@ def plan_reads(
     return [read for reads in by_file for read in reads]
 
 
-def _steps(file: ResidentFile, per_read: int) -> list[tuple[int, int]]:
+def _steps(file: ResidentFile, per_read: int, first_chunks: int) -> list[tuple[int, int]]:
     """Return the first chunk of each read of a file, and one past its last."""
     count = len(file.chunks)
     if file.lane is not Lane.DISK or file.together > 1:
         starts = list(range(0, count, file.together))
     else:
-        first = min(FIRST_CHUNKS, count)
+        first = min(first_chunks, count)
         starts = [*range(first), *range(first, count, per_read)]
     return list(itertools.pairwise([*starts, count]))

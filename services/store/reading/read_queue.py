@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from services.store.reading.chunk_source import ChunkSource, fill_run
@@ -165,7 +166,11 @@ Outcome = list[ReadPart] | StokerError
 
 
 class Readers(Generic[JobT]):
-    """Threads that read chunks in the queue's order."""
+    """Threads that read chunks in the queue's order.
+
+    A thread waits for a token: there is one for each read that was queued, so each read wakes one thread. A
+    token whose read was dropped meanwhile wakes a thread for nothing.
+    """
 
     def __init__(self, threads: int, done: Callable[[JobT, Outcome], None], *, name: str = "read") -> None:
         """Start the threads.
@@ -177,7 +182,8 @@ class Readers(Generic[JobT]):
         """
         self._done = done
         self._order: ReadOrder[JobT] = ReadOrder()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._tokens: SimpleQueue[None] = SimpleQueue()
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
@@ -188,30 +194,32 @@ class Readers(Generic[JobT]):
 
     def add(self, load: int, reads: Iterable[JobT], urgency: Urgency) -> None:
         """Queue a load's reads."""
-        with self._changed:
-            self._order.add(load, reads, urgency)
-            self._changed.notify_all()
+        found = list(reads)
+        with self._lock:
+            self._order.add(load, found, urgency)
+        for _ in found:
+            self._tokens.put(None)
 
     def hurry(self, load: int) -> None:
         """Make a prefetch urgent."""
-        with self._changed:
+        with self._lock:
             self._order.hurry(load)
 
     def drop(self, load: int) -> int:
         """Forget what is left of a load; returns how many reads will never happen. Running ones go on."""
-        with self._changed:
+        with self._lock:
             return self._order.drop(load)
 
     def waiting_bytes(self) -> int:
         """Return the bytes of all reads that wait."""
-        with self._changed:
+        with self._lock:
             return self._order.waiting_bytes()
 
     def close(self, *, grace_seconds: float) -> None:
         """Let running reads end, start no new one; a disk that hangs is not waited for longer than that."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        for _ in self._threads:
+            self._tokens.put(None)
         for thread in self._threads:
             thread.join(grace_seconds)
 
@@ -220,12 +228,12 @@ class Readers(Generic[JobT]):
             self._done(read, _outcome(read))
 
     def _take(self) -> JobT | None:
-        with self._changed:
-            while not self._stopped:
-                read = self._order.next()
-                if read is not None:
-                    return read
-                self._changed.wait()
+        while not self._stopped:
+            self._tokens.get()
+            with self._lock:
+                read = None if self._stopped else self._order.next()
+            if read is not None:
+                return read
         return None
 
 

@@ -45,15 +45,18 @@ def file_of(chunks: int, *, lane: Lane = Lane.DISK, together: int = 1, short: in
     )
 
 
-def plan(*files: ResidentFile, per_read: int, ranks: bool = False):
+def plan(*files: ResidentFile, per_read: int, in_order: bool = False):
     memory = memoryview(bytearray(CHUNK))
-    return plan_reads(files, load=1, ranks=ranks, memory=lambda _chunk: memory, per_read=per_read)
+    return plan_reads(
+        files, load=1, ranks=False, memory=lambda _chunk: memory, per_read=per_read, in_order=in_order
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 4, 5, 11, 12])
 @pytest.mark.parametrize("per_read", [1, 3, 4])
-def test_reads_cover_a_file_once_and_to_its_last_byte(chunks, per_read):
-    reads = plan(file_of(chunks), per_read=per_read)
+@pytest.mark.parametrize("in_order", [True, False])
+def test_reads_cover_a_file_once_and_to_its_last_byte(chunks, per_read, in_order):
+    reads = plan(file_of(chunks), per_read=per_read, in_order=in_order)
 
     assert [at for read in reads for at in range(read.index, read.index + len(read.chunks))] == list(
         range(chunks)
@@ -62,10 +65,16 @@ def test_reads_cover_a_file_once_and_to_its_last_byte(chunks, per_read):
     assert [read.offset for read in reads] == [read.index * CHUNK for read in reads]
 
 
-def test_the_first_chunks_come_one_by_one_and_the_others_in_runs():
-    reads = plan(file_of(FIRST_CHUNKS + 7), per_read=3)
+def test_the_first_chunks_of_a_load_used_in_order_come_one_by_one_and_the_others_in_runs():
+    reads = plan(file_of(FIRST_CHUNKS + 7), per_read=3, in_order=True)
 
     assert [len(read.chunks) for read in reads] == [1] * FIRST_CHUNKS + [3, 3, 1]
+
+
+def test_a_load_that_is_used_when_it_is_whole_comes_in_the_fewest_reads():
+    reads = plan(file_of(19), per_read=4)
+
+    assert [len(read.chunks) for read in reads] == [4, 4, 4, 4, 3]
 
 
 def test_what_comes_from_afar_is_not_read_in_longer_runs():
