@@ -23,7 +23,7 @@ from tests.unit.services.controller.builders import (
     a_view,
 )
 
-SEEDS = range(30)
+SEEDS = range(16)
 LIMITS = RebalanceLimits(crowded_seconds=1.0, sessions_per_node=3, rest_seconds=20.0)
 PLACES, BATCH = 4, 6
 PASSES = 150
