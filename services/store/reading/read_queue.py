@@ -228,13 +228,14 @@ class Readers(Generic[JobT]):
             self._done(read, _outcome(read))
 
     def _take(self) -> JobT | None:
-        while not self._stopped:
+        while True:
             self._tokens.get()
             with self._lock:
-                read = None if self._stopped else self._order.next()
+                if self._stopped:
+                    return None
+                read = self._order.next()
             if read is not None:
                 return read
-        return None
 
 
 def _outcome(job: Job) -> Outcome:
