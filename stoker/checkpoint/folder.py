@@ -72,7 +72,7 @@ def resolve_file(folder: Path, name: str) -> Path | None:
             ) from None
         return None
     except (OSError, RuntimeError) as error:
-        raise CheckpointInvalid(f"{folder / name} cannot be opened: {error}.") from error
+        raise _unopened(folder / name, error) from error
     if not _may_lead_to(folder, resolved):
         raise CheckpointInvalid(
             f"{folder / name} is a link that leads out of the checkpoint, to {resolved}; "
@@ -81,6 +81,16 @@ def resolve_file(folder: Path, name: str) -> Path | None:
     if not resolved.is_file():
         raise CheckpointInvalid(f"{folder / name} is not a regular file.")
     return resolved
+
+
+def _unopened(path: Path, error: OSError | RuntimeError) -> CheckpointInvalid:
+    if isinstance(error, PermissionError):
+        return CheckpointInvalid(
+            f"{path} cannot be opened: user {os.geteuid()}, as whom this process runs, lacks permission; let "
+            "that user read the file and enter its folders."
+        )
+    reason = error.strerror if isinstance(error, OSError) else error
+    return CheckpointInvalid(f"{path} cannot be opened: {reason}.")
 
 
 def open_regular(path: Path) -> int:
@@ -92,7 +102,7 @@ def open_regular(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise CheckpointInvalid(f"{path} cannot be opened: {error.strerror}.") from error
+        raise _unopened(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointInvalid(f"{path} is not a regular file.")

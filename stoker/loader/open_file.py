@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _SHOWN_NAMES = 3
+_COMPARED_NAMES = 5_000
+"""With a name that is not there; a comparison takes some ten microseconds."""
 
 
 def open_lazily(
@@ -118,9 +121,11 @@ class Checkpoint:
         source = self._opened()
         place = source.tensors.get(self._alias.get(name, name))
         if place is None:
-            some = ", ".join(list(source.tensors)[:_SHOWN_NAMES])
+            near = difflib.get_close_matches(name, list(source.tensors)[:_COMPARED_NAMES], n=_SHOWN_NAMES)
+            some = near or [*list(source.tensors)[:_SHOWN_NAMES], "…"]
             raise NotFound(
-                f"{source.location} has no tensor {name!r}; it has {len(source.tensors):,}: {some}, …"
+                f"{source.location} has no tensor {name!r}; it has {len(source.tensors):,}"
+                f"{', near ones' if near else ''}: {', '.join(some)}"
             )
         return source, place
 

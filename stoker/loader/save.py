@@ -126,6 +126,8 @@ def _source_of(
 
 
 def _checked(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    if not tensors:
+        raise InvalidRequest("there are no tensors to save: give a model, or tensors by name")
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise InvalidRequest(f"{name!r} is a {type(tensor).__name__}, not a tensor")

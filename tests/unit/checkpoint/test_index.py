@@ -210,3 +210,25 @@ def test_reading_needs_neither_torch_nor_numpy_nor_transformers() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("refusing", [(os, "open"), (Path, "resolve")])
+def test_a_file_that_this_user_may_not_read_is_refused_with_who_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: tuple[object, str]
+) -> None:
+    """By the kernel's words: tests may run as root, whom nothing is refused."""
+    folder = write_folder(tmp_path / "m", small_model())
+    owner, call = refusing
+    usual = getattr(owner, call)
+
+    def refuse(path: object, *arguments: object, **named: object) -> object:
+        if str(path).endswith("model.safetensors"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, *arguments, **named)
+
+    monkeypatch.setattr(owner, call, refuse)
+
+    with pytest.raises(
+        CheckpointInvalid, match=rf"model\.safetensors .*user {os.geteuid()}.* lacks permission"
+    ):
+        open_checkpoint(folder)

@@ -44,6 +44,11 @@ def test_a_name_that_is_not_there_is_refused(folder) -> None:
         found.get_tensor("nothing")
 
 
+def test_a_name_that_is_nearly_there_is_refused_with_what_it_may_have_been(folder) -> None:
+    with stoker.open(folder, daemon=None) as found, pytest.raises(NotFound, match=r"near ones.*norm\.weight"):
+        found.get_tensor("model.norm")
+
+
 def test_tensors_stay_when_the_checkpoint_is_closed(folder) -> None:
     with stoker.open(folder, daemon=None) as found:
         tensor = found.get_tensor("model.norm.weight")

@@ -64,6 +64,7 @@ def test_nothing_but_a_checkpoint_is_replaced_and_that_only_when_asked(tmp_path)
 @pytest.mark.parametrize(
     "wrong",
     [
+        {},
         {"a": 3},
         {"a": torch.empty(2, device="meta")},
         {"a": torch.eye(3).to_sparse()},
