@@ -82,17 +82,8 @@ class Servicer(NodeAgentServicer):
         self, request: GenerateRequest, context: Context
     ) -> None:
         """See node_agent.proto."""
-        await context.send_initial_metadata(())  # as Attend: while the worker computes
+        await context.send_initial_metadata(())  # nothing is read before it
         await self._generate(request, context)
-
-    async def Attend(  # type: ignore[override]  # noqa: N802 - as Generate
-        self, requests: AsyncIterator[GenerateRequest], context: Context
-    ) -> None:
-        """See node_agent.proto."""
-        await context.send_initial_metadata(())  # the caller's gRPC reads no message before it has this
-        async for request in requests:
-            await self._generate(request, context)
-            return
 
     async def LinkSessions(  # noqa: N802 - the name of the rpc
         self, request: LinkSessionsRequest, context: Context
