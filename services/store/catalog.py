@@ -151,7 +151,7 @@ class Catalog:
         if revision and revision != entry.index.revision:
             raise CheckpointInvalid(
                 f"{uri} is at revision {entry.index.revision}, asked for was {revision}: its files were "
-                "changed; deploy the model again"
+                "changed; deploy the model again, or ask for this revision or none"
             )
         return entry
 
