@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
+from services.controller.cluster_view.demand import Failure
 from services.controller.cluster_view.fleet import Member, Standing, members_of
 from services.controller.cluster_view.view import View
 from stoker.ids import ModelName
@@ -78,8 +79,8 @@ def answer(view: View, name: ModelName, *, since_seconds: float, now_seconds: fl
     """Decide what a request for `name`, waiting since `since_seconds`, is told.
 
     The first that applies: unknown model; a ready replica (of the current deployment before an older one,
-    the fewest sessions first); a start on its way; a start that failed while the request waited, or whose
-    back-off is not over; a placement that can never succeed; waiting, with the reason.
+    the fewest sessions first); a start on its way; a start that failed for good while the request waited,
+    or whose back-off is not over; a placement that can never succeed; waiting, with the reason.
     """
     if name not in view.models:
         return Unknown(near=near_names(name, list(view.models)))
@@ -91,9 +92,7 @@ def answer(view: View, name: ModelName, *, since_seconds: float, now_seconds: fl
     if starting:
         return Starting(member=max(starting, key=_progress))
     failure = view.failures.get(name)
-    if failure is not None and (
-        failure.at_seconds >= since_seconds or failure.retry_at_seconds > now_seconds
-    ):
+    if failure is not None and _is_told(failure, since_seconds, now_seconds):
         return Failed(
             code=failure.code,
             message=f"model {name} could not be started: {failure.message}",
@@ -102,7 +101,7 @@ def answer(view: View, name: ModelName, *, since_seconds: float, now_seconds: fl
     refusal = view.refusals.get(name)
     if refusal is not None and refusal.code:
         return Failed(code=refusal.code, message=refusal.reason, retry_after_seconds=None)
-    return Queued(reason=refusal.reason if refusal else "its start is being decided")
+    return Queued(reason=refusal.reason if refusal else _why_not_yet(failure))
 
 
 def is_offered(view: View, found: Member) -> bool:
@@ -141,6 +140,19 @@ def status(view: View, name: ModelName, now_seconds: float) -> Status:
 def _preference(found: Member) -> tuple[bool, int, str]:
     sessions = found.replica.sessions if found.replica else 0
     return (found.stale, sessions, found.reservation.replica_id)
+
+
+def _is_told(failure: Failure, since_seconds: float, now_seconds: float) -> bool:
+    """Tell whether a request that waits since then ends with the failure."""
+    return failure.is_final and (
+        failure.at_seconds >= since_seconds or failure.retry_at_seconds > now_seconds
+    )
+
+
+def _why_not_yet(failure: Failure | None) -> str:
+    if failure is None or failure.is_final:
+        return "its start is being decided"
+    return f"its start failed and is tried again: {failure.message}"
 
 
 def _progress(found: Member) -> tuple[float, str]:

@@ -138,6 +138,9 @@ class ControllerSettings(ServiceSettings):
     worker_memory_bytes: int = Field(default=600 * MB, gt=0)
     """What one pre-started worker is counted as, in bytes."""
 
+    start_attempts: int = Field(default=4, ge=1)
+    """Starts of a model in a row under which a worker or a store may die before waiting requests are told."""
+
     backoff_first_seconds: float = Field(default=1.0, gt=0)
     """Rest after a model's first failed start, in seconds; doubles with each further one."""
 
@@ -182,6 +185,7 @@ class ControllerSettings(ServiceSettings):
             may_migrate=self.may_migrate,
             waiting_bound_seconds=self.waiting_bound_seconds,
             queue_age_seconds=self.queue_age_seconds,
+            start_attempts=self.start_attempts,
             backoff_first_seconds=self.backoff_first_seconds,
             backoff_limit_seconds=self.backoff_limit_seconds,
         )

@@ -28,6 +28,7 @@ class Failure:
         retry_at_seconds: No start before then.
         code: An error code of `stoker.errors`.
         message: Why.
+        is_final: Requests that wait are told; False: it is tried once more for them.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Failure:
     retry_at_seconds: float
     code: str
     message: str
+    is_final: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

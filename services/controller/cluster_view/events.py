@@ -180,13 +180,14 @@ class Declined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartFailed:
-    """A start failed for a reason that lies in the model or its order."""
+    """A start failed, not for its node's silence; `is_final`: no other one is tried for those who wait."""
 
     model: ModelName
     now_seconds: float
     retry_at_seconds: float
     code: str
     message: str
+    is_final: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -332,6 +332,7 @@ def _start_failed(view: View, event: StartFailed) -> View:
         retry_at_seconds=event.retry_at_seconds,
         code=event.code,
         message=event.message,
+        is_final=event.is_final,
     )
     return changed(view, failures=_with(view.failures, event.model, failure))
 

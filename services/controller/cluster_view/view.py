@@ -316,6 +316,7 @@ class Policy:
         drain_grace_seconds: Given to running sessions when a replica must go.
         stop_seconds: Estimate for stopping an idle replica until its slot is free.
         tie_seconds: Estimates this close are a tie; the smaller disturbance wins.
+        start_attempts: Starts in a row that processes may die under before those who wait are told; ≥ 1.
         backoff_first_seconds: After the first failed start; doubles with each further one.
         backoff_limit_seconds: Never longer than this.
         may_migrate: Running replicas may be moved to make room.
@@ -338,6 +339,7 @@ class Policy:
     drain_grace_seconds: float = 30.0
     stop_seconds: float = 0.2
     tie_seconds: float = 0.01
+    start_attempts: int = 4
     backoff_first_seconds: float = 1.0
     backoff_limit_seconds: float = 60.0
     may_migrate: bool = False

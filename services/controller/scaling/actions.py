@@ -19,7 +19,11 @@ from services.controller.cluster_view.events import (
 from services.controller.cluster_view.view import Policy, View
 from services.controller.placement.options import Option
 from services.controller.placement.place import Decision
+from stoker.errors import PeerError, WorkerDied
 from stoker.ids import ModelName, NodeId, ReplicaId
+
+MORTAL = frozenset({WorkerDied.code, PeerError.code})
+"""Codes of starts under which a process died: a worker, or the store it loads from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +146,20 @@ def backoff_seconds(failures_in_a_row: int, policy: Policy) -> float:
 def start_failed(  # noqa: PLR0913 - a failure's facts, each named by its caller
     view: View, name: ModelName, *, code: str, message: str, now_seconds: float, policy: Policy
 ) -> StartFailed:
-    """Return the event of one more failed start of a model, with its back-off."""
+    """Return the event of one more failed start of a model, with its back-off.
+
+    A process that died says nothing of the model: it is started once more for those who wait, the first
+    time a worker dies at once, and they are told only of the `start_attempts`-th failure in a row.
+    """
     before = view.failures.get(name)
-    rest_seconds = backoff_seconds((before.count if before else 0) + 1, policy)
+    count = (before.count if before else 0) + 1
+    is_final = code not in MORTAL or count >= policy.start_attempts
+    rest_seconds = 0.0 if code == WorkerDied.code and count == 1 else backoff_seconds(count, policy)
     return StartFailed(
         model=name,
         now_seconds=now_seconds,
         retry_at_seconds=now_seconds + rest_seconds,
         code=code,
-        message=message,
+        message=message if count == 1 else f"{message} (start {count} in a row that failed)",
+        is_final=is_final,
     )
