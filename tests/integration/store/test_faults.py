@@ -149,7 +149,7 @@ def test_a_file_that_may_not_be_read_any_more_fails_the_load_and_not_the_daemon(
 
             stub.Evict(pb.EvictRequest(uri=str(folder)), timeout=SECONDS)
         (folder / WEIGHTS).chmod(0)
-        with pytest.raises(StokerError, match="Permission denied"):
+        with pytest.raises(StokerError, match="lacks permission"):
             load(daemon, folder)
 
         assert contents(load(daemon, other)) == files(other)
