@@ -3,9 +3,9 @@
 A frozen dataclass sets its fields through `object.__setattr__`, 1 µs each: a `View` copied by
 `dataclasses.replace` took 23 µs, an `Index` 33, and every event copies both. Here a value begins as a twin,
 an instance of a class with the same slots that is not frozen, and becomes the frozen class at its end, which
-Python allows between classes of the same layout. Copies are made by a function written for the class, one
-assignment a field: 0.8 µs for an `Index`. For what decisions make by the dozen; elsewhere the constructor and
-`replace` are clearer.
+Python allows between classes of the same layout. Values and copies are made by functions written for the
+class, one assignment a field: 0.8 µs for a copy of an `Index`. For what decisions make by the dozen; else
+the constructor and `replace` are clearer.
 """
 
 from __future__ import annotations
@@ -21,20 +21,33 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound="DataclassInstance")
+_UNSET: Any = object()
+"""Stands for a field that its class makes a default of, when it is not given."""
 
 
 def maker_of(cls: Callable[P, R]) -> Callable[P, R]:
-    """Return what makes values of a frozen dataclass with slots, without calling its `__post_init__`."""
+    """Return what makes values of a frozen dataclass with slots, without calling its `__post_init__`.
+
+    Written for the class as its copies are; fields are given by name.
+    """
     known: Any = cls
-    twin = _twin_of(known)
-
-    def make(*args: P.args, **values: P.kwargs) -> R:
-        draft = twin(*args, **values)
-        draft.__class__ = cls
-        made: R = draft
-        return made
-
-    return make
+    names: dict[str, Any] = {"new": object.__new__, "twin": _twin_of(known), "cls": known, "unset": _UNSET}
+    asked, lines = [], ["    draft = new(twin)"]
+    for each in fields(known):
+        given = each.name
+        if each.default_factory is not MISSING:
+            names[f"make_{each.name}"] = each.default_factory
+            asked.append(f"{each.name}=unset")
+            given = f"make_{each.name}() if {each.name} is unset else {each.name}"
+        elif each.default is not MISSING:
+            names[f"default_{each.name}"] = each.default
+            asked.append(f"{each.name}=default_{each.name}")
+        else:
+            asked.append(each.name)
+        lines.append(f"    draft.{each.name} = {given}")
+    lines += ["    draft.__class__ = cls", "    return draft"]
+    made: Callable[P, R] = _function("make", f"*, {', '.join(asked)}", lines, names)
+    return made
 
 
 def changed(value: T, **changes: object) -> T:
@@ -71,16 +84,15 @@ def _twin_of(cls: type[DataclassInstance]) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def _copier_of(cls: type[DataclassInstance]) -> Callable[[DataclassInstance], Any]:
     """Return what copies a value of a class into its twin."""
-    lines = [
-        "def copy(value):",
-        "    draft = new(twin)",
-        *(f"    draft.{each.name} = value.{each.name}" for each in fields(cls)),
-        "    return draft",
-    ]
-    names: dict[str, Any] = {"new": object.__new__, "twin": _twin_of(cls)}
-    exec("\n".join(lines), names)  # noqa: S102 - made of our own field names, as dataclasses makes its methods
-    copy: Callable[[DataclassInstance], Any] = names["copy"]
-    return copy
+    lines = ["    draft = new(twin)"]
+    lines += [f"    draft.{each.name} = value.{each.name}" for each in fields(cls)]
+    lines.append("    return draft")
+    return _function("copy", "value", lines, {"new": object.__new__, "twin": _twin_of(cls)})
+
+
+def _function(name: str, arguments: str, lines: list[str], names: dict[str, Any]) -> Any:
+    exec("\n".join([f"def {name}({arguments}):", *lines]), names)  # noqa: S102 - made of our own field names, as dataclasses makes its methods
+    return names[name]
 
 
 def _with_default(known: Field[Any]) -> Any:
