@@ -48,21 +48,24 @@ def best_on(
 
 
 class Cheapest:
-    """Branch and bound over sets of victims; a set's cost never falls as it grows, so large ones are cut."""
+    """Branch and bound over sets of victims; a set's cost never falls as it grows, so large ones are cut.
+
+    Victims come in the order of what each costs at least alone: mostly the first one wins, and where the
+    others could go is not looked for.
+    """
 
     def __init__(
         self, situation: Situation, node: Node, destinations: Destinations, limit: Rank | None
     ) -> None:
         self.best: Option | None = None
         self._limit = limit
+        self._chosen: tuple[Victim, ...] = ()
+        self._moves: tuple[Move, ...] = ()
+        """Of the best set found: an option is made of the last one only."""
         self._situation = situation
         self._node = node
-        self._victims = victims = victims_on(situation, node, destinations)
+        victims = victims_on(situation, node, destinations)
         self._destinations = destinations
-        self._spare = {
-            name: live_replicas(situation, name) - situation.view.models[name].min_replicas
-            for name in {victim.name for victim in victims}
-        }
         wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
         self._fitting = frozenset(wanted.slots_that_fit(summary.shape))
         promised = promised_slots(situation, summary) if summary.leaving_for else 0
@@ -74,11 +77,17 @@ class Cheapest:
         )
         self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
         self._preferred = len(situation.model.preferred_labels & node.labels)
+        ranked = [(self._rank_alone(victim), victim) for victim in victims]
+        ranked.sort(key=_rank_of)
+        self._ranks = [rank for rank, _ in ranked]
+        self._victims = [victim for _, victim in ranked]
 
     def run(self) -> None:
         """Find the best set, if any."""
         if self._victims and self._is_enough(self._victims):
             self._grow((), 0)
+        if self._chosen:
+            self.best = self._option(self._chosen, self._moves)
 
     def _is_enough(self, chosen: Sequence[Victim]) -> bool:
         """Tell whether slots and pool suffice without these; must agree with `enough`."""
@@ -96,19 +105,25 @@ class Cheapest:
         )
 
     def _grow(self, chosen: tuple[Victim, ...], begin: int) -> None:
-        if chosen:
-            if not self._could_win(chosen):
-                return
-            if self._is_enough(chosen):
-                self._take(chosen)
-                return
+        """Take the set if it makes room, else try it with one more of the victims from `begin` on."""
+        if chosen and self._is_enough(chosen):
+            self._take(chosen)
+            return
         taken: Mapping[ModelName, int] = (
             Counter([victim.name for victim in chosen if not victim.moves]) if chosen else {}
         )
         for place in range(begin, len(self._victims)):
+            if self._limit is not None and self._ranks[place] >= self._limit:
+                return  # a set costs no less than each of its members
             victim = self._victims[place]
-            if victim.moves or taken.get(victim.name, 0) < self._spare[victim.name]:
-                self._grow((*chosen, victim), place + 1)
+            if victim.moves or taken.get(victim.name, 0) < self._spare(victim.name):
+                grown = (*chosen, victim)
+                if not chosen or self._could_win(grown):
+                    self._grow(grown, place + 1)
+
+    def _spare(self, name: ModelName) -> int:
+        """Return how many replicas of a model may stop."""
+        return live_replicas(self._situation, name) - self._situation.view.models[name].min_replicas
 
     def _could_win(self, chosen: tuple[Victim, ...]) -> bool:
         return self._limit is None or self._rank(chosen, ()) < self._limit
@@ -126,6 +141,13 @@ class Cheapest:
             cost_seconds,
             self._node.node_id,
         )
+
+    def _rank_alone(self, victim: Victim) -> Rank:
+        """Return the same of a single one; every victim of a node is asked for it."""
+        disturbance_seconds = victim.disturbance_seconds
+        cost_seconds = self._total_seconds(victim.wait_seconds) + self._weight * disturbance_seconds
+        step = int(cost_seconds / self._situation.policy.tie_seconds)
+        return (step, 1, disturbance_seconds, -self._preferred, cost_seconds, self._node.node_id)
 
     def _total_seconds(self, wait_seconds: float) -> float:
         estimate = self._estimate
@@ -150,7 +172,7 @@ class Cheapest:
         if self._limit is not None and ranked >= self._limit:
             return
         if len(moves) == len(movers):
-            self.best, self._limit = self._option(chosen, moves), ranked
+            self._chosen, self._moves, self._limit = chosen, moves, ranked
             return
         mover = movers[len(moves)]
         for destination in self._destinations.best(mover.name, self._node.node_id, len(movers)):
@@ -206,6 +228,10 @@ class Cheapest:
             preferred=self._preferred,
             weight=self._weight,
         )
+
+
+def _rank_of(ranked: tuple[Rank, Victim]) -> Rank:
+    return ranked[0]
 
 
 def _disturbance_seconds(chosen: tuple[Victim, ...]) -> float:
