@@ -41,20 +41,22 @@ def copy_seconds(index: Index, byte_count: float) -> float:
     return byte_count / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
 
 
-def rungs_of(index: Index, wanted: Wanted) -> Iterator[tuple[Nodes, Nodes | None]]:
-    """Yield where free nodes are listed that could take the model: by the rate of its load, by the worker.
+def rungs_of(index: Index, wanted: Wanted) -> list[tuple[Nodes, Nodes | None]]:
+    """Return where free nodes are listed that could take the model: by the rate of its load, by the worker.
 
     Where a worker waits on all of them there is no second list.
     """
-    free = 1 << (wanted.slots.bit_length() - 1)
+    free, rungs = 1 << (wanted.slots.bit_length() - 1), index.free
+    found: list[tuple[Nodes, Nodes | None]] = []
     for shape in index.shapes:
         if wanted.slots_that_fit(shape):
-            nodes = index.free.get((wanted.origin, free, True, shape))
+            nodes = rungs.get((wanted.origin, free, True, shape))
             if nodes is not None:
-                yield nodes, None
-            nodes = index.free.get((wanted.origin, free, False, shape))
+                found.append((nodes, None))
+            nodes = rungs.get((wanted.origin, free, False, shape))
             if nodes is not None:
-                yield nodes, index.free_by_worker[("", free, False, shape)]
+                found.append((nodes, index.free_by_worker[("", free, False, shape)]))
+    return found
 
 
 class Bounds:
@@ -110,26 +112,40 @@ class Bounds:
         return found
 
     def free_on(self, nodes: Iterable[NodeId]) -> list[Bounded]:
-        """Return the same of nodes with free slots that hold some of the checkpoint: `on` without its calls.
+        """Return the same of those with free slots that hold some of the checkpoint: `on` without its calls.
 
         Where a model could move to is asked for each one that could, and mostly of such nodes.
         """
         if self._slots > 1 or self.wanted.model.preferred_labels:
             return self.sorted_on(nodes)
         found: list[Bounded] = []
-        summaries, beside, overhead = self._summaries, self._beside_seconds, self._overhead_seconds
+        summaries, nodes_by_id, checkpoint = self._summaries, self._nodes, self._checkpoint
+        beside, overhead, tie_seconds = self._beside_seconds, self._overhead_seconds, self._tie_seconds
+        file_bytes, device_bytes = self._file_bytes, self._device_bytes
         for node_id in nodes:
             summary = summaries[node_id]
+            if not summary.free or not summary.is_open:
+                continue
             if summary.shape is not self._shape:
                 self._look_at(summary.shape)
-            if not summary.is_open or not summary.free or not self._shape_fits:
+            if not self._shape_fits:
                 continue
             if summary.queued:
                 load = self.load_seconds(node_id, summary)
             else:
-                load = self._unqueued_seconds(self._nodes[node_id], summary)
-            seconds = (summary.worker_seconds + max(load, beside) + overhead) * ROUNDING
-            found.append(((int(seconds / self._tie_seconds), 0, 0.0, 0, seconds, ""), node_id))
+                node = nodes_by_id[node_id]
+                held = node.held.get(checkpoint)
+                device_rate, disk_rate = summary.device_rate, summary.rates[_DISK]
+                if held is not None and held.dram_bytes >= file_bytes:
+                    load = device_bytes / device_rate
+                elif held is not None and held.disk_bytes >= file_bytes and disk_rate < device_rate:
+                    load = summary.openings[_DISK] + (file_bytes - held.dram_bytes) / disk_rate
+                    load = max(device_bytes / device_rate, load)
+                else:
+                    load = self._unqueued_seconds(node, summary)
+            seconds = summary.worker_seconds + max(load, beside) + overhead
+            seconds *= ROUNDING
+            found.append(((int(seconds / tie_seconds), 0, 0.0, 0, seconds, ""), node_id))
         found.sort()
         return found
 
@@ -155,31 +171,45 @@ class Bounds:
         seconds = self.start_seconds(node_id, summary) + cost_seconds
         return self._rank(seconds, -preferred, victims=1, worth=worth)
 
-    def idle_on(self, node_id: NodeId) -> Rank | None:
-        """Return the same where an idle replica goes and nothing of the checkpoint is held; None = no.
+    def idle_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> Iterator[Bounded]:
+        """Yield the same of unseen nodes where an idle replica goes and nothing of the checkpoint is held.
 
         Where only busy ones go is not counted: another stream has those nodes. The search asks for this more
         than for anything else: nothing is called that can be written out.
         """
-        summary = self._summaries[node_id]
-        rate = summary.rates[self._origin]
-        if len(summary.free) >= self._slots:
-            return None
-        if summary.shape is not self._shape:
-            self._look_at(summary.shape)
-        if not self._shape_fits:
-            return None
-        if summary.queued or rate >= summary.device_rate:
-            load = self.load_seconds(node_id, summary)
-        else:
-            load = summary.openings[self._origin] + self._file_bytes / rate
-        worth = exp(min(summary.worth_keys[0][0] - self._faded, WORTH_LOG_LIMIT))
-        cost_seconds = self._stop_seconds + self._weight * worth
-        seconds = cost_seconds + summary.worker_seconds + self._overhead_seconds
-        seconds = (seconds + max(load, self._beside_seconds)) * ROUNDING
-        if seconds > self.limit_seconds:
-            return None
-        return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
+        origin, file_bytes, beside = self._origin, self._file_bytes, self._beside_seconds
+        stop_seconds, weight, faded = self._stop_seconds, self._weight, self._faded
+        for _, node_id in rows:
+            if node_id in seen:
+                continue
+            seen.add(node_id)
+            summary = self._summaries[node_id]
+            if len(summary.free) >= self._slots:
+                continue
+            if summary.shape is not self._shape:
+                self._look_at(summary.shape)
+            if not self._shape_fits:
+                continue
+            rate = summary.rates[origin]
+            if summary.queued or rate >= summary.device_rate:
+                load = self.load_seconds(node_id, summary)
+            else:
+                load = summary.openings[origin] + file_bytes / rate
+            worth = exp(min(summary.worth_keys[0][0] - faded, WORTH_LOG_LIMIT))
+            cost_seconds = stop_seconds + weight * worth
+            seconds = cost_seconds + summary.worker_seconds + self._overhead_seconds
+            seconds = (seconds + max(load, beside)) * ROUNDING
+            if seconds <= self.limit_seconds:
+                yield (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, ""), node_id
+
+    def all_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> Iterator[Bounded]:
+        """Yield the bounds of nodes not seen yet that are not out."""
+        for _, node_id in rows:
+            if node_id not in seen:
+                seen.add(node_id)
+                bound = self.on(node_id)
+                if bound is not None:
+                    yield bound, node_id
 
     def is_behind(self, bound: Rank, node_id: NodeId) -> bool:
         """Tell whether a node at most ties with the best one, and its id comes later."""
@@ -203,7 +233,8 @@ class Bounds:
         """Return the rank that nodes can't beat with at most this rate, and idle replicas worth no less."""
         worth = exp(min(worth_key - self._faded, WORTH_LOG_LIMIT))
         seconds = self._stop_seconds + self._weight * worth + self._least_start(rate, 0.0)
-        return self._rank(seconds, victims=1, worth=worth)
+        seconds *= ROUNDING
+        return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
 
     def busy_beyond(self, rate: float) -> Rank:
         """Return the rank that nodes with no more than this rate, and busy replicas, can't beat."""
@@ -214,7 +245,7 @@ class Bounds:
         if self.wanted.model.required_labels:
             return None
         least = [
-            self._least_start(-nodes.first[0], by_worker.first[0] if by_worker is not None else 0.0)
+            self._least_start(-nodes.first[0], 0.0 if by_worker is None else by_worker.first[0])
             for nodes, by_worker in rungs_of(self._index, self.wanted)
         ]
         return self._rank(min(least)) if least else None

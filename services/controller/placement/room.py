@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 
 from services.controller.cluster_view.attention import EMPTY
 from services.controller.cluster_view.estimate import NOTHING_HELD, LearntParts
@@ -110,7 +109,7 @@ def _large_enough(shape: Shape, on_cpu_bytes: int, on_other_bytes: int) -> tuple
 def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
     """Return what a start of a deployed model takes."""
     model = view.models[name]
-    sources = () if model.origin == "disk" else tuple(islice(_sources(view, index, model), SOURCES))
+    sources = () if model.origin == "disk" else _sources(view, index, model)
     return _make_wanted(
         model=model,
         parts=parts_like(view, model),
@@ -120,11 +119,17 @@ def wanted_of(view: View, index: Index, name: ModelName) -> Wanted:
     )
 
 
-def _sources(view: View, index: Index, model: Model) -> Iterator[NodeId]:
-    for node_id in index.holders.get(model.checkpoint):
-        node = view.nodes[node_id]
-        if node.reachable and holds_all(node.held.get(model.checkpoint), model.file_bytes):
-            yield node_id
+def _sources(view: View, index: Index, model: Model) -> tuple[NodeId, ...]:
+    """Return the first `SOURCES` nodes that could send all of a checkpoint."""
+    checkpoint, file_bytes, nodes = model.checkpoint, model.file_bytes, view.nodes
+    found: list[NodeId] = []
+    for node_id in index.holders.get(checkpoint):
+        node = nodes[node_id]
+        if node.reachable and holds_all(node.held.get(checkpoint), file_bytes):
+            found.append(node_id)
+            if len(found) == SOURCES:
+                break
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ between says how far it has come:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from itertools import chain, dropwhile, islice
+from itertools import islice
 from typing import Final, NamedTuple
 
 from services.controller.placement.bounds import Bounded, Bounds, rungs_of
@@ -31,8 +31,9 @@ NOBODY = NodeId("")
 """In place of a node: whatever the stream gives next is not below this rank."""
 MOST_ROWS = 8
 """Rows of a list read between two looks at what those that follow cost at least."""
-FEW_ROWS, MANY_ROWS = 2, 32
-"""Rows taken from a list at first, and when they are used up."""
+Run = tuple[tuple[float, NodeId], ...]
+Runs = tuple[Run, ...]
+"""A list as a `Ladder` keeps it: no run is empty."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -74,7 +75,7 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
         fewer, others = holding, index.free_nodes
         if len(others) < len(fewer):
             fewer, others = others, fewer
-        nodes = {each for each in fewer if each in others}
+        nodes = set(filter(others.__contains__, fewer))
     else:
         nodes = set(holding)
     for label in model.preferred_labels:
@@ -85,9 +86,9 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
 def _free_streams(
     situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]
 ) -> list[Iterator[Bounded]]:
-    ranks = _Ranks(bounds.beyond, bounds.on, bounds.is_behind)
+    ranks = _Ranks(bounds.beyond, bounds.all_on, bounds.is_behind)
     return [
-        _threshold_search(by_rate, by_worker, known, ranks)
+        _threshold_search(by_rate.runs, None if by_worker is None else by_worker.runs, known, ranks)
         for by_rate, by_worker in rungs_of(situation.index, bounds.wanted)
     ]
 
@@ -98,7 +99,7 @@ def _idle_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
         return iter(())
     by_worth = situation.index.idle_by_worth
     ranks = _Ranks(bounds.idle_beyond, bounds.idle_on, bounds.is_behind)
-    return _threshold_search(by_rate, by_worth, known, ranks)
+    return _threshold_search(by_rate.runs, by_worth.runs, known, ranks)
 
 
 def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]) -> Iterator[Bounded]:
@@ -113,7 +114,7 @@ def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
         return bounds.busy_beyond(rate)
 
     candidates = tuple(islice(by_rate, policy.migration_candidates))
-    return _threshold_search(candidates, None, known, _Ranks(beyond, bounds.on, bounds.is_behind))
+    return _threshold_search((candidates,), None, known, _Ranks(beyond, bounds.all_on, bounds.is_behind))
 
 
 class _Ranks(NamedTuple):
@@ -121,18 +122,19 @@ class _Ranks(NamedTuple):
 
     Attributes:
         beyond: The rank that nodes behind both cursors can't beat.
-        on: The rank that one node can't beat; None = it is out.
+        on: Yields the nodes of some rows that were not seen yet, with the rank that each can't beat; without
+            those that are out.
         is_behind: Tells whether a node of a rank ties with the best one at most, and loses that by its id.
     """
 
     beyond: Callable[[float, float], Rank]
-    on: Callable[[NodeId], Rank | None]
+    on: Callable[[Run, set[NodeId]], Iterator[Bounded]]
     is_behind: Callable[[Rank, NodeId], bool]
 
 
 def _threshold_search(
-    by_rate: Iterable[tuple[float, NodeId]],
-    by_other: Iterable[tuple[float, NodeId]] | None,
+    by_rate: Runs,
+    by_other: Runs | None,
     known: AbstractSet[NodeId],
     ranks: _Ranks,
 ) -> Iterator[Bounded]:
@@ -159,12 +161,8 @@ def _threshold_search(
         rows = faster.read(count)
         if not rows:
             break
-        for _, node_id in rows:
-            if node_id not in seen:
-                seen.add(node_id)
-                bound = bound_on(node_id)
-                if bound is not None:
-                    heapq.heappush(ready, (bound, node_id))
+        for bounded in bound_on(rows, seen):
+            heapq.heappush(ready, bounded)
         count = min(2 * count, MOST_ROWS)
     while ready:
         yield heapq.heappop(ready)
@@ -193,13 +191,15 @@ def _skipped_behind(rates: _Cursor, ranks: _Ranks, reached: Rank) -> Rank:
 
 
 class _Cursor:
-    """How far a list has been read."""
+    """How far a list has been read; its runs are read where they lie."""
 
-    __slots__ = ("_at", "_buffer", "_rows", "reached")
+    __slots__ = ("_at", "_buffer", "_later", "_runs", "reached")
 
-    def __init__(self, rows: Iterable[tuple[float, NodeId]]) -> None:
-        self._rows = iter(rows)
-        self._buffer: list[tuple[float, NodeId]] = list(islice(self._rows, FEW_ROWS))
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._later = 1
+        """The first run not read yet."""
+        self._buffer = runs[0] if runs else ()
         self._at = 0
         self.reached = self._buffer[0][0] if self._buffer else 0.0
         """The number of the next row, which no later one is below."""
@@ -207,8 +207,7 @@ class _Cursor:
     @property
     def rows_left(self) -> bool:
         """Tell whether there is a next row."""
-        self._fill(1)
-        return self._at < len(self._buffer)
+        return self._has(1)
 
     @property
     def next_id(self) -> NodeId:
@@ -218,22 +217,20 @@ class _Cursor:
     def skip_equal(self) -> None:
         """Go on to the first row with another number."""
         reached = self.reached
-        rows = chain(self._buffer[self._at :], self._rows)
-        self._rows = dropwhile(lambda row: row[0] == reached, rows)
-        self._buffer, self._at = [], 0
+        while self._has(1) and self._buffer[self._at][0] == reached:
+            self._at += 1
         self.read(0)
 
     def ahead(self, count: int) -> float:
         """Return what would be reached `count` rows further; what is reached now where the list ends."""
-        self._fill(count + 1)
-        buffer, at = self._buffer, self._at + count
-        if at < len(buffer):
-            return buffer[at][0]
-        return buffer[-1][0] if self._at < len(buffer) else self.reached
+        if self._at + count < len(self._buffer) or self._has(count + 1):
+            return self._buffer[self._at + count][0]
+        return self._buffer[-1][0] if self._at < len(self._buffer) else self.reached
 
-    def read(self, count: int) -> list[tuple[float, NodeId]]:
+    def read(self, count: int) -> Run:
         """Return the next rows, at most `count`."""
-        self._fill(count + 1)
+        if self._at + count >= len(self._buffer):
+            self._has(count + 1)
         rows = self._buffer[self._at : self._at + count]
         self._at += len(rows)
         if self._at < len(self._buffer):
@@ -242,7 +239,12 @@ class _Cursor:
             self.reached = rows[-1][0]
         return rows
 
-    def _fill(self, count: int) -> None:
-        if self._at + count > len(self._buffer):
-            self._buffer = [*self._buffer[self._at :], *islice(self._rows, MANY_ROWS)]
+    def _has(self, count: int) -> bool:
+        """Tell whether there are so many more rows, which are in the buffer then."""
+        while self._at + count > len(self._buffer):
+            if self._later >= len(self._runs):
+                return False
+            self._buffer = (*self._buffer[self._at :], *self._runs[self._later])
             self._at = 0
+            self._later += 1
+        return True
