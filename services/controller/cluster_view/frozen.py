@@ -90,9 +90,10 @@ def _copier_of(cls: type[DataclassInstance]) -> Callable[[DataclassInstance], An
     return _function("copy", "value", lines, {"new": object.__new__, "twin": _twin_of(cls)})
 
 
-def _function(name: str, arguments: str, lines: list[str], names: dict[str, Any]) -> Any:
+def _function(name: str, arguments: str, lines: list[str], names: dict[str, Any]) -> Callable[..., Any]:
     exec("\n".join([f"def {name}({arguments}):", *lines]), names)  # noqa: S102 - made of our own field names, as dataclasses makes its methods
-    return names[name]
+    made: Callable[..., Any] = names[name]
+    return made
 
 
 def _with_default(known: Field[Any]) -> Any:
