@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 
 from services.controller.cluster_view.events import (
     Demanded,
@@ -24,23 +23,17 @@ from services.controller.cluster_view.events import (
     Released,
     Releasing,
     Reserved,
-    SessionLoad,
     StopOrdered,
     StopRefused,
 )
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.frozen import maker_of
-from services.controller.cluster_view.learnt import StartStages
 from services.controller.cluster_view.view import (
     Checkpoint,
-    Device,
     Held,
-    Model,
     Node,
-    Phase,
     Policy,
     Pool,
-    Replica,
     Reservation,
     Stage,
     View,
@@ -49,17 +42,21 @@ from services.controller.scaling.actions import Action, Migrate, Note, Release, 
 from services.controller.scaling.foresight import Limits
 from services.controller.scaling.rebalancing import RebalanceLimits
 from services.controller.scaling.reconcile import reconcile
-from services.controller.simulation.hardware import ModelSpec
 from services.controller.simulation.levelling import Levelling
 from services.controller.simulation.looking_ahead import LookingAhead
 from services.controller.simulation.parts import Phase as Standing
 from services.controller.simulation.parts import SimNode, SimReplica, Tiers
+from services.controller.simulation.reports import (
+    devices_of,
+    held_on,
+    held_since,
+    model_of,
+    replica_of,
+    session_load,
+)
 from services.controller.simulation.world import World
-from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
+from stoker.ids import ModelName, NodeId, ReplicaId
 
-_REVISION = Revision("1")
-_NO_STAGES = StartStages()
-_make_replica, _make_stages = maker_of(Replica), maker_of(StartStages)
 _make_node, _make_stage = maker_of(Node), maker_of(Stage)
 _NEVER_SECONDS = 1e12
 MAX_PASSES = 50
@@ -111,7 +108,7 @@ class Ours:
         """See `Decider`."""
         if not self._view.models:
             for spec in world.models.values():
-                self._fold(ModelPut(model=_model(spec, world)))
+                self._fold(ModelPut(model=model_of(spec, world)))
         due_seconds = self._settle(world)
         if self._levelling is not None:
             for move in self._levelling.look(self._view, self._policy, self._replicas, world):
@@ -213,7 +210,7 @@ class Ours:
         ]
         return LoadReported(
             node_id=node.node_id,
-            replicas=tuple([_session_load(self._reserved[each], each, world) for each in told]),
+            replicas=tuple([session_load(self._reserved[each], each, world) for each in told]),
             seen_seconds=world.now,
         )
 
@@ -222,8 +219,10 @@ class Ours:
         device = node.spec.device
         return _make_node(
             node_id=node.node_id,
-            devices=_devices(device.kind, device.memory_bytes, node.spec.device_count),
-            replicas={self._reserved[each]: _replica(self._reserved[each], each, world) for each in replicas},
+            devices=devices_of(device.kind, device.memory_bytes, node.spec.device_count),
+            replicas={
+                self._reserved[each]: replica_of(self._reserved[each], each, world) for each in replicas
+            },
             held=self._held(node),
             stages={
                 "disk": _make_stage(
@@ -249,7 +248,7 @@ class Ours:
         """Return what a host holds: the same object as long as that is the same."""
         known = self._held_by_node.get(node.node_id)
         if known is None or known[0] != node.holdings:
-            held = _held(node) if known is None else _held_since(node, known[1])
+            held = held_on(node) if known is None else held_since(node, known[1])
             known = self._held_by_node[node.node_id] = (node.holdings, held)
             node.moved.clear()
         return known[1]
@@ -322,93 +321,3 @@ class Ours:
 
 def _ready(world: World, name: ModelName) -> bool:
     return any(replica.phase is Standing.READY for replica in world.replicas[name])
-
-
-def _model(spec: ModelSpec, world: World) -> Model:
-    host = next(iter(world.nodes.values())).spec
-    return Model(
-        name=spec.name,
-        checkpoint_uri=CheckpointUri(f"sim://{spec.name}"),
-        revision=_REVISION,
-        architecture="simulated",
-        file_bytes=spec.weight_bytes,
-        weight_bytes=spec.weight_bytes,
-        runtime="1",
-        keep_alive_seconds=spec.kept_seconds(host),
-        max_replicas=spec.max_replicas,
-        concurrency=spec.concurrency,
-        devices=spec.devices_on(host.device),
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-    )
-
-
-def _held(node: SimNode) -> dict[Checkpoint, Held]:
-    names = {**node.dram, **node.stored}
-    return {_checkpoint(name): _holding(node.dram.get(name, 0), node.stored.get(name, 0)) for name in names}
-
-
-def _held_since(node: SimNode, before: Mapping[Checkpoint, Held]) -> dict[Checkpoint, Held]:
-    """Return what a host holds, from what it held before some checkpoints moved."""
-    held = dict(before)
-    for name in node.moved:
-        if name in node.dram or name in node.stored:
-            held[_checkpoint(name)] = _holding(node.dram.get(name, 0), node.stored.get(name, 0))
-        else:
-            held.pop(_checkpoint(name), None)
-    return held
-
-
-@cache
-def _devices(kind: str, memory_bytes: int, count: int) -> tuple[Device, ...]:
-    return tuple(Device(index=index, kind=kind, memory_bytes=memory_bytes) for index in range(count))
-
-
-@cache
-def _checkpoint(name: ModelName) -> Checkpoint:
-    return (CheckpointUri(f"sim://{name}"), _REVISION)
-
-
-@cache
-def _holding(dram_bytes: int, disk_bytes: int) -> Held:
-    return Held(dram_bytes=dram_bytes, disk_bytes=disk_bytes)
-
-
-def _replica(replica_id: ReplicaId, replica: SimReplica, world: World) -> Replica:
-    ready = replica.phase is Standing.READY
-    queue = world.queues[replica.model.name]
-    queued = _queued_at(replica, len(queue), world) if ready and queue else 0
-    seconds = (replica.ready_seconds or world.now) - replica.began_seconds
-    return _make_replica(
-        replica_id=replica_id,
-        model=replica.model.name,
-        phase=Phase.READY if ready else Phase.STARTING,
-        devices=replica.devices,
-        sessions=len(replica.sessions) + queued,
-        waiting_sessions=queued,
-        waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
-        idle_since_seconds=replica.idle_since_seconds,
-        stages=_make_stages(weights_seconds=seconds, total_seconds=seconds) if ready else _NO_STAGES,
-        context_tokens=world.serving.context_tokens(replica),
-    )
-
-
-def _session_load(replica_id: ReplicaId, replica: SimReplica, world: World) -> SessionLoad:
-    """Return the sessions of a replica, those of its model's queue that wait at it included."""
-    queue = world.queues[replica.model.name]
-    queued = _queued_at(replica, len(queue), world) if queue and replica.phase is Standing.READY else 0
-    return SessionLoad(
-        replica_id,
-        replica.model.name,
-        len(replica.sessions) + queued,
-        queued,
-        queue[0].waiting_since_seconds if queued else None,
-        replica.idle_since_seconds,
-        world.serving.context_tokens(replica) if replica.sessions else 0,
-    )
-
-
-def _queued_at(replica: SimReplica, waiting: int, world: World) -> int:
-    """Return how many of a model's waiting sessions wait at this ready replica: an equal part, none twice."""
-    serving = [each for each in world.replicas[replica.model.name] if each.phase is Standing.READY]
-    share, rest = divmod(waiting, len(serving))
-    return share + (serving.index(replica) < rest)
