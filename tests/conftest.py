@@ -1,4 +1,4 @@
-"""What every test gets: logging as it was before, and property tests that do the same in every run.
+"""What every test gets: logging as it was, property tests that do the same in every run, the real model.
 
 `HYPOTHESIS_PROFILE=search` lets them look for new examples.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -23,3 +24,12 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of the real chat model that `make test` has prepared."""
+    folder = os.environ.get("STOKER_TEST_MODEL")
+    if not folder:
+        pytest.fail("STOKER_TEST_MODEL is not set: run the tests with `make test`, which gets the model")
+    return Path(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +19,6 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StokerUp]:
     """A cluster whose pool holds the model whole."""
     with stoker_up(tmp_path_factory.mktemp("up")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def real_model() -> Path:
-    """The folder that `make test` has prepared."""
-    folder = os.environ.get("STOKER_TEST_MODEL")
-    if not folder:
-        pytest.fail("STOKER_TEST_MODEL is not set: run the tests with `make test`, which gets the model")
-    return Path(folder)
 
 
 @pytest.mark.model
