@@ -163,7 +163,8 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         node_id = NodeId(request.node_id)
         await cluster.set_scheduling(node_id, scheduling)
         return pb.SetNodeSchedulingResponse(
-            replicas=len(reservations_on(cluster.view, index_of(cluster.view), node_id))
+            replicas=len(reservations_on(cluster.view, index_of(cluster.view), node_id)),
+            absent=node_id not in cluster.view.nodes,
         )
 
     async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateResponse:  # noqa: N802 - named by the proto

@@ -115,7 +115,7 @@ async def _migrate_request(
     }
     node, found = await _asked_to_move(cluster, request_id, targets)
     if node.node_id == to_node_id:
-        raise AlreadyExists(f"the request runs on node {to_node_id} already")
+        raise AlreadyExists(f"the request runs on {to_node_id} already")
     started = False
     if found.model not in targets:
         name = ModelName(found.model)

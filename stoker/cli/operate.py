@@ -152,7 +152,7 @@ def _option_row(option: controller_pb2.ExplainedOption) -> tuple[str, ...]:
 def drain(
     node: Annotated[str, typer.Argument(help="id of a node")], controller: ControllerOption = None
 ) -> None:
-    """Take a node out of placement and empty it: idle replicas stop now, busy ones after their sessions."""
+    """Take a node out of placement and empty it: idle replicas stop, streams move to other nodes."""
     _schedule(node, controller_pb2.NODE_SCHEDULING_DRAINED, "drained", controller)
 
 
@@ -200,12 +200,16 @@ def cordon(
 def _schedule(
     node: str, scheduling: controller_pb2.NodeScheduling.ValueType, word: str, controller: str | None
 ) -> None:
-    async def work() -> int:
+    async def work() -> controller_pb2.SetNodeSchedulingResponse:
         async with AsyncClient(controller=controller) as client:
             return await client.set_node_scheduling(node, scheduling)
 
-    replicas = format_count(asyncio.run(work()), "replica")
-    console.print(f"{node} is {word}; running there now: {replicas}", highlight=False)
+    done = asyncio.run(work())
+    if done.absent:
+        told = "no node of that id has joined (`stoker nodes` lists them); it holds for when one does"
+    else:
+        told = f"running there now: {format_count(done.replicas, 'replica')}"
+    console.print(f"{node} is {word}; {told}", highlight=False, markup=False)
 
 
 def events(

@@ -191,11 +191,11 @@ class AsyncClient:
 
     async def set_node_scheduling(
         self, node_id: str, scheduling: controller_pb2.NodeScheduling.ValueType
-    ) -> int:
-        """Open, cordon or drain a node; returns how many replicas still run there."""
+    ) -> controller_pb2.SetNodeSchedulingResponse:
+        """Open, cordon or drain a node, which need not have joined; returns what still runs there."""
         request = controller_pb2.SetNodeSchedulingRequest(node_id=node_id, scheduling=scheduling)
         with translated(f"controller {self.controller}"):
-            return (await self._admin.SetNodeScheduling(request)).replicas
+            return await self._admin.SetNodeScheduling(request)
 
     async def events(
         self, *, limit: int = 0, follow: bool = False

@@ -56,7 +56,7 @@ def operator_move(
         raise NotFound(f"model {name} runs nowhere: there is nothing to move; its first request starts it")
     elsewhere = [found for found in ready if found.reservation.node_id != to_node_id]
     if not elsewhere:
-        raise AlreadyExists(f"model {name} runs on node {to_node_id} already, and nowhere else")
+        raise AlreadyExists(f"model {name} runs on {to_node_id} already, and nowhere else")
     source = max(elsewhere, key=lambda found: (_sessions(found), found.reservation.replica_id))
     if source.reservation.moving_to is not None:
         raise InUse(

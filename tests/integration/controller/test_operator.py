@@ -87,10 +87,12 @@ async def test_an_operator_deploys_a_file_and_sees_what_happens_and_why(desk: De
     await desk.run("drain", "node-1")
     await until(lambda: not desk.node.replicas)
     await desk.run("undrain", "node-1")
+    mistyped = await desk.run("drain", "nod-1")
     events = await desk.run("events")
 
     assert "node-1" in explained
     assert "cordoned" in nodes, cordoned
+    assert "no node of that id has joined" in mistyped
     for kind in ("model.deployed", "replica.placed", "replica.ready", "node.scheduling_set"):
         assert kind in events
     with translated("controller"):

@@ -77,7 +77,7 @@ def test_the_busiest_replica_goes() -> None:
     ("found", "error", "words"),
     [
         (view(here=()), NotFound, "runs nowhere"),
-        (view(here=(), there=(busy("r-2"),)), AlreadyExists, "runs on node b already"),
+        (view(here=(), there=(busy("r-2"),)), AlreadyExists, "runs on b already"),
         (view(there=(busy("o", model="other"),)), CapacityError, "no free slots"),
         (view(scheduling={NodeId("b"): Scheduling.DRAINED}), InUse, "drained"),
     ],
