@@ -116,6 +116,8 @@ def _wrong(client: ToyClient, cluster: ToyCluster, gateways: list[ToyGateway], l
         return f"its gateway ended it with {gateways[-1].error}"
     if client.text != TOKENIZER.decode(log) or gateways[-1].session.token_ids != log:
         return f"the client saw {client.text!r}, without faults it is {TOKENIZER.decode(log)!r}"
+    if cluster.breaches:
+        return cluster.breaches[0]
     if cluster.streams:
         return f"{cluster.streams} calls are open"
     for gateway in gateways:

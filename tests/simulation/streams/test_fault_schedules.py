@@ -1,5 +1,8 @@
 """Random fault schedules: whatever happens, a stream is what it would have been, and no call stays open.
 
+Nor does an owner of a session run where a later one has been: that is the epoch fence's doing. With it switched
+off 21 of the first 600 schedules fail.
+
 The gateway's own session, hops, moves and re-attachment run over toy replicas; a third of the streams loses
 its gateway, to its death or to a pause after which it goes on beside its successor. More seeds, and files of
 those that fail: `python -m tests.simulation.streams --seeds 20000 --write tests/simulation/streams`.
@@ -27,6 +30,7 @@ def _silent() -> Iterator[None]:
     structlog.reset_defaults()
 
 
+@pytest.mark.timeout(900)  # 12 s of processor time, and a busy machine gives it a tenth of that
 async def test_no_fault_schedule_changes_a_stream_or_leaves_a_call_open() -> None:
     outcomes: list[Outcome] = []
     for seed in range(SEEDS):

@@ -48,6 +48,8 @@ class ToyNode:
         self.leaves = 0
         self.fence = EpochFence()
         self.owners: dict[str, int] = {}
+        self.latest: dict[str, int] = {}
+        """Of each session the highest epoch of an owner that ran here: the fence is held against it."""
         self.kept: dict[str, node_agent_pb2.KeptSession] = {}
 
 
@@ -68,6 +70,8 @@ class ToyCluster:
         self._leader_changes = leader_changes
         self.nodes = {f"rep-{number}": ToyNode() for number in range(nodes)}
         self.history: list[str] = []
+        self.breaches: list[str] = []
+        """Owners that ran where a later one had been."""
         self.tables: list[RouteTable] = []
         self.streams = 0
         self.away_asks = 0
@@ -83,6 +87,7 @@ class ToyCluster:
         else:
             self._owner[session_id] = replica.replica_id
         self._admit(node, replica, order)
+        self._check_order(node, order)
         self.streams += 1
         node.owners[session_id] = order.epoch
         try:
@@ -163,7 +168,7 @@ class ToyCluster:
             if self._random.random() < 0.5:
                 self._note(f"{replica.replica_id} is back")
                 node.is_dead, node.fence = False, EpochFence()
-                node.owners, node.kept = {}, {}
+                node.owners, node.latest, node.kept = {}, {}, {}
             raise ReplicaGone(f"{replica.replica_id} is dead")
         if self._random.random() < self._faults:
             self._note(f"{replica.replica_id} is full")
@@ -171,6 +176,14 @@ class ToyCluster:
         if node.owners.get(order.session_id, -1) >= order.epoch:
             raise Fenced(f"{order.session_id} has a later owner here")
         node.fence.admit(order.session_id, order.epoch, follows=order.follows)
+
+    def _check_order(self, node: ToyNode, order: session_pb2.GenerateRequest) -> None:
+        """Take note of an owner, and of a breach if a later one has been at this replica."""
+        latest = node.latest.get(order.session_id, -1)
+        if order.epoch <= latest:
+            self.breaches.append(f"{order.replica_id} took epoch {order.epoch} after epoch {latest}")
+        if not order.follows:
+            node.latest[order.session_id] = order.epoch
 
     async def _events(
         self, node: ToyNode, replica: Replica, order: session_pb2.GenerateRequest
