@@ -30,7 +30,7 @@ from services.store.reading.pace import Pace
 from services.store.reading.read_plan import ReadingDisk, chunks_needed, lay_out_and_plan
 from services.store.reading.read_queue import ChunkRead, Urgency
 from services.store.reading.transfers import Transfers
-from services.store.records import record_dropped, record_failed, record_loaded, record_pool, record_rates
+from services.store.records import record_dropped, record_failed, record_loaded, record_rates, show_pool
 from services.store.sharing import Sharing
 from stoker.checkpoint.reading import DISK, ReadPart
 from stoker.clock import Clock
@@ -84,6 +84,12 @@ class Loads:
         )
         self.changes = Changes()
         self._closed = False
+        show_pool(
+            free_bytes=self.free_bytes,
+            leased_bytes=self.leased_bytes,
+            cached_bytes=lambda: max(0, arena.total_bytes - self.free_bytes() - self.leased_bytes()),
+            leases=lambda: sum(each.leases for each in self._residents.everyone()),
+        )
 
     # --- asking for checkpoints ---
 
@@ -108,7 +114,7 @@ class Loads:
         else:
             resident = self._windowed(entry, urgency, ring)
         resident.leases += 1
-        self._changed()
+        self.changes.tell()
         return resident
 
     def consumed(self, resident: Resident, reader: int, *, file: int, upto_bytes: int) -> None:
@@ -133,7 +139,7 @@ class Loads:
                 self.transfers.go_on(resident)
         self._settle_if_gone(resident)
         self._placing.go_on()
-        self._changed()
+        self.changes.tell()
 
     async def load(self, entry: CatalogEntry, urgency: Urgency, *, free_room_only: bool = False) -> Resident:
         """Return the checkpoint when all of it is in the pool. Cancelling the wait does not end the load.
@@ -161,12 +167,12 @@ class Loads:
         """
         self._resident(entry, Urgency.PREFETCH)
         self._residents.pinned.add(entry.uri)
-        self._changed()
+        self.changes.tell()
 
     def unpin(self, uri: str) -> None:
         """Let a checkpoint go when room is needed."""
         self._residents.pinned.discard(uri)
-        self._changed()
+        self.changes.tell()
 
     def is_pinned(self, uri: str) -> bool:
         """Tell whether a checkpoint is pinned."""
@@ -207,8 +213,12 @@ class Loads:
             for resident in self._residents.everyone()
         )
 
+    def free_bytes(self) -> int:
+        """Return the bytes that are nobody's; any thread."""
+        return self.chunks.free_count * self.arena.chunk_bytes
+
     def leased_bytes(self) -> int:
-        """Return the bytes that cannot be dropped now."""
+        """Return the bytes that cannot be dropped now; any thread."""
         return self._residents.held_chunks() * self.arena.chunk_bytes
 
     async def close(self) -> None:
@@ -293,7 +303,7 @@ class Loads:
         resident.phase = Phase.LOADING
         resident.mapped.set_result(None)
         self.transfers.begin(resident, reads)
-        self._changed()
+        self.changes.tell()
         if not reads:
             self._complete(resident)
 
@@ -323,7 +333,7 @@ class Loads:
         resident.done.set_result(None)
         resident.changes.tell()
         self._loop.call_soon(self._record_loaded, resident, read_seconds)  # who waits is told first
-        self._changed()
+        self.changes.tell()
 
     def _record_loaded(self, resident: Resident, read_seconds: float) -> None:
         record_loaded(resident, read_seconds=read_seconds)
@@ -356,7 +366,7 @@ class Loads:
                 future.set_exception(error)
         resident.changes.tell()
         self._settle_if_gone(resident)
-        self._changed()
+        self.changes.tell()
 
     def _settle_if_gone(self, resident: Resident) -> None:
         """Give back what a resident took, if it is gone and nobody reads or writes it."""
@@ -375,19 +385,10 @@ class Loads:
         """Go on when the last chunk of a resident that is gone has been sent to a peer."""
         self._settle_if_gone(resident)
         self._placing.go_on()
-        self._changed()
+        self.changes.tell()
 
     def _close_sources(self, resident: Resident) -> None:
         for file in resident.files:
             if file.source is not None:
                 file.source.close()
                 file.source = None
-
-    def _changed(self) -> None:
-        record_pool(
-            total_bytes=self.arena.total_bytes,
-            free_bytes=self.chunks.free_count * self.arena.chunk_bytes,
-            leased_bytes=self.leased_bytes(),
-            leases=sum(each.leases for each in self._residents.everyone()),
-        )
-        self.changes.tell()

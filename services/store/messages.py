@@ -155,7 +155,7 @@ def store_status(loads: Loads, entries: list[CatalogEntry]) -> pb.StoreStatus:
     return pb.StoreStatus(
         pool=pb.PoolStatus(
             total_bytes=arena.total_bytes,
-            free_bytes=loads.chunks.free_count * arena.chunk_bytes,
+            free_bytes=loads.free_bytes(),
             leased_bytes=loads.leased_bytes(),
             chunk_bytes=arena.chunk_bytes,
             page_bytes=arena.page_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from services.store import metrics
 from services.store.catalog import CatalogEntry
@@ -69,12 +69,18 @@ def record_failed(resident: Resident, error: StokerError, *, seconds: float) -> 
     )
 
 
-def record_pool(*, total_bytes: int, free_bytes: int, leased_bytes: int, leases: int) -> None:
-    """Set the pool's gauges."""
-    metrics.POOL_FREE_BYTES.set(free_bytes)
-    metrics.POOL_LEASED_BYTES.set(leased_bytes)
-    metrics.POOL_CACHED_BYTES.set(max(0, total_bytes - free_bytes - leased_bytes))
-    metrics.LEASES.set(leases)
+def show_pool(
+    *,
+    free_bytes: Callable[[], int],
+    leased_bytes: Callable[[], int],
+    cached_bytes: Callable[[], int],
+    leases: Callable[[], int],
+) -> None:
+    """Have the pool's gauges made when somebody looks, in any thread: each step of a load changes them."""
+    metrics.POOL_FREE_BYTES.set_function(free_bytes)
+    metrics.POOL_LEASED_BYTES.set_function(leased_bytes)
+    metrics.POOL_CACHED_BYTES.set_function(cached_bytes)
+    metrics.LEASES.set_function(leases)
 
 
 def record_probed(entry: CatalogEntry, moved: Sequence[Moved], *, gave_way: bool, error: str) -> None:

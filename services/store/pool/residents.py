@@ -107,7 +107,7 @@ class Residents:
 
     def held_chunks(self) -> int:
         """Return how many chunks cannot be had now."""
-        return sum(each.chunk_count for each in self._all.values() if self.is_held(each))
+        return sum(each.chunk_count for each in self.everyone() if self.is_held(each))
 
     # --- the line of those who wait for room ---
 

@@ -7,6 +7,7 @@ import os
 from contextlib import asynccontextmanager
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.store.catalog import Catalog
 from services.store.integrity.damaged_copies import DamagedCopies
@@ -135,6 +136,28 @@ async def test_a_leased_checkpoint_is_neither_dropped_for_room_nor_evicted(tmp_p
             made.loads.evict(str(a))
         made.loads.end_lease(resident)
         await made.load(b)
+
+
+async def test_the_pools_gauges_say_what_is_true_when_they_are_read(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", size=CHUNK)
+    states = ("free", "leased", "cached")
+
+    def gauges():
+        pool = [
+            REGISTRY.get_sample_value("stoker_store_pool_bytes", {"state": each}) / CHUNK for each in states
+        ]
+        return *pool, REGISTRY.get_sample_value("stoker_store_leases")
+
+    async with store(chunks=8) as made:
+        seen = [gauges()]
+        resident = made.loads.lease(await made.catalog.open(str(folder)), Urgency.DEMAND)
+        await resident.done
+        seen.append(gauges())
+        made.loads.end_lease(resident)
+        seen.append(gauges())
+        taken = resident.need_chunks
+
+        assert seen == [(8, 0, 0, 0), (8 - taken, taken, 0, 1), (8 - taken, 0, taken, 0)]
 
 
 async def test_a_pinned_checkpoint_stays_until_unpinned(tmp_path):
