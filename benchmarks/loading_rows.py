@@ -61,7 +61,10 @@ def touch(tensor: Any) -> int:
 
 
 def stoker() -> Load:
-    """The store daemon's pool, mapped into this process: tensors are the pool's memory."""
+    """The store daemon's pool, mapped into this process: tensors are the pool's memory.
+
+    What has arrived is entered into the page table piece by piece, as workers do (`PlacedWeights`).
+    """
     from stoker.attach import attach
     from stoker.attach.tensors import tensors
 
@@ -70,8 +73,13 @@ def stoker() -> Load:
         attachment = attach(paths["socket"], paths["folder"], holder="benchmark")
         found = tensors(attachment)
         noted["attach_seconds"] = time.perf_counter() - began
+        mapped = [0] * attachment.file_count
         for name, each in found.items():
             attachment.wait_tensor(name)
+            file = attachment.tensors[name].file
+            if (ready := attachment.ready_bytes(file)) > mapped[file]:
+                attachment.map_pages(file, mapped[file], ready)
+                mapped[file] = ready
             yield each
         attachment.wait_all()
 
