@@ -101,6 +101,8 @@ def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
     for option, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidRequest(f"{option} {path}: there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise InvalidRequest(f"{option} {path}: this is a folder, name a file in it")
     if plot_file is not None:
         plot.check(plot_file)
 

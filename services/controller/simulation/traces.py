@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,10 @@ _COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 _SECONDS_PER_MINUTE = 60.0
 _NAMED = 3
 """Columns named in a message; the rest are counted."""
+_MOST = 10_000_000
+"""Tokens, or invocations in a minute: more is a mistake, and would be simulated for ever."""
+_LAST_SECONDS = 31_536_000.0
+"""A year."""
 
 
 def read_lengths(path: Path, *, context_tokens: int) -> Lengths:
@@ -48,8 +53,8 @@ def read_requests(path: Path, models: Sequence[ModelName], *, limit: int | None 
     answer of no tokens counts as one.
 
     Raises:
-        InvalidRequest: The file is no such CSV, is empty, has a time before 0, or names a model that is not
-            simulated.
+        InvalidRequest: The file is no such CSV, is empty, has a time that is not within a year, or names a
+            model that is not simulated.
     """
     known = set(models)
     requests = []
@@ -123,9 +128,10 @@ def _moment(path: Path, line: int, row: Mapping[str, str]) -> float:
         seconds = float(row["arrival_s"])
     except (TypeError, ValueError):
         seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
+    if not 0 <= seconds <= _LAST_SECONDS:
         raise InvalidRequest(
-            f"{path} line {line}: arrival_s is {row['arrival_s']!r}, no number of seconds from 0"
+            f"{path} line {line}: arrival_s is {row['arrival_s']!r}, no number of seconds from 0 to "
+            f"{_LAST_SECONDS:,.0f}, a year: count from the trace's begin"
         )
     return seconds
 
@@ -135,8 +141,10 @@ def _count(path: Path, line: int, row: Mapping[str, str], column: str) -> int:
         count = int(row[column])
     except (TypeError, ValueError):
         count = -1
-    if count < 0:
-        raise InvalidRequest(f"{path} line {line}: {column} is {row[column]!r}, no number of 0 or more")
+    if not 0 <= count <= _MOST:
+        raise InvalidRequest(
+            f"{path} line {line}: {column} is {row[column]!r}, no number from 0 to {_MOST:,}"
+        )
     return count
 
 
@@ -155,5 +163,5 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, st
     except (OSError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InvalidRequest(f"trace {path} cannot be read: {reason}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise InvalidRequest(f"trace {path} is no CSV: {error}") from error

@@ -86,6 +86,7 @@ def test_a_size_that_is_named_twice_is_refused() -> None:
         (["--rate", "0.001"], "are no request"),
         (["--trace", "a.csv", "--invocations", "b.csv"], "two traces"),
         (["--json", "nowhere/figures.json"], "there is no folder"),
+        (["--json", "."], "this is a folder"),
         (["--plot", "picture.doc"], "its suffix is none of"),
     ],
 )

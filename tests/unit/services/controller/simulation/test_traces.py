@@ -96,6 +96,8 @@ def test_invocations_fall_into_their_minutes_and_are_thinned_to_the_rate(tmp_pat
         ("0.5,-2,3", "input_tokens is '-2'"),
         ("0.5,2", "output_tokens is None"),
         ("0.5,2,2.5", "output_tokens is '2.5'"),
+        ("1e300,2,3", "arrival_s is '1e300'"),
+        ("0.5,2,99999999999999999999", "output_tokens is '99999999999999999999'"),
     ],
 )
 def test_what_is_no_time_or_no_count_is_refused_by_line_and_column(
@@ -113,12 +115,14 @@ def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_text_is_no_csv(tmp_path: Path) -> None:
-    path, packed = tmp_path / "trace.csv", tmp_path / "trace.csv.gz"
+    path, packed, damaged = (tmp_path / name for name in ("trace.csv", "trace.csv.gz", "damaged.csv.gz"))
     path.write_bytes(b"\xff\xfe\x00")
     packed.write_bytes(gzip.compress(HEADER.encode() * 100)[:30])
+    damaged.write_bytes(packed.read_bytes()[:10] + bytes(range(255, 200, -1)))  # its header, then no deflate
 
-    with pytest.raises(InvalidRequest, match="is no CSV"):
-        read_requests(path, MODELS)
+    for no_csv in (path, damaged):
+        with pytest.raises(InvalidRequest, match="is no CSV"):
+            read_requests(no_csv, MODELS)
     with pytest.raises(InvalidRequest, match="cannot be read"):
         read_requests(packed, MODELS)
 
