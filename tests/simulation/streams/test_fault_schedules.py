@@ -1,7 +1,7 @@
 """Random fault schedules: whatever happens, a stream is what it would have been, and no call stays open.
 
-Nor does an owner of a session run where a later one has been: that is the epoch fence's doing. With it switched
-off 21 of the first 600 schedules fail.
+Nor does an owner of a session run where a later one has been: that is the epoch fence's doing. With it
+switched off 21 of the first 600 schedules fail.
 
 The gateway's own session, hops, moves and re-attachment run over toy replicas; a third of the streams loses
 its gateway, to its death or to a pause after which it goes on beside its successor. More seeds, and files of

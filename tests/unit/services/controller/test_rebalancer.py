@@ -65,11 +65,11 @@ def crowded() -> View:
     )
 
 
-async def looks(cluster: FakeCluster, agents: FakeAgents, clock: ManualClock) -> None:
-    """Look each second for three seconds, with everything that was begun done in between."""
+async def looks(cluster: FakeCluster, agents: FakeAgents, clock: ManualClock, seconds: int = 3) -> None:
+    """Look each second for so long, with everything that was begun done in between."""
     rebalancer = Rebalancer(cluster, agents, LIMITS, look_seconds=1.0, begin_seconds=0.0, clock=clock)
     async with background() as tasks:
-        for _ in range(3):
+        for _ in range(seconds):
             rebalancer.look(tasks)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -89,7 +89,7 @@ async def test_the_agent_of_a_crowded_replica_is_told_once_how_many_go_where() -
 async def test_an_agent_that_cannot_is_not_asked_again_at_once_and_operators_read_why() -> None:
     cluster, agents = FakeCluster(crowded()), FakeAgents(gone=True)
 
-    await looks(cluster, agents, ManualClock())
+    await looks(cluster, agents, ManualClock(), seconds=int(LIMITS.rest_seconds))
 
     assert len(agents.orders) == 1
     ((kind, fields),) = cluster.told
