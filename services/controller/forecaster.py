@@ -17,6 +17,7 @@ from services.controller.scaling.foresight import (
     Foreseen,
     Limits,
     Prefetch,
+    attend,
     foresee,
     has_ended,
 )
@@ -75,7 +76,20 @@ class Forecaster:
         async with background() as tasks:
             while True:
                 self.look(tasks)
-                await self._clock.sleep(self._look_seconds)
+                await self._attend(tasks, until_seconds=self._clock.now_seconds() + self._look_seconds)
+
+    async def _attend(self, tasks: Background, *, until_seconds: float) -> None:
+        """Until the next look see now and then to models that wait for room."""
+        while (left_seconds := until_seconds - self._clock.now_seconds()) > 0:
+            await self._clock.sleep(min(left_seconds, SETTLE_SECONDS))
+            self.attend(tasks)
+
+    def attend(self, tasks: Background) -> None:
+        """Have read what models that wait for room need, if any does."""
+        view = self._cluster.view
+        if view.refusals:
+            self._foreseen = attend(view, self._foreseen, self._clock.now_seconds(), self._limits)
+            self._begin(tasks)
 
     def look(self, tasks: Background) -> None:
         """Decide once, and begin what was decided."""
@@ -84,6 +98,9 @@ class Forecaster:
         for node_id, pool in self._foreseen.pools.items():
             if node_id not in before or before[node_id].count != pool.count:
                 self._cluster.tell("workers.wanted", node_id=node_id, count=pool.count)
+        self._begin(tasks)
+
+    def _begin(self, tasks: Background) -> None:
         for prefetch in self._foreseen.prefetches:
             tasks.start(self._prefetch(prefetch, tasks), name=f"prefetch-{prefetch.model}")
 

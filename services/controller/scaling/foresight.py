@@ -3,6 +3,7 @@
 `foresee(view, before, now_seconds, limits) -> Foreseen`, from the models' arrival histories (`forecast`).
 
 Prefetch, in this order, so that it never thrashes and never is in the way:
+0. Models that wait for room are read while they wait (`reading_ahead`); `attend` does no more than that.
 1. Wanted are cold models that no node holds in memory, likely to be asked for within the horizon, for which
    memory saves time; those that save most first (likelihood times seconds).
 2. A node qualifies that is open, could run the model, loads nothing, and has no prefetch under way.
@@ -10,28 +11,30 @@ Prefetch, in this order, so that it never thrashes and never is in the way:
    `hysteresis_ratio`; those are named, and dropped before. What nobody holds stays within `memory_fraction`
    of the pool, so that demand finds room without dropping anything.
 4. The node that drops least wins, then the one from which it comes soonest. A prefetch that failed rests.
-5. What memory is free after that is filled from disk (`spare_memory`).
+5. What memory is free after that is filled from disk (`spare_memory`); where it is full, what many nodes
+   have gives way to what few have (`evening_out`).
 
-Workers: as many as starts come while one worker starts, with `confidence` (Poisson), shared by the open
-nodes; at least one where replicas may start, none where they may not, at most what the memory budget and the
-slots allow. The number rises at once and falls when it was too high for `hold_seconds`. Without any history
-the agents do as they are configured.
+How many workers are pre-started is decided by `prestarting`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from services.controller.cluster_view.estimate import start_estimate, worker_start_seconds
+from services.controller.cluster_view.estimate import start_estimate
 from services.controller.cluster_view.fleet import Standing, members_of
-from services.controller.cluster_view.forecast import expected_rate_per_second, likelihood
+from services.controller.cluster_view.forecast import likelihood
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.lessons import parts_like
 from services.controller.cluster_view.streaming import has_own_memory, streams_on
 from services.controller.cluster_view.view import Checkpoint, Held, Model, Node, View
 from services.controller.placement.room import never_fits
+from services.controller.scaling.evening_out import even_out
+from services.controller.scaling.prestarting import Pool, pools
+from services.controller.scaling.reading_ahead import Memory, Reading, read_ahead
 from services.controller.scaling.spare_memory import POOL_SLACK, fill, is_in_memory
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB, MB
@@ -39,8 +42,6 @@ from stoker.units import GB, MB
 LIVE = (Standing.STARTING, Standing.READY)
 MAX_CANDIDATES = 32
 """Models looked at per look, those that promise most first."""
-MAX_WORKERS = 64
-"""Of one node, whatever is forecast."""
 MAX_NODES = 64
 """Nodes looked at per model."""
 SETTLE_SECONDS = 0.5
@@ -102,14 +103,6 @@ class Prefetch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Warm workers wanted on a node, and until when at least."""
-
-    count: int
-    until_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Foreseen:
     """What is wanted as of one look, and what the next one must know.
 
@@ -139,7 +132,38 @@ def foresee(view: View, before: Foreseen, now_seconds: float, limits: Limits) ->
     prefetches = _prefetches(view, before.under_way, rests, now_seconds, limits)
     return Foreseen(
         prefetches=prefetches,
-        pools=_pools(view, before.pools, now_seconds, limits),
+        pools=pools(
+            view,
+            before.pools,
+            now_seconds,
+            memory_bytes=limits.worker_memory_bytes,
+            bytes_per_worker=limits.bytes_per_worker,
+            confidence=limits.confidence,
+            hold_seconds=limits.hold_seconds,
+        ),
+        under_way={**before.under_way, **{found.node_id: found.model for found in prefetches}},
+        rests=rests,
+    )
+
+
+def attend(view: View, before: Foreseen, now_seconds: float, limits: Limits) -> Foreseen:
+    """Decide only what to read for models that wait for room: a look in between, which costs little."""
+    rests = {key: until for key, until in before.rests.items() if until > now_seconds}
+    prefetches: tuple[Prefetch, ...] = ()
+    if view.refusals and limits.memory_fraction > 0:
+        names = {view.models[name].checkpoint: name for name in sorted(view.models)}
+        memory = Memory(
+            view=view,
+            now_seconds=now_seconds,
+            rests=rests,
+            names=names,
+            chance=partial(_chance, view, now_seconds, limits),
+            most_chance=1.0 / limits.hysteresis_ratio,
+        )
+        prefetches = tuple(_for_who_waits(memory, set(before.under_way), limits))
+    return replace(
+        before,
+        prefetches=prefetches,
         under_way={**before.under_way, **{found.node_id: found.model for found in prefetches}},
         rests=rests,
     )
@@ -193,8 +217,17 @@ def _prefetches(
         chances=chances,
         names={view.models[name].checkpoint: name for name in by_chance},
     )
-    chosen: list[Prefetch] = []
+    memory = Memory(
+        view=view,
+        now_seconds=now_seconds,
+        rests=rests,
+        names=look.names,
+        chance=lambda name: chances.get(name, 0.0),
+        most_chance=1.0 / limits.hysteresis_ratio,
+    )
     busy = set(under_way)
+    chosen = list(_for_who_waits(memory, busy, limits))
+    busy.update(found.node_id for found in chosen)
     for name in _candidates(look):
         if len(busy) >= limits.at_once:
             break
@@ -208,7 +241,44 @@ def _prefetches(
             chosen.append(best)
             busy.add(best.node_id)
     coming = (*under_way.values(), *(found.model for found in chosen))
-    return (*chosen, *_filling(look, busy, coming, rests))
+    filling = tuple(_filling(look, busy, coming, rests))
+    if limits.fill_fraction <= 0:
+        return (*chosen, *filling)
+    busy.update(found.node_id for found in filling)
+    evened = even_out(
+        memory,
+        taken=busy,
+        coming=(*coming, *(found.model for found in filling)),
+        at_most=limits.at_once - len(busy),
+    )
+    return (*chosen, *filling, *(_prefetch_of(memory, reading) for reading in evened))
+
+
+def _for_who_waits(memory: Memory, busy: AbstractSet[NodeId], limits: Limits) -> Iterator[Prefetch]:
+    """Yield what models that wait for room need; there may be as many of these as of all others."""
+
+    def saves(model: Model, node: Node) -> bool:
+        return _gain_seconds(memory.view, model, node) >= limits.least_gain_seconds
+
+    at_most = 2 * limits.at_once - len(busy)
+    for reading in read_ahead(memory, taken=busy, saves=saves, at_most=at_most):
+        yield _prefetch_of(memory, reading)
+
+
+def _prefetch_of(memory: Memory, reading: Reading) -> Prefetch:
+    view = memory.view
+    return Prefetch(
+        model=reading.name,
+        node_id=reading.node_id,
+        drop=reading.drop,
+        likelihood=memory.chance(reading.name),
+        gain_seconds=_gain_seconds(view, view.models[reading.name], view.nodes[reading.node_id]),
+    )
+
+
+def _chance(view: View, now_seconds: float, limits: Limits, name: ModelName) -> float:
+    arrivals = view.arrivals.get(name)
+    return likelihood(arrivals, now_seconds, limits.horizon_seconds) if arrivals is not None else 0.0
 
 
 def _filling(
@@ -318,46 +388,3 @@ def _gain_seconds(view: View, model: Model, node: Node) -> float:
     estimate = start_estimate(model, node, parts=parts, loading_bytes=0, starting_workers=0)
     on_device = estimate.stage_seconds.get("device", 0.0) if has_own_memory(node) else 0.0
     return parts.start_seconds(0.0, estimate.load_seconds) - parts.start_seconds(0.0, on_device)
-
-
-# --- workers ---
-
-
-def _pools(
-    view: View, before: Mapping[NodeId, Pool], now_seconds: float, limits: Limits
-) -> dict[NodeId, Pool]:
-    if limits.worker_memory_bytes <= 0 or not view.arrivals:
-        return {}
-    open_nodes = index_of(view).open_nodes
-    starts_per_second = sum(
-        expected_rate_per_second(arrivals, now_seconds)
-        for name, arrivals in view.arrivals.items()
-        if name in view.models and not any(found.standing in LIVE for found in members_of(view, name))
-    )
-    pools: dict[NodeId, Pool] = {}
-    for node_id, node in view.nodes.items():
-        mean = starts_per_second * worker_start_seconds(node) / max(1, len(open_nodes))
-        wanted = _workers(mean, limits.confidence) if index_of(view).summaries[node_id].is_open else 0
-        wanted = min(wanted, len(node.devices), limits.worker_memory_bytes // limits.bytes_per_worker)
-        pools[node_id] = _held_up(before.get(node_id), wanted, now_seconds, limits)
-    return pools
-
-
-def _held_up(before: Pool | None, wanted: int, now_seconds: float, limits: Limits) -> Pool:
-    """Return the wanted number, or the one before while that is higher and its time is not over."""
-    if before is None or wanted >= before.count:
-        return Pool(count=wanted, until_seconds=now_seconds + limits.hold_seconds)
-    if now_seconds < before.until_seconds:
-        return before
-    return Pool(count=wanted, until_seconds=now_seconds + limits.hold_seconds)
-
-
-def _workers(mean: float, confidence: float) -> int:
-    """Return the least number, at least 1, that a Poisson variable does not exceed, with this confidence."""
-    term = share = math.exp(-mean)
-    count = 0
-    while share < confidence and count < MAX_WORKERS:
-        count += 1
-        term *= mean / count
-        share += term
-    return max(1, count)

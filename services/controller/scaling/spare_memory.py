@@ -93,10 +93,10 @@ def _first(
     """Return which of these a node brings into memory first."""
     in_order = nsmallest(MAX_LOOKED, found, key=lambda model: _order(model, node, likely))
     alike = [model for model in in_order if (model.name in likely) == (in_order[0].name in likely)]
-    return min(alike, key=lambda model: soon.get(model.name, 0) + _copies(view, model))
+    return min(alike, key=lambda model: soon.get(model.name, 0) + copies(view, model))
 
 
-def _copies(view: View, model: Model) -> int:
+def copies(view: View, model: Model) -> int:
     """Return how many nodes have a checkpoint in memory."""
     holders = islice(index_of(view).holders.get(model.checkpoint), MAX_HOLDERS)
     return sum(_has_in_memory(view.nodes[node_id], model) for node_id in holders)

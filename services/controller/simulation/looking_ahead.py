@@ -10,6 +10,7 @@ from services.controller.scaling.foresight import (
     Foreseen,
     Limits,
     Prefetch,
+    attend,
     foresee,
     has_ended,
 )
@@ -31,21 +32,22 @@ class LookingAhead:
         self._limits = replace(limits, worker_memory_bytes=0)
         self._foreseen = Foreseen()
         self._next_seconds = 0.0
+        self._attends_seconds = 0.0
 
-    def is_due(self, now_seconds: float) -> bool:
-        """Tell whether it is time for a look."""
-        return now_seconds >= self._next_seconds
+    def look(self, view: View, world: World) -> float:
+        """Decide what is due, and begin it; return when to look again."""
+        if world.now >= self._next_seconds:
+            self._next_seconds = world.now + LOOK_SECONDS
+            self._begin_all(foresee(view, self._foreseen, world.now, self._limits), world)
+        elif view.refusals and world.now >= self._attends_seconds:
+            self._begin_all(attend(view, self._foreseen, world.now, self._limits), world)
+        return min(self._next_seconds, self._attends_seconds) if view.refusals else self._next_seconds
 
-    def look(self, view: View, world: World) -> None:
-        """Decide once, and begin what was decided."""
-        self._next_seconds = world.now + LOOK_SECONDS
-        self._foreseen = foresee(view, self._foreseen, world.now, self._limits)
-        for prefetch in self._foreseen.prefetches:
+    def _begin_all(self, foreseen: Foreseen, world: World) -> None:
+        self._foreseen = foreseen
+        self._attends_seconds = world.now + SETTLE_SECONDS
+        for prefetch in foreseen.prefetches:
             self._begin(prefetch, world)
-
-    def due_seconds(self) -> float:
-        """Return when the next look is due."""
-        return self._next_seconds
 
     def _begin(self, prefetch: Prefetch, world: World) -> None:
         node = world.nodes[prefetch.node_id]

@@ -117,9 +117,7 @@ class Ours:
             due_seconds = levelling_seconds if due_seconds is None else min(due_seconds, levelling_seconds)
         if self._ahead is None:
             return due_seconds
-        if self._ahead.is_due(world.now):
-            self._ahead.look(self._view, world)
-        ahead_seconds = self._ahead.due_seconds()
+        ahead_seconds = self._ahead.look(self._view, world)
         return ahead_seconds if due_seconds is None else min(due_seconds, ahead_seconds)
 
     def _settle(self, world: World) -> float | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
+from services.controller.cluster_view.demand import Demand, Refusal
 from services.controller.cluster_view.forecast import arrived
 from services.controller.cluster_view.learnt import Arrivals
 from services.controller.cluster_view.view import Held, Pool, View
@@ -147,3 +149,42 @@ async def test_after_a_prefetch_that_went_well_the_next_look_comes_soon() -> Non
         await _idle()
 
     assert stores.calls == ["prefetch m at a:7072", "prefetch other at a:7072"]
+
+
+async def test_between_looks_what_waits_for_room_is_read_and_nothing_else() -> None:
+    clock, stores = ManualClock(), FakeStores()
+    waiting = waiting_view(clock)
+    forecaster = Forecaster(FakeCluster(waiting), stores, Limits(), look_seconds=5.0, clock=clock)
+
+    async with background() as tasks:
+        forecaster.attend(tasks)
+        await _idle()
+
+    assert stores.calls == ["prefetch m at a:7072"]
+
+
+async def test_between_looks_nothing_is_done_while_nobody_waits() -> None:
+    clock, stores = ManualClock(), FakeStores()
+    at_ease = replace(waiting_view(clock), refusals={})
+    forecaster = Forecaster(FakeCluster(at_ease), stores, Limits(), look_seconds=5.0, clock=clock)
+
+    async with background() as tasks:
+        forecaster.attend(tasks)
+        await _idle()
+
+    assert stores.calls == []
+
+
+def waiting_view(clock: ManualClock) -> View:
+    """Return a node on whose disk two models are: one waits for room, the other is asked for often."""
+    view = view_with(clock, "other")
+    (node,) = view.nodes.values()
+    held = {model.checkpoint: Held(disk_bytes=model.file_bytes) for model in view.models.values()}
+    refusal = Refusal(reason="no free room", at_seconds=clock.now_seconds())
+    return replace(
+        view,
+        nodes={node.node_id: replace(node, held=held)},
+        demands={ModelName("m"): Demand(since_seconds=clock.now_seconds(), waiters=1)},
+        refusals={ModelName("m"): refusal},
+        index=None,
+    )
