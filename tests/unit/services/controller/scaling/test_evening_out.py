@@ -87,10 +87,10 @@ def test_the_order_of_names_does_not_matter() -> None:
     view = full_cluster(3)
     turned = replace(
         view,
-        models=dict(reversed(view.models.items())),
+        models=dict(reversed(list(view.models.items()))),
         nodes={
-            node_id: replace(node, held=dict(reversed(node.held.items())))
-            for node_id, node in reversed(view.nodes.items())
+            node_id: replace(node, held=dict(reversed(list(node.held.items()))))
+            for node_id, node in reversed(list(view.nodes.items()))
         },
     )
 
