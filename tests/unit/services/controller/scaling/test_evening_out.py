@@ -11,7 +11,7 @@ import pytest
 from services.controller.cluster_view.view import Device, Held, Node, Pool, View
 from services.controller.scaling.evening_out import LEAST_DIFFERENCE, even_out
 from services.controller.scaling.reading_ahead import Memory, Reading
-from stoker.ids import ModelName
+from stoker.ids import ModelName, NodeId
 from stoker.units import GB
 from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_node, a_view
 
@@ -50,7 +50,7 @@ def exchanges(view: View) -> list[Reading]:
 
 
 def carried_out(view: View, readings: list[Reading]) -> View:
-    nodes: dict[str, Node] = {}
+    nodes: dict[NodeId, Node] = {}
     for reading in readings:
         node = view.nodes[reading.node_id]
         held = dict(node.held)
