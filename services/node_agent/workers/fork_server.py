@@ -130,7 +130,7 @@ class ForkServer:
         if self._importing is server:
             log.get().info("fork_server.begun_anew", pid=server.pid, reason="an order waits for its imports")
             self._begins_anew = True
-            server.close()
+            server.kill()  # its channel stays: somebody waits for its greeting
 
     def _start(self, niceness: int) -> asyncio.Future[_Server]:
         if self._enabled and not adopt_orphans():
@@ -184,8 +184,8 @@ class ForkServer:
         return reason
 
     async def _greet(self, server: _Server, ready: asyncio.Future[_Server], began_seconds: float) -> None:
-        if not await server.greeting():
-            return  # it ends, and its output says why
+        if not await server.greeting() or self._begins_anew:
+            return  # it ends, and its output says why; or it ends because it came too late
         self._importing = None
         ready.set_result(server)
         seconds = round(time.monotonic() - began_seconds, 3)
@@ -249,10 +249,10 @@ class _Server:
                 socket.send_fds(self._channel, [json.dumps(arguments).encode()], descriptors)
                 packet = await self._receive()
         except (TimeoutError, OSError) as error:
-            self._kill()
+            self.kill()
             raise NoForkServer from error
         except asyncio.CancelledError:
-            self._kill()  # its answer would be taken for that to the next request
+            self.kill()  # its answer would be taken for that to the next request
             raise
         if not packet:
             raise NoForkServer
@@ -294,11 +294,12 @@ class _Server:
             output += piece
             del output[:-_KEPT_OUTPUT_BYTES]
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the process; who waits for its greeting, or for its end, is told."""
         if self._process.returncode is None:
             self._process.kill()
 
     def close(self) -> None:
         """End the process; it holds nothing."""
-        self._kill()
+        self.kill()
         self._channel.close()

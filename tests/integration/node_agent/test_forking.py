@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from services.node_agent.workers import fork_server
+from services.node_agent.workers.fork_server import ForkServer
+from stoker.background import background
 
 ROOT = Path(__file__).parents[3]
 LIMIT_SECONDS = 60
@@ -72,3 +77,29 @@ def test_a_worker_outlives_the_server_and_dies_with_the_agent(
         assert readable, "it still runs"
     finally:
         os.close(worker)
+
+
+async def test_imports_begin_anew_where_their_niceness_cannot_be_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where an agent is not root: the first server is ended in the middle of its imports."""
+    start, started, again = fork_server._Server.start, [], asyncio.Event()
+
+    async def told(environment: Mapping[str, str], niceness: int) -> fork_server._Server:
+        started.append(await start(environment, niceness))
+        again.set() if len(started) > 1 else servers.hurry()
+        return started[-1]
+
+    monkeypatch.setattr(fork_server._Server, "start", told)
+    monkeypatch.setattr(fork_server, "adopt_orphans", lambda: True)
+    monkeypatch.setattr(fork_server, "give_way_no_more", lambda _pid: False)
+    monkeypatch.setattr(fork_server, "PATIENCE_SECONDS", 0.05)
+    async with background() as tasks:
+        servers = ForkServer(dict(os.environ), lambda work, name: tasks.start(work, name=name))
+        waiting = asyncio.ensure_future(servers.fork(["--help"], niceness=10))
+        await again.wait()
+        tasks.cancel()
+    await asyncio.wait([waiting])
+
+    assert isinstance(waiting.exception(), fork_server.NoForkServer)  # this agent has ended
+    assert [await server._process.wait() for server in started] == [-signal.SIGKILL] * 2

@@ -59,11 +59,13 @@ class FakeServer:
     """A server whose imports end only at once, without niceness; `started` has the niceness of each."""
 
     started: list[int]
+    greets_late: bool
+    """Its greeting comes in the moment in which it is ended."""
     pid = 1
 
     def __init__(self, niceness: int) -> None:
-        self._niceness = niceness
-        self._closed = asyncio.Event()
+        self.niceness = niceness
+        self._ended = asyncio.Event()
 
     @classmethod
     async def start(cls, environment: Mapping[str, str], niceness: int) -> FakeServer:
@@ -74,31 +76,35 @@ class FakeServer:
 
     async def greeting(self) -> bool:
         """Wait for its imports."""
-        if self._niceness:
-            await self._closed.wait()
-            return False
+        if self.niceness:
+            await self._ended.wait()
+            return self.greets_late
         return True
 
     async def fork(self, arguments: Sequence[str]) -> str:
         """Name a worker."""
-        return arguments[0]
+        return f"{arguments[0]} of niceness {self.niceness}"
 
     async def ended(self, output: bytearray) -> str:
         """Wait for its end."""
         del output
-        await self._closed.wait()
-        return "closed"
+        await self._ended.wait()
+        return "ended"
+
+    def kill(self) -> None:
+        """End it."""
+        self._ended.set()
 
     def close(self) -> None:
-        """End it."""
-        self._closed.set()
+        """End it, and its channel."""
+        self.kill()
 
 
-@pytest.mark.parametrize("order_first", [False, True])
+@pytest.mark.parametrize(("order_first", "greets_late"), [(False, False), (True, False), (True, True)])
 async def test_imports_that_an_order_waits_for_begin_anew_where_niceness_cannot_be_taken_back(
-    monkeypatch: pytest.MonkeyPatch, *, order_first: bool
+    monkeypatch: pytest.MonkeyPatch, *, order_first: bool, greets_late: bool
 ) -> None:
-    FakeServer.started = []
+    FakeServer.started, FakeServer.greets_late = [], greets_late
     monkeypatch.setattr(fork_server, "_Server", FakeServer)
     monkeypatch.setattr(fork_server, "adopt_orphans", lambda: True)
     monkeypatch.setattr(fork_server, "give_way_no_more", lambda _pid: False)
@@ -113,7 +119,7 @@ async def test_imports_that_an_order_waits_for_begin_anew_where_niceness_cannot_
             await asyncio.sleep(0)
         servers.hurry()
 
-        assert await waiting == "pool"
+        assert await waiting == "pool of niceness 0"
         tasks.cancel()
     assert FakeServer.started == [10, 0]
 
