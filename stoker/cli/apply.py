@@ -15,7 +15,7 @@ from stoker.errors import CallerError, InvalidRequest, StokerError
 from stoker.v1 import model_pb2
 
 SHOWN_FIELDS = ("checkpoint_uri", "min_replicas", "max_replicas", "keep_alive_seconds", "concurrency")
-"""Of a new model; of one that changes every field that does."""
+"""Of a new model, with what its file switches on or names; of one that changes every field that does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +102,10 @@ def lines(changes: Sequence[Change]) -> list[str]:
     for change in changes:
         if change.kind == "create":
             values = {key: value for key, _, value in change.fields}
-            shown = ", ".join(f"{key} {_text(values[key])}" for key in SHOWN_FIELDS if key in values)
-            found.append(f"+ {change.name}: {shown}")
+            named = {key: value for key, value in values.items() if isinstance(value, bool | dict | list)}
+            more = [key for key, value in named.items() if value]
+            shown = [f"{key} {_text(values[key])}" for key in (*SHOWN_FIELDS, *more) if key in values]
+            found.append(f"+ {change.name}: {', '.join(shown)}")
         elif change.kind == "change":
             found.append(f"~ {change.name}")
             found.extend(f"    {key}: {_text(old)} → {_text(new)}" for key, old, new in change.fields)

@@ -29,6 +29,8 @@ from stoker.v1 import model_pb2
 
 MAX_ERRORS = 20
 """Complaints shown at once; the rest are counted."""
+LEAST_BEGINNING = 3
+"""Letters of an unknown key, from which on keys that begin with it are named."""
 MAX_MODELS = 10_000
 LABELS = Field(default=None, max_length=32)
 
@@ -128,7 +130,8 @@ def read_models(path: Path) -> tuple[Wanted, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} can't be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"{path} can't be read: {reason}") from error
     return parse_models(text, str(path), path.resolve().parent)
 
 
@@ -192,14 +195,20 @@ def _complaint(error: ErrorDetails, document: Document) -> str:
     where = document.where(path)
     if error["type"] == "extra_forbidden":
         known = sorted(_keys_of(path[:-1]))
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        near = _near(str(path[-1]), known)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
         return f"{where}: {field}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: {field}: this is missing"
     problem = error["msg"].removeprefix("Input ")
     quotes = "; put it in quotes" if error["type"] == "string_type" and _is_scalar(error["input"]) else ""
     return f"{where}: {field}: {_short(error['input'])} {problem}{quotes}"
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """Return what may have been meant: what begins like it, as with the command's options, or is most alike."""
+    begun = [key for key in known if len(name) >= LEAST_BEGINNING and key.startswith(name)]
+    return begun or difflib.get_close_matches(name, known, n=1)
 
 
 def _keys_of(path: yaml_lines.Path) -> set[str]:

@@ -81,6 +81,7 @@ def test_the_shipped_schema_is_the_one_that_is_checked_against() -> None:
     ("text", "told"),
     [
         (a_model("    keep_alive: 5\n"), "yaml:4: models[0].keep_alive: unknown key; did you mean keep_"),
+        (a_model("    max: 5\n"), "did you mean max_context_tokens or max_queue or max_replicas?"),
         ("modles: []\n", "models.yaml:1: modles: unknown key; did you mean models?"),
         ("defaults: {name: x}\n" + a_model(), "models.yaml:1: defaults.name: unknown key; known are"),
         ("models:\n  - name: chat\n", "models.yaml:2: models[0].checkpoint_uri: this is missing"),
@@ -119,6 +120,13 @@ def test_the_difference_names_what_is_new_changed_unchanged_and_left_alone() -> 
     ]  # fmt: skip
     assert "    concurrency: 8 → 4" in lines(changes)
     assert "1 not in the file, left alone (--prune deletes): old" in lines(changes)
+
+
+def test_a_new_model_is_shown_with_what_its_file_switches_on() -> None:
+    (shown,) = lines(plan({}, [a_deployed("new", pinned=True, labels={"team": "red"})], prune=False))
+
+    assert shown.startswith("+ new: checkpoint_uri ")
+    assert shown.endswith(", labels team=red, pinned true")
 
 
 def test_only_prune_deletes_what_the_file_does_not_list() -> None:
