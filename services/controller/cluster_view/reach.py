@@ -35,6 +35,7 @@ from services.controller.cluster_view.events import (
     StopOrdered,
     StopRefused,
 )
+from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.view import Model, Node, View
 from stoker.ids import ModelName, NodeId, ReplicaId
@@ -66,6 +67,7 @@ class Reach:
     watched: Watched = Watched.THESE
 
 
+_make_reach = maker_of(Reach)
 NOWHERE = Reach(watched=Watched.NONE)
 
 
@@ -73,7 +75,7 @@ def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911, PLR09
     """Return what `event` may change, given the view before it."""
     match event:
         case Reserved(reservation=reservation):
-            return Reach(
+            return _make_reach(
                 replicas=frozenset({reservation.replica_id}),
                 models=frozenset({reservation.model}),
                 nodes=frozenset({reservation.node_id}),
@@ -114,9 +116,9 @@ def reach_of(before: View, event: Event) -> Reach:  # noqa: C901, PLR0911, PLR09
             | RefusalLifted(model=name)
             | ForecastMissed(model=name)
         ):
-            return Reach(models=frozenset({name}))
+            return _make_reach(models=frozenset({name}))
         case Demanded(model=name) | DemandEnded(model=name) | Declined(model=name):
-            return Reach(models=frozenset({name}), watched=Watched.NONE)
+            return _make_reach(models=frozenset({name}), watched=Watched.NONE)
         case RoomSettled():
             return NOWHERE
 
@@ -169,7 +171,7 @@ def _of_replicas(
     """Return the reach of an event about reserved replicas: their models and nodes, and those named."""
     replicas = frozenset(replicas)
     found = [before.reservations[each] for each in replicas if each in before.reservations]
-    return Reach(
+    return _make_reach(
         replicas=replicas,
         models=frozenset([*(each.model for each in found), *models]),
         nodes=frozenset([*(each.node_id for each in found), *nodes]),

@@ -36,9 +36,33 @@ ROUNDING = 1 - 1e-9
 """Sums of the same terms in another order may differ by a rounding; a bound must not be above its node."""
 
 
+def _least_of(nodes: Nodes | None) -> float:
+    """Return the lowest number in a list of nodes; 0 where there is none."""
+    return nodes.first[0] if nodes else 0.0
+
+
 def copy_seconds(index: Index, byte_count: float) -> float:
     """Return what it takes at least to copy so many bytes to a device, on any node."""
     return byte_count / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
+
+
+def swiftest_source(index: Index) -> tuple[float, float] | None:
+    """Return a rate and a worker's time that no node with free slots betters together; None = there is none.
+
+    The rate is the fastest from any of `ORIGINS`: whoever has none of a checkpoint in memory reads no faster.
+    """
+    rate, worker_seconds = 0.0, inf
+    for shape in index.shapes:
+        for waits in (True, False):
+            for origin in ORIGINS:
+                nodes = index.free.get((origin, 1, waits, shape))
+                if nodes is not None:
+                    rate = max(rate, -nodes.first[0])
+            if waits and nodes is not None:
+                worker_seconds = 0.0
+            elif nodes is not None:
+                worker_seconds = min(worker_seconds, index.free_by_worker["", 1, waits, shape].first[0])
+    return (rate, worker_seconds) if rate else None
 
 
 def rungs_of(index: Index, wanted: Wanted) -> list[tuple[Nodes, Nodes | None]]:
@@ -81,8 +105,8 @@ class Bounds:
         self._shape: Shape | None = None
         self._shape_fits = False
         self._index = index
-        self._least_opening: float | None = None
-        self._slowest_device = 0.0
+        self._least_opening = _least_of(index.by_opening.get(wanted.origin))
+        self._slowest_device = _least_of(index.by_device)
         self._summaries = index.summaries
         self._nodes = situation.view.nodes
         self._file_bytes = wanted.model.file_bytes
@@ -118,7 +142,7 @@ class Bounds:
         """
         if self._slots > 1 or self.wanted.model.preferred_labels:
             return self.sorted_on(nodes)
-        found: list[Bounded] = []
+        found: list[tuple[float, NodeId]] = []
         summaries, nodes_by_id, checkpoint = self._summaries, self._nodes, self._checkpoint
         beside, overhead, tie_seconds = self._beside_seconds, self._overhead_seconds, self._tie_seconds
         file_bytes, device_bytes = self._file_bytes, self._device_bytes
@@ -144,10 +168,9 @@ class Bounds:
                 else:
                     load = self._unqueued_seconds(node, summary)
             seconds = summary.worker_seconds + max(load, beside) + overhead
-            seconds *= ROUNDING
-            found.append(((int(seconds / tie_seconds), 0, 0.0, 0, seconds, ""), node_id))
+            found.append((seconds * ROUNDING, node_id))
         found.sort()
-        return found
+        return [((int(seconds / tie_seconds), 0, 0.0, 0, seconds, ""), node_id) for seconds, node_id in found]
 
     def on(self, node_id: NodeId) -> Rank | None:
         """Return the lowest rank of a start on the node; None = there is no room, and nobody to make some."""
@@ -341,9 +364,6 @@ class Bounds:
 
     def _least_start(self, rate: float, worker_seconds: float) -> float:
         """Return how long a start takes at least where nothing is held, at no more than a rate."""
-        if self._least_opening is None:
-            self._least_opening = self._index.by_opening[self.wanted.origin].first[0]
-            self._slowest_device = self._index.by_device.first[0]
         if self._slowest_device > rate:
             load = self._least_opening + self._file_bytes / rate
         else:  # a slow device may hide the opening behind its copy, and several share one

@@ -6,6 +6,7 @@ that costs least. A set is as slow as its slowest member (they go at the same ti
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +31,7 @@ from services.controller.placement.room import (
     wanted_of,
 )
 from services.controller.placement.victims import Destinations, Victim, victims_on
-from stoker.ids import ModelName
+from stoker.ids import ModelName, ReplicaId
 
 
 def best_on(
@@ -66,6 +67,8 @@ class Cheapest:
         self._node = node
         victims = victims_on(situation, node, destinations)
         self._destinations = destinations
+        self._looks = (destinations.floor_seconds, destinations.least_seconds)
+        """What a mover takes at least to start elsewhere, the cheaper look first."""
         wanted, summary = situation.wanted, situation.index.summaries[node.node_id]
         self._fitting = frozenset(wanted.slots_that_fit(summary.shape))
         promised = promised_slots(situation, summary) if summary.leaving_for else 0
@@ -77,14 +80,14 @@ class Cheapest:
         )
         self._weight = 1.0 if situation.waited_too_long else situation.policy.hysteresis_ratio
         self._preferred = len(situation.model.preferred_labels & node.labels)
-        ranked = [(self._rank_alone(victim), victim) for victim in victims]
-        ranked.sort(key=_rank_of)
-        self._ranks = [rank for rank, _ in ranked]
-        self._victims = [victim for _, victim in ranked]
+        self._victims = victims
+        self._ranks: list[Rank] = []
+        """What each costs at least alone, the lowest first once the search has begun."""
 
     def run(self) -> None:
         """Find the best set, if any."""
         if self._victims and self._is_enough(self._victims):
+            self._order()
             self._grow((), 0)
         if self._chosen:
             self.best = self._option(self._chosen, self._moves)
@@ -103,6 +106,25 @@ class Cheapest:
                 (self._situation.model,),
             )
         )
+
+    def _order(self) -> None:
+        """Put the victim first that costs least: who moves is looked at closer while it might be the one."""
+        ranked = [(self._rank_alone(victim, victim.wait_seconds), victim) for victim in self._victims]
+        ranked.sort(key=_rank_of)
+        looked: Counter[ReplicaId] = Counter()
+        while ranked and ranked[0][1].moves and (self._limit is None or ranked[0][0] < self._limit):
+            mover = ranked[0][1]
+            replica_id = mover.reservation.replica_id
+            if looked[replica_id] == len(self._looks):
+                break
+            seconds = self._looks[looked[replica_id]](mover.name)
+            looked[replica_id] += 1
+            del ranked[0]
+            if seconds is not None:
+                wait_seconds = max(mover.wait_seconds, seconds + mover.move_seconds)
+                insort(ranked, (self._rank_alone(mover, wait_seconds), mover), key=_rank_of)
+        self._ranks = [rank for rank, _ in ranked]
+        self._victims = [victim for _, victim in ranked]
 
     def _grow(self, chosen: tuple[Victim, ...], begin: int) -> None:
         """Take the set if it makes room, else try it with one more of the victims from `begin` on."""
@@ -142,10 +164,10 @@ class Cheapest:
             self._node.node_id,
         )
 
-    def _rank_alone(self, victim: Victim) -> Rank:
+    def _rank_alone(self, victim: Victim, wait_seconds: float) -> Rank:
         """Return the same of a single one; every victim of a node is asked for it."""
         disturbance_seconds = victim.disturbance_seconds
-        cost_seconds = self._total_seconds(victim.wait_seconds) + self._weight * disturbance_seconds
+        cost_seconds = self._total_seconds(wait_seconds) + self._weight * disturbance_seconds
         step = int(cost_seconds / self._situation.policy.tie_seconds)
         return (step, 1, disturbance_seconds, -self._preferred, cost_seconds, self._node.node_id)
 

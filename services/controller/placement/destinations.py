@@ -9,12 +9,14 @@ from typing import Final
 
 from services.controller.cluster_view.estimate import device_bytes
 from services.controller.cluster_view.lessons import parts_like
-from services.controller.placement.bounds import Bounded, Bounds, copy_seconds
+from services.controller.placement.bounds import ROUNDING, Bounded, Bounds, copy_seconds, swiftest_source
 from services.controller.placement.options import Option, Rank, free_option, rank
 from services.controller.placement.room import Situation, can_ever, wanted_of
-from services.controller.placement.streams import NOBODY, free_streams, known_nodes
+from services.controller.placement.streams import NOBODY, free_among, free_streams, known_nodes
 from stoker.ids import ModelName, NodeId
 
+_UNKNOWN: Final = (0.0, 0.0)
+"""In place of what was not looked up yet."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -27,6 +29,7 @@ class Destinations:
         self._swiftest: dict[ModelName, float] = {}
         self._copied: dict[int, float] = {}
         self._elsewhere: dict[ModelName, _Elsewhere] = {}
+        self._swiftest_source: tuple[float, float] | None = _UNKNOWN
 
     def copied_seconds(self, byte_count: int) -> float:
         """Return what copying so many bytes to a device takes at least, anywhere."""
@@ -43,6 +46,20 @@ class Destinations:
             copying = copy_seconds(self._situation.index, device_bytes(model))
             self._swiftest[name] = parts_like(view, model).start_seconds(0.0, copying)
         return self._swiftest[name]
+
+    def floor_seconds(self, name: ModelName) -> float | None:
+        """Return what no start on free slots is quicker than, without a look at nodes; None = nowhere."""
+        if self._swiftest_source is _UNKNOWN:
+            self._swiftest_source = swiftest_source(self._situation.index)
+        if self._swiftest_source is None:
+            return None
+        index, view = self._situation.index, self._situation.view
+        model = view.models[name]
+        if free_among(index, index.in_memory.get(model.checkpoint)):
+            return self.swiftest_seconds(name) * ROUNDING
+        rate, worker_seconds = self._swiftest_source
+        load = device_bytes(model) / rate
+        return parts_like(view, model).start_seconds(worker_seconds, load) * ROUNDING
 
     def least_seconds(self, name: ModelName) -> float | None:
         """Return what starting the model on free slots takes at least, anywhere; None = nowhere."""

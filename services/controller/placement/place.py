@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from services.controller.cluster_view.estimate import Estimate
+from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.streaming import copy_bytes_on
 from services.controller.cluster_view.traits import ANYBODY
 from services.controller.cluster_view.view import Model, Node, Policy, View
@@ -112,6 +113,7 @@ class Unplaceable:
 
 
 Decision = Placed | StopIdle | Migrate | Wait | Unplaceable
+_make_placed, _make_stop_idle, _make_migrate = maker_of(Placed), maker_of(StopIdle), maker_of(Migrate)
 
 
 def place(  # noqa: PLR0913 - what a decision is made of, each named by its caller
@@ -148,7 +150,7 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
         return _wait(situation, making_room, rooms)
     if best.moves:
         moved = {move.replica_id for move in best.moves}
-        return Migrate(
+        return _make_migrate(
             node_id=best.node_id,
             moves=best.moves,
             victims=tuple(victim for victim in best.victims if victim not in moved),
@@ -156,14 +158,16 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
             options=found.options,
         )
     if best.victims:
-        return StopIdle(
+        return _make_stop_idle(
             node_id=best.node_id,
             victims=best.victims,
             estimate=best.estimate,
             options=found.options,
             drained=best.drained,
         )
-    return Placed(node_id=best.node_id, devices=best.devices, estimate=best.estimate, options=found.options)
+    return _make_placed(
+        node_id=best.node_id, devices=best.devices, estimate=best.estimate, options=found.options
+    )
 
 
 def _some_node_fits(situation: Situation) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from services.controller.cluster_view.frozen import maker_of
 from services.controller.placement.bounds import Bounded, Bounds
 from services.controller.placement.cheapest import best_on
 from services.controller.placement.destinations import Destinations
@@ -32,6 +33,9 @@ class Found:
 
     best: Option | None
     options: tuple[Option, ...]
+
+
+_make_found = maker_of(Found)
 
 
 def search(situation: Situation, *, exhaustive: bool = False) -> Found:
@@ -67,7 +71,7 @@ def search(situation: Situation, *, exhaustive: bool = False) -> Found:
                 bounds.best = best_rank
     ranked.sort(key=_rank_of)
     options = tuple([option for _, option in ranked])
-    return Found(best=options[0] if options else None, options=options)
+    return _make_found(best=options[0] if options else None, options=options)
 
 
 def _rank_of(ranked: tuple[Rank, Option]) -> Rank:

@@ -22,6 +22,8 @@ from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Final, NamedTuple
 
+from services.controller.cluster_view.groups import Members
+from services.controller.cluster_view.index import Index
 from services.controller.placement.bounds import Bounded, Bounds, rungs_of
 from services.controller.placement.options import Rank
 from services.controller.placement.room import Situation, Wanted
@@ -71,16 +73,18 @@ def known_nodes(situation: Situation, wanted: Wanted, *, free: bool = False) -> 
         return set(carriers[0]).intersection(*carriers[1:])
     holders = index.in_memory if wanted.origin == "disk" else index.holders
     holding = holders.get(model.checkpoint)
-    if free:
-        fewer, others = holding, index.free_nodes
-        if len(others) < len(fewer):
-            fewer, others = others, fewer
-        nodes = set(filter(others.__contains__, fewer))
-    else:
-        nodes = set(holding)
+    nodes = free_among(index, holding) if free else set(holding)
     for label in model.preferred_labels:
         nodes.update(index.labelled.get(label, ()))
     return nodes
+
+
+def free_among(index: Index, nodes: Members) -> set[NodeId]:
+    """Return those of some nodes that have free slots."""
+    fewer, others = nodes, index.free_nodes
+    if len(others) < len(fewer):
+        fewer, others = others, fewer
+    return set(filter(others.__contains__, fewer))
 
 
 def _free_streams(

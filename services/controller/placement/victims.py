@@ -56,6 +56,9 @@ class Destinations(Protocol):
     def swiftest_seconds(self, name: ModelName) -> float:
         """Return what starting the model takes at least, were there a free node with all of it in memory."""
 
+    def floor_seconds(self, name: ModelName) -> float | None:
+        """Return what no start elsewhere is quicker than, not above `least_seconds`; None = nowhere."""
+
     def least_seconds(self, name: ModelName) -> float | None:
         """Return what starting the model elsewhere takes at least; None = it can't be started anywhere."""
 
