@@ -206,7 +206,7 @@ def _complaint(error: ErrorDetails, document: Document) -> str:
 
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return what may have been meant: what begins like it, as with the command's options, or is most alike."""
+    """Return what may have been meant: what begins like it, as options of `deploy` do, or is most alike."""
     begun = [key for key in known if len(name) >= LEAST_BEGINNING and key.startswith(name)]
     return begun or difflib.get_close_matches(name, known, n=1)
 
