@@ -384,6 +384,7 @@ def test_it_serves_before_its_pool_is_faulted_in(tmp_path):
     folder = write_checkpoint(tmp_path / "m", sizes=[300_000])
     with running(tmp_path / "run", pool_bytes=1024 * MIB) as daemon:
         assert contents(load(daemon, folder)) == files(folder)
-        events = [json.loads(line)["event"] for line in daemon.log.read_text().splitlines()]
+        assert daemon.stop() == 0  # the line about a load follows its last byte
+    events = [json.loads(line)["event"] for line in daemon.log.read_text().splitlines()]
 
     assert events.index("service.started") < events.index("checkpoint.loaded")
