@@ -32,13 +32,21 @@ from services.worker.engine.transformers_engine import TransformersEngine
 from stoker import log
 from stoker.ids import SessionId
 from tests.integration.streams.engines import Answer, Replicas, answer, engine_model, text_of
-from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
+from tests.integration.streams.test_oracle import GREEDY, PROMPT, SAMPLED
 from tests.unit.services.worker.kv.test_kv_exchange import shipped, stopped_after
 from tests.unit.services.worker.tiny_models import numbers, run
 
 LIMITS = EngineLimits(max_batch=4, max_waiting=8, max_kv_tokens=4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": GREEDY, "sampled": SAMPLED}
+BESIDE = tuple(
+    Submit(
+        session_id=SessionId(f"other-{number}"),
+        prompt_token_ids=[(13 * i + number) % 200 + 20 for i in range(5 + 30 * number)],
+        sampling=Sampling(temperature=0.5 * number, seed=number, max_tokens=200, ignore_eos=True),
+    )
+    for number in range(3)
+)
 BATCHES: dict[str, tuple[Submit, ...]] = {"alone": (), "mixed": BESIDE}
 FAULTS = ("kill", "move")
 NewEngine = Callable[[], TransformersEngine]

@@ -134,6 +134,7 @@ async def answer(  # noqa: PLR0913 - a builder
     stop: tuple[str, ...] = (),
     policy: HopPolicy | None = None,
     resume: str = "exact",
+    session_id: str = "ses-1",
     **sampling: Any,
 ) -> Answer:
     """Run one session to its end over the replicas."""
@@ -147,7 +148,7 @@ async def answer(  # noqa: PLR0913 - a builder
     )
     job = Job(request=request, trace=trace, sink=seen, clock=clock, timeout_seconds=1e6)
     session = Session(
-        session_id=SessionId("ses-1"),
+        session_id=SessionId(session_id),
         prompt_token_ids=prompt,
         sampling=session_pb2.Sampling(**({"seed": 11, "top_p": 1.0, "repetition_penalty": 1.0} | sampling)),
         text=text,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.text.model_text import ModelText
-from services.worker.engine.protocol import Sampling, Submit
-from stoker.ids import SessionId
 from stoker.v1 import session_pb2
 from tests.integration.streams.engines import Answer, NewEngine, Replicas, answer
 
@@ -23,14 +21,6 @@ SAMPLED = {
     "min_tokens": 5,
     "logit_bias": {30: 1.5, 31: -2.0},
 }
-BESIDE = tuple(
-    Submit(
-        session_id=SessionId(f"other-{number}"),
-        prompt_token_ids=[(13 * i + number) % 200 + 20 for i in range(5 + 30 * number)],
-        sampling=Sampling(temperature=0.5 * number, seed=number, max_tokens=200, ignore_eos=True),
-    )
-    for number in range(3)
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +33,15 @@ async def faultless(new_engine: NewEngine, text: ModelText, **how: object) -> An
     return await answer(Replicas(new_engine), text, PROMPT, **how)
 
 
-@pytest.mark.parametrize("beside", [(), BESIDE], ids=["alone", "mixed"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 async def test_a_kill_after_every_token_of_one_stream_changes_nothing(
-    new_engine: NewEngine, text: ModelText, sampling: dict, beside: tuple[Submit, ...]
+    new_engine: NewEngine, text: ModelText, sampling: dict
 ) -> None:
+    """Beside others: `test_oracle_of_mixed_batches`."""
     how = sampling | {"max_tokens": POSITIONS + 2, "top_logprobs": 3, "ignore_eos": True}
     wanted = await faultless(new_engine, text, **how)
-    # Beside others every sixteenth position, others for each sampling: `make oracle` takes all of them.
-    kills = range(POSITIONS + 1) if not beside else range(3 * int(sampling is SAMPLED), POSITIONS + 1, 16)
-    replicas = Replicas(new_engine, tuple(kills), beside)
+    kills = range(POSITIONS + 1)
+    replicas = Replicas(new_engine, tuple(kills))
 
     found = await answer(replicas, text, PROMPT, **how)
 
@@ -60,16 +49,6 @@ async def test_a_kill_after_every_token_of_one_stream_changes_nothing(
     assert len(wanted.token_ids) == POSITIONS + 2
     assert [order.epoch for order in replicas.orders] == list(range(len(kills) + 1))
     assert [len(order.generated_token_ids) for order in replicas.orders] == [0, *kills]
-
-
-@pytest.mark.parametrize("position", [31])
-async def test_a_single_kill_changes_nothing(new_engine: NewEngine, text: ModelText, position: int) -> None:
-    how = SAMPLED | {"max_tokens": POSITIONS + 2, "top_logprobs": 20, "ignore_eos": True}
-    wanted = await faultless(new_engine, text, **how)
-
-    found = await answer(Replicas(new_engine, (position,), BESIDE), text, PROMPT, **how)
-
-    assert found == wanted
 
 
 async def test_a_stop_token_and_a_stop_string_end_a_resumed_answer_where_they_ended_it(

@@ -17,7 +17,7 @@ from stoker.v1.session_kv_pb2 import KvPart
 from stoker.v1.session_pb2 import GenerateRequest
 from tests.integration.streams.cluster import Cluster, Event, Node
 from tests.integration.streams.engines import NewEngine, Replicas, answer
-from tests.integration.streams.test_oracle import BESIDE, GREEDY, PROMPT, SAMPLED
+from tests.integration.streams.test_oracle import GREEDY, PROMPT, SAMPLED
 from tests.unit.services.worker.kv.test_kv_exchange import shipped, stopped_after
 from tests.unit.services.worker.tiny_models import numbers, run
 
@@ -69,13 +69,9 @@ async def test_a_move_with_shipped_keys_and_values_changes_nothing(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("beside", [(), BESIDE], ids=["alone", "mixed"])
-def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
-    each_engine: NewEngine, sampling: dict, beside: tuple[Submit, ...]
-) -> None:
+def test_a_hop_after_each_of_the_first_tokens_changes_nothing(each_engine: NewEngine, sampling: dict) -> None:
+    """Beside others: `test_oracle_of_mixed_batches`."""
     new_engine = each_engine
-    # Beside others every sixteenth position: all of them were equal once (docs/reliability.md).
-    between = 16 if beside else 1
     wanted = Submit(
         session_id=SessionId("s"),
         prompt_token_ids=PROMPT,
@@ -87,15 +83,11 @@ def test_a_hop_after_each_of_the_first_tokens_changes_nothing(
 
     while len(made) < POSITIONS:
         destination, generated = new_engine(), [out.token_id for out in made]
-        for other in beside[: 1 + len(made) % 3]:
-            destination.submit(other)
-        for _ in range(len(made) % 4 if beside else 0):
-            destination.step()
         staged = shipped(source.export_kv(SessionId("s")), destination)
         source.close()
         source = destination
         resumed = replace(wanted, generated_token_ids=generated, staged=staged)
-        made += stopped_after(source, resumed, min(between, POSITIONS - len(made)))
+        made += stopped_after(source, resumed, 1)
         assert source.stats().replay_token_count == 0
     source.close()
 
