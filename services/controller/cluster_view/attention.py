@@ -13,13 +13,17 @@ from typing import NamedTuple
 
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.cluster_view.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.cluster_view.frozen import draft_of, finished
+from services.controller.cluster_view.frozen import copier_of, finished
 from services.controller.cluster_view.view import Model, Phase, Replica, View
 from stoker.ids import ModelName
 
 NOW = 0.0
 """At every look."""
 LIVE = (Standing.STARTING, Standing.READY)
+
+
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call that names its fields."""
 
 
 class Mark(NamedTuple):
@@ -59,7 +63,7 @@ class Tally:
         if old.idle_since_seconds != new.idle_since_seconds:
             idle = _without(idle, old.idle_since_seconds)
             idle = _with(idle, new.idle_since_seconds)
-        draft = draft_of(self)
+        draft = _draft_of(self)
         draft.replicas += (now is not None) - (was is not None)
         draft.cares += new.cares - old.cares
         draft.live += new.live - old.live
@@ -83,6 +87,7 @@ def _with(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]
     return (*moments[:place], moment, *moments[place:])
 
 
+_draft_of = copier_of(Tally)
 NO_MARK = Mark()
 EMPTY = Tally()
 
@@ -111,13 +116,9 @@ def mark_with_load(mark: Mark, replica: Replica) -> Mark | None:
     if not mark.live or replica.phase is not Phase.READY:
         return None
     is_idle_now = replica.sessions == 0 and replica.idle_since_seconds is not None
-    return Mark(
-        mark.cares,
-        mark.live,
-        int(replica.waiting_since_seconds is not None),
-        replica.sessions,
-        replica.idle_since_seconds if is_idle_now else None,
-    )
+    waiting = int(replica.waiting_since_seconds is not None)
+    idle_since_seconds = replica.idle_since_seconds if is_idle_now else None
+    return _new_tuple(Mark, (mark.cares, mark.live, waiting, replica.sessions, idle_since_seconds))
 
 
 def due_of(view: View, name: ModelName, tally: Tally) -> float | None:

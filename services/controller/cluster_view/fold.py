@@ -42,7 +42,7 @@ from services.controller.cluster_view.events import (
     StopRefused,
 )
 from services.controller.cluster_view.forecast import arrived
-from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.frozen import changed, copier_of, finished
 from services.controller.cluster_view.gain import load_makes_room, makes_room
 from services.controller.cluster_view.index import index_of, indexed, reindexed, reloaded
 from services.controller.cluster_view.learnt import Moved
@@ -69,6 +69,7 @@ from stoker.ids import ModelName, NodeId, ReplicaId
 K = TypeVar("K")
 V = TypeVar("V")
 
+_draft_of = copier_of(View)
 MEASURED_STARTS = 9
 """Starts remembered per model: a median of nine shrugs off four outliers."""
 
@@ -76,10 +77,12 @@ MEASURED_STARTS = 9
 def fold(view: View, event: Event) -> View:
     """Return the view after `event`, its index current. Events about things that are gone change nothing."""
     before = view if view.index is not None else indexed(view)
-    if isinstance(event, NodeReported):
-        event = narrowed(before, event.node) or event
     if isinstance(event, LoadReported):
         return _after_load(before, event)  # with its index, and what room it makes
+    if isinstance(event, NodeReported):
+        load = narrowed(before, event.node)
+        if load is not None:
+            return _after_load(before, load)
     after = _after(before, event)
     if after is before:
         return before
@@ -97,7 +100,7 @@ def _after_load(before: View, event: LoadReported) -> View:
     if was is None or not was.connected or not was.reachable:
         return before
     node, loads = with_load(was, event)
-    draft = draft_of(before)
+    draft = _draft_of(before)
     draft.nodes = _with(before.nodes, node.node_id, node)
     if before.distrusted:  # says nothing of a connected node's replicas: their summaries stay
         draft.distrusted = before.distrusted - node.replicas.keys()

@@ -56,15 +56,18 @@ def changed(value: T, **changes: object) -> T:
     Raises:
         AttributeError: It has no such field.
     """
-    draft = _copier_of(type(value))(value)
+    cls = type(value)
+    draft = copier_of(cls)(value)
     for name, now in changes.items():
         setattr(draft, name, now)
-    return finished(draft, type(value))
+    draft.__class__ = cls
+    known: T = draft
+    return known
 
 
 def draft_of(value: DataclassInstance) -> Any:
     """Return a copy whose fields may be assigned until it is `finished`; what they hold stays shared."""
-    return _copier_of(type(value))(value)
+    return copier_of(type(value))(value)
 
 
 def finished(draft: Any, cls: type[T]) -> T:
@@ -82,8 +85,8 @@ def _twin_of(cls: type[DataclassInstance]) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=64)
-def _copier_of(cls: type[DataclassInstance]) -> Callable[[DataclassInstance], Any]:
-    """Return what copies a value of a class into its twin."""
+def copier_of(cls: type[DataclassInstance]) -> Callable[[DataclassInstance], Any]:
+    """Return what copies a value of a class into its twin: `draft_of` for who copies values of one class."""
     lines = ["    draft = new(twin)"]
     lines += [f"    draft.{each.name} = value.{each.name}" for each in fields(cls)]
     lines.append("    return draft")

@@ -87,10 +87,10 @@ def _gains(before: View, after: View, node_id: NodeId) -> bool:
 def _may_be_disturbed_more(was: Summary, now: Summary) -> bool:
     if was.worth_keys == now.worth_keys and was.busy == now.busy:
         return False
-    was_idle = [replica_id for _, replica_id in was.worth_keys]
-    if any(replica_id not in was_idle for _, replica_id in now.worth_keys):
+    was_idle = {replica_id for _, replica_id in was.worth_keys}
+    if not was_idle.issuperset([replica_id for _, replica_id in now.worth_keys]):
         return True
-    return any(replica_id not in was.busy and replica_id not in was_idle for replica_id in now.busy)
+    return not was_idle.union(was.busy).issuperset(now.busy)
 
 
 def _may_go_more(was: Summary, now: Summary) -> bool:

@@ -28,7 +28,7 @@ from services.controller.cluster_view.attention import (
     mark_with_load,
 )
 from services.controller.cluster_view.fleet import member
-from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.frozen import changed, copier_of, finished
 from services.controller.cluster_view.groups import Groups, Members
 from services.controller.cluster_view.holdings import held_changes
 from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
@@ -116,17 +116,21 @@ class Index:
     shapes: Map[Shape, int] = field(default_factory=Map)
 
 
+_draft_of = copier_of(Index)
+
+
 def index_of(view: View) -> Index:
     """Return the view's index, made anew when it has none."""
-    if view.index is not None:
-        return view.index
+    index = view.index
+    if index is not None:
+        return index
     on_node: dict[NodeId, list[ReplicaId]] = {}
     of_model: dict[ModelName, list[ReplicaId]] = {}
     for replica_id in sorted(view.reservations):
         reservation = view.reservations[replica_id]
         on_node.setdefault(reservation.node_id, []).append(replica_id)
         of_model.setdefault(reservation.model, []).append(replica_id)
-    draft = draft_of(Index())
+    draft = _draft_of(Index())
     draft.on_node = Map({key: tuple(found) for key, found in on_node.items()})
     draft.of_model = Map({key: tuple(found) for key, found in of_model.items()})
     for replica_id in sorted(view.reservations):
@@ -161,7 +165,7 @@ def reindexed(
         models: Those whose definition, demand, failures or replicas may have changed.
         reservations: Those that may have come or gone.
     """
-    draft = draft_of(index_of(before))
+    draft = _draft_of(index_of(before))
     for replica_id in reservations:
         _change_reservation(draft, before, after, replica_id)
     for node_id in nodes:
@@ -179,7 +183,7 @@ def reloaded(before: View, after: View, node_id: NodeId, loads: Iterable[Load]) 
         node_id: Which node.
         loads: Its replicas that have other sessions, or longer contexts.
     """
-    draft = draft_of(index_of(before))
+    draft = _draft_of(index_of(before))
     names: dict[ModelName, None] = {}
     for was, now in loads:
         if differs_in_sessions(was, now):
@@ -300,6 +304,12 @@ def _rehold(
 ) -> None:
     """Note which checkpoints a node holds, and which in memory, by what is other than before."""
     if was is now:
+        return
+    if not was:  # a node's first report: a cluster's are millions of checkpoints
+        draft.holders = draft.holders.moved(node_id, (), now)
+        draft.in_memory = draft.in_memory.moved(
+            node_id, (), [each for each, held in now.items() if held.dram_bytes > 0]
+        )
         return
     changes = held_changes(was, now)
     draft.holders = draft.holders.moved(

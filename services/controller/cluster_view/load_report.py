@@ -11,7 +11,7 @@ from operator import attrgetter
 from statistics import median
 
 from services.controller.cluster_view.events import LoadReported, SessionLoad
-from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.frozen import copier_of, finished
 from services.controller.cluster_view.lessons import is_complete, rates_after
 from services.controller.cluster_view.view import Node, Phase, Replica, View
 
@@ -40,12 +40,16 @@ _LOAD = (
     "context_tokens",
 )
 """Of a replica, what its sessions change."""
+_load_of = attrgetter(*_LOAD)
+_draft_of_node, _draft_of_replica = copier_of(Node), copier_of(Replica)
 _REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
 """Of a replica, what no agent says: this controller knows it."""
 _reported = attrgetter(
     *(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, "waiting_since_seconds"})
 )
 """Of a replica, what its agent says."""
+_beside_load = attrgetter(*(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, *_LOAD}))
+"""Of a replica, what its agent says beside its sessions."""
 
 
 def narrowed(view: View, node: Node) -> LoadReported | None:
@@ -60,9 +64,6 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
         for replica_id, replica in node.replicas.items()
         if (was := before.replicas[replica_id]) is not replica
     ]
-    told = [
-        replica for was, replica in found if any(getattr(was, of) != getattr(replica, of) for of in _LOAD)
-    ]
     same = (
         all(_differs_in_load(was, replica) for was, replica in found)
         and all(_was_reported(view, node, replica) for replica in node.replicas.values())
@@ -72,6 +73,7 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
     )
     if not same:
         return None
+    told = [replica for was, replica in found if _load_of(was) != _load_of(replica)]
     return LoadReported(node_id=node.node_id, replicas=tuple(told), seen_seconds=node.last_seen_seconds)
 
 
@@ -88,7 +90,7 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         waiting_since_seconds = (
             waiting_since(replica, was, event.seen_seconds) if replica.waiting_sessions else None
         )
-        draft = draft_of(was)
+        draft = _draft_of_replica(was)
         draft.sessions = replica.sessions
         draft.waiting_sessions = replica.waiting_sessions
         draft.waiting_since_seconds = waiting_since_seconds
@@ -96,7 +98,7 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         draft.context_tokens = replica.context_tokens
         now = replicas[replica.replica_id] = finished(draft, Replica)
         loads.append((was, now))
-    after = draft_of(node)
+    after = _draft_of_node(node)
     after.replicas = replicas
     after.last_seen_seconds = event.seen_seconds
     return finished(after, Node), loads
@@ -133,12 +135,11 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
     ready_since_seconds = before.ready_since_seconds if before else None
     if ready_since_seconds is None and is_complete(replica):
         ready_since_seconds = now_seconds
-    return changed(
-        replica,
-        first_seen_seconds=before.first_seen_seconds if before else now_seconds,
-        ready_since_seconds=ready_since_seconds,
-        waiting_since_seconds=waiting_since_seconds,
-    )
+    draft = _draft_of_replica(replica)
+    draft.first_seen_seconds = before.first_seen_seconds if before else now_seconds
+    draft.ready_since_seconds = ready_since_seconds
+    draft.waiting_since_seconds = waiting_since_seconds
+    return finished(draft, Replica)
 
 
 def waiting_since(replica: Replica | SessionLoad, before: Replica | None, now_seconds: float) -> float | None:
@@ -152,8 +153,7 @@ def _differs_in_load(was: Replica, replica: Replica) -> bool:
     """Tell whether two reports of a replica differ in its sessions at most."""
     if was.ready_since_seconds is None and is_complete(replica):
         return False
-    kept = {of: getattr(was, of) for of in (*_LOAD, *_REMEMBERED)}
-    return changed(replica, **kept) == was
+    return _beside_load(was) == _beside_load(replica)
 
 
 def _was_reported(view: View, node: Node, replica: Replica) -> bool:

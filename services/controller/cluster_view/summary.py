@@ -13,7 +13,7 @@ from services.controller.cluster_view.estimate import (
     opening_seconds,
     worker_wait_seconds,
 )
-from services.controller.cluster_view.frozen import changed, draft_of, finished
+from services.controller.cluster_view.frozen import changed, copier_of, finished
 from services.controller.cluster_view.streaming import has_own_memory
 from services.controller.cluster_view.traits import Trait, trait_holds, trait_of, with_load
 from services.controller.cluster_view.view import (
@@ -123,6 +123,9 @@ class Summary:
     has_orphans: bool = False
 
 
+_draft_of = copier_of(Summary)
+
+
 def is_open(view: View, node: Node) -> bool:
     """Tell whether replicas may be placed on the node now."""
     scheduling = view.scheduling.get(node.node_id, Scheduling.OPEN)
@@ -201,7 +204,7 @@ def summary_with_load(view: View, node: Node, known: Summary, replicas: Containe
             busy_ids.append(replica_id)
             busy.append(trait.busy)
     worth_keys.sort()
-    draft = draft_of(known)
+    draft = _draft_of(known)
     draft.traits = tuple(traits)
     draft.worth_keys = tuple(worth_keys)
     draft.busy = tuple(busy_ids)

@@ -59,6 +59,11 @@ class Trait(NamedTuple):
     restart_log: float | None
 
 
+_WORTH_KEY, _SETTLED_AT = Trait._fields.index("worth_key"), Trait._fields.index("settled_at_seconds")
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call that names its fields."""
+
+
 def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
     """Return the trait of a reservation on `node`."""
     found = member(view, reservation)
@@ -120,31 +125,13 @@ def with_load(view: View, node: Node, trait: Trait) -> Trait:
     """Return a trait after nothing but the sessions of its replica have changed."""
     replica = node.replicas.get(trait.reservation.replica_id)
     if trait.busy is not None and replica is not None and replica.sessions > 0:  # its contexts have grown
-        return Trait(
-            trait.reservation,
-            trait.takes_workers,
-            None,
-            (replica.context_tokens, trait.busy[1]),
-            trait.settled_at_seconds,
-            trait.leaving_for,
-            trait.loading,
-            trait.coming,
-            trait.restart_log,
-        )
+        said = (None, (replica.context_tokens, trait.busy[1]), *trait[_SETTLED_AT:])
+        return _new_tuple(Trait, (*trait[:_WORTH_KEY], *said))
     found = member(view, trait.reservation)
     model = view.models.get(trait.reservation.model)
     worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)
-    return Trait(
-        trait.reservation,
-        trait.takes_workers,
-        worth_key,
-        busy,
-        trait.settled_at_seconds,
-        trait.leaving_for,
-        trait.loading,
-        trait.coming,
-        restart_log,
-    )
+    said = (worth_key, busy, *trait[_SETTLED_AT:-1], restart_log)
+    return _new_tuple(Trait, (*trait[:_WORTH_KEY], *said))
 
 
 def _load_of(

@@ -144,6 +144,8 @@ def place(  # noqa: PLR0913 - what a decision is made of, each named by its call
     making_room, rooms = _making_room(situation)
     if rooms >= lacking or (rooms and situation.wanted.slots > 1):
         situation = situation_of(view, name, now_seconds, policy, may_disturb=False)
+    if not situation.may_disturb and not situation.index.free_nodes:
+        return _wait(situation, making_room, rooms)  # no node has room, and nobody is to make some
     found = search(situation, exhaustive=exhaustive)
     best = found.best
     if best is None:

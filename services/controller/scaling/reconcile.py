@@ -20,6 +20,9 @@ look again though nothing happens.
 
 from __future__ import annotations
 
+from math import inf
+
+from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.view import Policy, View
 from services.controller.scaling.actions import Plan
 from services.controller.scaling.planner import Planner
@@ -33,9 +36,14 @@ from services.controller.scaling.stopping import (
 )
 from stoker.ids import ModelName
 
+_make_plan = maker_of(Plan)
+
 
 def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
     """Decide everything that is to be decided about this view."""
+    nothing = _nothing_is_due(view, now_seconds, policy)
+    if nothing is not None:
+        return nothing
     planner = Planner(view, now_seconds, policy)
     check_nodes(planner)
     stop_orphans(planner)
@@ -55,6 +63,21 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
         next_due_seconds=planner.next_due_seconds,
         decisions=tuple(planner.decisions),
     )
+
+
+def _nothing_is_due(view: View, now_seconds: float, policy: Policy) -> Plan | None:
+    """Return the plan of a look at which nothing is due, as most are; None = something may be."""
+    index = view.index
+    if index is None or index.orphaned or index.homeless:
+        return None
+    if view.refusals and view.room_settled != view.room:
+        return None
+    next_seconds = index.due.first[0] if index.due.runs else inf
+    if index.last_seen.runs:  # as `check_nodes` has it
+        next_seconds = min(next_seconds, index.last_seen.first[0] + policy.node_timeout_seconds)
+    if next_seconds <= now_seconds:
+        return None
+    return _make_plan(actions=(), next_due_seconds=next_seconds if next_seconds < inf else None)
 
 
 def _to_look_at(planner: Planner) -> list[ModelName]:

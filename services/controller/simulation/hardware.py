@@ -121,9 +121,12 @@ class ModelSpec:
 
     def prefill_seconds(self, device: DeviceSpec, tokens: int) -> float:
         """Return how long `tokens` prompt tokens take, at least one pass over the weights."""
-        count = self.devices_on(device)
-        compute = 2 * self.parameters * tokens / (COMPUTE_SHARE * device.operations_per_second * count)
+        compute = self.compute_seconds(device, tokens, self.devices_on(device))
         return max(compute, self.token_seconds(device))
+
+    def compute_seconds(self, device: DeviceSpec, tokens: int, count: int) -> float:
+        """Return how long the operations of `tokens` prompt tokens take on so many devices."""
+        return 2 * self.parameters * tokens / (COMPUTE_SHARE * device.operations_per_second * count)
 
     def token_seconds(self, device: DeviceSpec) -> float:
         """Return how long one more token takes."""

@@ -57,7 +57,7 @@ from services.controller.simulation.reports import (
 from services.controller.simulation.world import World
 from stoker.ids import ModelName, NodeId, ReplicaId
 
-_make_node, _make_stage = maker_of(Node), maker_of(Stage)
+_make_node, _make_stage, _make_load_reported = maker_of(Node), maker_of(Stage), maker_of(LoadReported)
 _NEVER_SECONDS = 1e12
 MAX_PASSES = 50
 """Decisions must settle: a rule that undoes another one would go on for ever."""
@@ -142,8 +142,12 @@ class Ours:
     def _tell_waiters(self, world: World) -> None:
         """Requests wait with the controller while no replica is ready, else in the replicas' queues."""
         for name in world.changes.queues:
-            waiting = 0 if _ready(world, name) else len(world.queues[name])
-            known = self._waiters[name]
+            waiting = len(world.queues[name])
+            if waiting and _ready(world, name):
+                waiting = 0
+            known = self._waiters.get(name, 0)
+            if waiting == known:
+                continue
             for _ in range(waiting - known):
                 self._fold(Demanded(model=name, now_seconds=world.now))
             for _ in range(known - waiting):
@@ -157,11 +161,14 @@ class Ours:
         """Report nodes; of those where nothing but sessions began or ended, no more than these."""
         changes = world.changes
         loads: dict[NodeId, dict[SimReplica, None]] = {}
-        for replica in (*changes.replicas, *self._queue_elsewhere(world)):
+        for replica in changes.replicas:
             loads.setdefault(replica.node.node_id, {})[replica] = None
+        if changes.queues:
+            for replica in self._queue_elsewhere(world):
+                loads.setdefault(replica.node.node_id, {})[replica] = None
         if not loads and not changes.nodes and not changes.gone:
             return
-        for node_id in {**changes.nodes, **loads}:
+        for node_id in {**changes.nodes, **loads} if changes.nodes else loads:
             node = world.nodes[node_id]
             if node.down:
                 self._fold(NodeUnreachable(node_id=node_id))
@@ -203,13 +210,16 @@ class Ours:
 
     def _load(self, node: SimNode, changed: Mapping[SimReplica, None], world: World) -> LoadReported:
         """Return the sessions of these replicas of a node, and of those that serve: their contexts grow."""
+        reserved = self._reserved
         told = [
-            each for each in node.replicas if (each.sessions or each in changed) and each in self._reserved
+            each
+            for each in dict.fromkeys(node.owners)
+            if each is not None and (each.sessions or each in changed) and each in reserved
         ]
-        return LoadReported(
+        return _make_load_reported(
             node_id=node.node_id,
-            replicas=tuple([session_load(self._reserved[each], each, world) for each in told]),
-            seen_seconds=world.now,
+            replicas=tuple([session_load(reserved[each], each, world) for each in told]),
+            seen_seconds=world.clock.now_seconds,
         )
 
     def _node(self, node: SimNode, world: World) -> Node:

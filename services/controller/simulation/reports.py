@@ -17,6 +17,8 @@ from stoker.ids import CheckpointUri, ModelName, ReplicaId, Revision
 
 _REVISION = Revision("1")
 _NO_STAGES = StartStages()
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call that names its fields."""
 _make_replica, _make_stages = maker_of(Replica), maker_of(StartStages)
 
 
@@ -41,6 +43,8 @@ def model_of(spec: ModelSpec, world: World) -> Model:
 
 def held_on(node: SimNode) -> dict[Checkpoint, Held]:
     """Return what a host holds."""
+    if not node.dram:
+        return {_checkpoint(name): _holding(0, disk_bytes) for name, disk_bytes in node.stored.items()}
     names = {**node.dram, **node.stored}
     return {_checkpoint(name): _holding(node.dram.get(name, 0), node.stored.get(name, 0)) for name in names}
 
@@ -96,14 +100,13 @@ def session_load(replica_id: ReplicaId, replica: SimReplica, world: World) -> Se
     """Return the sessions of a replica, those of its model's queue that wait at it included."""
     queue = world.queues[replica.model.name]
     queued = _queued_at(replica, len(queue), world) if queue and replica.phase is Standing.READY else 0
-    return SessionLoad(
-        replica_id,
-        replica.model.name,
-        len(replica.sessions) + queued,
-        queued,
-        queue[0].waiting_since_seconds if queued else None,
-        replica.idle_since_seconds,
-        world.serving.context_tokens(replica) if replica.sessions else 0,
+    waiting_since_seconds = queue[0].waiting_since_seconds if queued else None
+    context_tokens = world.serving.context_tokens(replica) if replica.sessions else 0
+    sessions, idle_since_seconds = len(replica.sessions) + queued, replica.idle_since_seconds
+    name = replica.model.name
+    return _new_tuple(
+        SessionLoad,
+        (replica_id, name, sessions, queued, waiting_since_seconds, idle_since_seconds, context_tokens),
     )
 
 

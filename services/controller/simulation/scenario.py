@@ -119,9 +119,12 @@ def simulate(  # noqa: PLR0913 - a scenario's parts, each named by its caller
     """
     for model in models:
         _check_fits(model, specs)
-    later = [
-        replace(request, arrival_seconds=request.arrival_seconds + standing_seconds) for request in requests
-    ]
+    later = requests
+    if standing_seconds:
+        later = [
+            replace(request, arrival_seconds=request.arrival_seconds + standing_seconds)
+            for request in requests
+        ]
     summaries = []
     for name in policies:
         world = World(specs, models, POLICIES[name](seed), timeout_seconds=timeout_seconds)

@@ -7,7 +7,7 @@ order in which they came. No policy decides here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from services.controller.simulation.clock import VirtualClock
 from services.controller.simulation.hardware import ModelSpec
@@ -82,12 +82,8 @@ class Serving:
         queue = self.queues[name]
         if queue:
             self._changes.queues[name] = None
-            open_replicas = [each for each in self._replicas[name] if each.free_places > 0]
-            while queue and open_replicas:
-                replica = min(open_replicas, key=lambda each: each.free_places)
+            while queue and (replica := _fullest(self._replicas[name])) is not None:
                 self._begin(queue.popleft(), replica)
-                if replica.free_places <= 0:
-                    open_replicas.remove(replica)
         if not queue:
             self.waiting.pop(name, None)
 
@@ -97,7 +93,10 @@ class Serving:
         if session.started_seconds is None:
             session.started_seconds = now_seconds
         request = session.request
-        prefill_seconds = model.prefill_seconds(device, request.input_tokens + session.kept_tokens)
+        tokens = request.input_tokens + session.kept_tokens
+        prefill_seconds = max(
+            model.compute_seconds(device, tokens, len(replica.devices)), replica.token_seconds
+        )
         if session.first_token_seconds is None:
             session.first_token_seconds = now_seconds + prefill_seconds
         decode_seconds = replica.token_seconds * (request.output_tokens - session.kept_tokens - 1)
@@ -141,7 +140,8 @@ class Serving:
             request = session.request
             tokens += request.input_tokens
             if session.first_token_seconds is not None:
-                left = int(max(0.0, session.ends_seconds - now_seconds) / token_seconds)
+                left_seconds = session.ends_seconds - now_seconds
+                left = int(left_seconds / token_seconds) if left_seconds > 0 else 0
                 if left < request.output_tokens:
                     tokens += request.output_tokens - left
         return tokens
@@ -193,3 +193,15 @@ class Serving:
         if not self.queues[name]:
             self.waiting.pop(name, None)
         self._ask()
+
+
+def _fullest(replicas: Iterable[SimReplica]) -> SimReplica | None:
+    """Return the replica with the fewest places left, the first of equal ones; None = none has any."""
+    fullest, least = None, 0
+    for replica in replicas:
+        free = replica.free_places
+        if free > 0 and (fullest is None or free < least):
+            fullest, least = replica, free
+            if free == 1:
+                break
+    return fullest

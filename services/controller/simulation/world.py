@@ -133,7 +133,7 @@ class World:
         """Have the policy decide when all that happens now has happened."""
         if not self._asked:
             self._asked = True
-            self.clock.after(0.0, self._decide)
+            self.clock.then(self._decide)
 
     def _decide(self) -> None:
         self._asked = False

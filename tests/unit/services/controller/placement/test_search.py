@@ -21,6 +21,7 @@ from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.traits import worth_seconds
 from services.controller.cluster_view.view import Device, Held, Model, Node, Policy, Pool, Stage, View
+from services.controller.placement.destinations import Destinations
 from services.controller.placement.options import rank
 from services.controller.placement.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
 from services.controller.placement.room import enough, never_fits, situation_of
@@ -124,6 +125,21 @@ def choice(decision: Any) -> Any:
             return replace(decision, options=())
         case Wait() | Unplaceable():
             return decision
+
+
+@given(views(), st.sampled_from(MODELS))
+@settings(max_examples=40, deadline=None)
+def test_no_start_elsewhere_is_quicker_than_its_floor(view: View, name: str) -> None:
+    destinations = Destinations(situation_of(view, ModelName(MODELS[0]), NOW_SECONDS, MOVING))
+
+    floor_seconds, least_seconds = (
+        look(ModelName(name)) for look in (destinations.floor_seconds, destinations.least_seconds)
+    )
+
+    if floor_seconds is None:
+        assert least_seconds is None
+    elif least_seconds is not None:
+        assert floor_seconds <= least_seconds
 
 
 @settings(max_examples=40, deadline=None)
