@@ -8,7 +8,7 @@ Run by `loading.py` with the python that has the rows' libraries:
 `serve` imports the libraries of all its rows once and says which of them cannot run, with the reason. Then
 it forks a process for every line `{"row": ..., "paths": ...}` that it reads: importing torch and
 transformers takes longer than a load, and no row's clock holds it. The process collects what imports left
-behind, makes the memory that it shares with its parent its own, prints `ready` and waits for a line;
+behind, takes as its own what a fork leaves to be copied and faulted in, prints `ready` and waits for a line;
 meanwhile the page cache is prepared. The clock runs from that line until every tensor is there and one byte
 of each of its pages has been read, so that lazy loaders pay for what they put off. A loader that hands
 tensors over one by one has them read one by one. The answer is one line of JSON.
@@ -30,6 +30,7 @@ from typing import Any
 
 PAGE_BYTES = 4096
 _THREADS = 4
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _MOST_SHARED_BYTES = 1 << 30
 
@@ -276,14 +277,23 @@ def measure(load: Load, paths: Paths) -> None:
 
 
 def own_all_memory() -> None:
-    """Copy what this process still shares with the one that it was forked from: its loads would copy it."""
+    """Make this process what one is that has imported by itself, before its clock.
+
+    A fork shares written memory until somebody writes to it, and has no page of a library in its page table:
+    its load would copy the one and fault the other in.
+    """
     libc = ctypes.CDLL(None)
     with Path("/proc/self/maps").open() as maps:
-        ranges = [line.split(maxsplit=2) for line in maps]
-    for addresses, access, _ in ranges:
+        ranges = [line.split(maxsplit=5) for line in maps]
+    for addresses, access, _, _, inode, *_ in ranges:
         first, last = (int(each, 16) for each in addresses.split("-"))
         if access == "rw-p" and last - first < _MOST_SHARED_BYTES:  # larger ones are reserved, not used
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_POPULATE_WRITE)
+            advice = _MADV_POPULATE_WRITE
+        elif access in {"r-xp", "r--p"} and inode != "0":
+            advice = _MADV_POPULATE_READ
+        else:
+            continue
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def say(what: object) -> None:

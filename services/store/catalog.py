@@ -207,11 +207,17 @@ class Catalog:
         self._remote_threads.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, uri: str) -> CatalogEntry:
-        folder = self._folder(uri)
-        known = self._entries.get(str(folder))
-        if known is not None and known.folder_signature == _folder_signature(known.watched):
+        # By its text: a `Path` of what is asked for again and again takes longer than all looks at its files.
+        known = self._unchanged(os.path.realpath(uri)) if uri.startswith("/") and "\0" not in uri else None
+        if known is not None:
             return known
-        return read_entry(folder)
+        folder = self._folder(uri)
+        return self._unchanged(str(folder)) or read_entry(folder)
+
+    def _unchanged(self, folder: str) -> CatalogEntry | None:
+        """Return what is known of a resolved folder, if nothing of it was changed since."""
+        known = self._entries.get(folder)
+        return known if known and known.folder_signature == _folder_signature(known.watched) else None
 
     def _remember(self, entry: CatalogEntry) -> None:
         self._entries[entry.uri] = entry

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import frombuffer
 
 from stoker.attach.attachment import Attachment
 from stoker.attach.columns import Tensor
@@ -30,6 +31,32 @@ def tensor(attachment: Attachment, name: str) -> torch.Tensor:
     return _tensor(attachment, place, torch_dtype(place.dtype, name=name), attachment.buffer)
 
 
+def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
+    """Return every tensor by name, tied names included (they share one tensor object)."""
+    whole = cache(attachment.buffer)
+    kinds: dict[str, tuple[torch.dtype, int]] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, place in attachment.tensors.items():
+        _, stored, extents, file, offset, nbytes, _ = place
+        if stored not in kinds:
+            kinds[stored] = _kind(stored, name)
+        dtype, item_bytes = kinds[stored]
+        if extents and nbytes and item_bytes and not offset % item_bytes:  # as nearly all are
+            flat = frombuffer(whole(file), dtype=dtype, count=nbytes // item_bytes, offset=offset)
+            found[name] = flat if len(extents) == 1 else flat.view(*extents)  # one by one: read faster
+        else:
+            found[name] = _tensor(attachment, place, dtype, whole)
+    for stored, *others in attachment.tied:
+        found.update(dict.fromkeys(others, found[stored]))
+    return found
+
+
+def _kind(stored: str, name: str) -> tuple[torch.dtype, int]:
+    """Return torch's dtype and the bytes of an element; 0: its elements come in pairs."""
+    dtype = torch_dtype(stored, name=name)
+    return dtype, dtype.itemsize if torch_shape(stored, (2,), name=name) == (2,) else 0
+
+
 def _tensor(
     attachment: Attachment, place: Tensor, dtype: torch.dtype, whole: Callable[[int], memoryview]
 ) -> torch.Tensor:
@@ -41,25 +68,7 @@ def _tensor(
     raw = whole(file)
     item_bytes = dtype.itemsize
     if offset % item_bytes == 0:
-        flat = torch.frombuffer(raw, dtype=dtype, count=nbytes // item_bytes, offset=offset)
-        if len(shape) == 1:
-            return flat
-        return flat.view(*shape) if shape else flat.view(shape)  # sizes one by one are read faster
+        return frombuffer(raw, dtype=dtype, count=nbytes // item_bytes, offset=offset).view(shape)
     attachment.wait_tensor(name)
-    found = torch.frombuffer(raw, dtype=torch.uint8, count=nbytes, offset=offset)
+    found = frombuffer(raw, dtype=torch.uint8, count=nbytes, offset=offset)
     return shaped(found, dtype=stored, shape=extents, name=name)
-
-
-def tensors(attachment: Attachment) -> dict[str, torch.Tensor]:
-    """Return every tensor by name, tied names included (they share one tensor object)."""
-    whole = cache(attachment.buffer)
-    dtypes: dict[str, torch.dtype] = {}
-    found: dict[str, torch.Tensor] = {}
-    for name, place in attachment.tensors.items():
-        stored = place.dtype
-        if stored not in dtypes:
-            dtypes[stored] = torch_dtype(stored, name=name)
-        found[name] = _tensor(attachment, place, dtypes[stored], whole)
-    for stored, *others in attachment.tied:
-        found.update(dict.fromkeys(others, found[stored]))
-    return found
