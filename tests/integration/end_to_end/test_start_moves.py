@@ -1,4 +1,4 @@
-"""A node is made free, for a model whose bytes it has or by a drain: who streams there goes on elsewhere."""
+"""A node is made free, for a start, by a drain or for a model that fits nowhere: streams go on elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI, AsyncStream
 from openai.types import Completion
 
+from stoker.checkpoint.convert import convert
 from stoker.client import AsyncClient
 from stoker.v1 import controller_pb2, model_pb2
 from tests.integration.end_to_end.stoker_up import StokerUp, stoker_up
@@ -21,12 +22,13 @@ STREAM_TOKENS = 12_000
 COMPARED_TOKENS = 60
 
 
-@pytest.fixture
-def up(tmp_path: Path) -> Iterator[StokerUp]:
-    """Two nodes with a device each, on slow disks; what has just started may go at once."""
-    shape = ("--nodes", "2", "--devices", "1", "--disk-bandwidth", str(DISK_MB_PER_SECOND))
-    policy = ("--set", "controller.minimum_residency_seconds=0")
-    with stoker_up(tmp_path / "up", *shape, *policy) as running:
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StokerUp]:
+    """Two nodes with two devices each, on slow disks; what has just started may go at once."""
+    shape = ("--nodes", "2", "--devices", "2", "--disk-bandwidth", str(DISK_MB_PER_SECOND))
+    soon = ("minimum_residency_seconds=0", "rebalance_rest_seconds=0", "rebalance_hysteresis_ratio=1")
+    settings = [part for each in soon for part in ("--set", f"controller.{each}")]
+    with stoker_up(tmp_path_factory.mktemp("up"), *shape, *settings) as running:
         yield running
 
 
@@ -34,7 +36,8 @@ async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes_an
     up: StokerUp, tmp_path: Path
 ) -> None:
     small = make_tiny_model(tmp_path / "small", context_tokens=STREAM_TOKENS + 100)
-    large = make_tiny_model(tmp_path / "large", hidden=512, layers=2)
+    large = tmp_path / "large"
+    convert(make_tiny_model(tmp_path / "whole", hidden=512, layers=2), large, tensor_parallel=2)
     async with (
         AsyncClient(gateway=up.cluster.gateway, controller=up.cluster.controller) as admin,
         AsyncOpenAI(base_url=f"{up.cluster.rest_url}/v1", api_key="none", timeout=120) as client,
@@ -64,23 +67,83 @@ async def test_a_start_moves_the_stream_away_from_the_node_that_has_the_bytes_an
             seen += await _text(stream, tokens=1)
         seen += await _text(stream, tokens=5)
         await stream.close()
+        last_placed = up.log_events("controller", "replica.placed")[-1]
+        await admin.set_node_scheduling(has_small, controller_pb2.NODE_SCHEDULING_OPEN)
+        await _deleted(admin, "small", "large")
 
     assert answer.usage is not None
     assert has_small != has_large
     assert after_the_start == {has_small}
-    moves = up.log_events("gateway", "session.moved")
+    moves = _told(up, "session.moved", "small")
     assert [moved["to_node_id"] for moved in moves] == [has_large, has_small, has_large]
     assert "drain" in moves[-1]["reason"]
     # The stream never broke; large, without residency, may go between its start and its request.
-    assert "small" not in {event["model"] for event in up.log_events("gateway", "session.resumed")}
-    assert up.log_events("controller", "replica.placed")[-1]["tier"] == "dram"
+    assert _told(up, "session.resumed", "small") == []
+    assert last_placed["tier"] == "dram"
     assert calm.choices[0].text.startswith(seen[: len(calm.choices[0].text)])
+
+
+async def test_a_node_is_cleared_before_a_likely_model_of_two_devices_is_asked_for(
+    up: StokerUp, tmp_path: Path
+) -> None:
+    slow = make_tiny_model(tmp_path / "slow", layers=24, context_tokens=STREAM_TOKENS + 100)
+    convert(make_tiny_model(tmp_path / "whole"), tmp_path / "wide", tensor_parallel=2)
+    async with (
+        AsyncClient(gateway=up.cluster.gateway, controller=up.cluster.controller) as admin,
+        AsyncOpenAI(base_url=f"{up.cluster.rest_url}/v1", api_key="none", timeout=120) as client,
+    ):
+        ask = client.completions.create
+        await admin.deploy(_spec("wide", tmp_path / "wide", keep_alive_seconds=0))
+        await asyncio.gather(*(ask(model="wide", prompt="the", max_tokens=1) for _ in range(2)))
+        await _nodes_of(admin, "wide", count=0)
+        streams = []
+        for name in ("one", "two"):
+            await admin.deploy(_spec(name, slow, keep_alive_seconds=-1))
+            stream = await ask(model=name, prompt="the", max_tokens=STREAM_TOKENS, temperature=0, stream=True)
+            streams.append(stream)
+            (its_node,) = await _nodes_of(admin, name, count=1)
+            await admin.set_node_scheduling(its_node, controller_pb2.NODE_SCHEDULING_CORDONED)
+        for node in ("node-1", "node-2"):
+            await admin.set_node_scheduling(node, controller_pb2.NODE_SCHEDULING_OPEN)
+        seen = [await _text(stream, tokens=1) for stream in streams]
+        while await _nodes_of(admin, "one") != await _nodes_of(admin, "two"):
+            seen = [text + await _text(stream, tokens=1) for text, stream in zip(seen, streams, strict=True)]
+
+        answer = await ask(model="wide", prompt="the", max_tokens=1)
+
+        seen = [text + await _text(stream, tokens=5) for text, stream in zip(seen, streams, strict=True)]
+        for stream in streams:
+            await stream.close()
+        calm = await ask(model="one", prompt="the", max_tokens=COMPARED_TOKENS, temperature=0)
+        await _deleted(admin, "one", "two", "wide")
+
+    assert answer.usage is not None
+    (cleared,) = _told(up, "node.cleared", "wide", by="controller")
+    assert cleared["reason"] == "the model will want a place"
+    (moved,) = _told(up, "session.moved", "one", "two")
+    assert moved["from_node_id"] == cleared["node_id"]
+    assert up.log_events("controller", "replica.placed")[-1]["node_id"] == cleared["node_id"]
+    assert _told(up, "session.resumed", "one", "two") == []
+    for text in seen:
+        assert calm.choices[0].text.startswith(text[: len(calm.choices[0].text)])
 
 
 def _spec(name: str, folder: Path, *, keep_alive_seconds: float) -> model_pb2.ModelSpec:
     return model_pb2.ModelSpec(
         name=name, checkpoint_uri=str(folder), keep_alive_seconds=keep_alive_seconds, max_replicas=1
     )
+
+
+def _told(up: StokerUp, event: str, *models: str, by: str = "gateway") -> list[dict]:
+    """Return what a service's log says of these models."""
+    return [found for found in up.log_events(by, event) if found["model"] in models]
+
+
+async def _deleted(admin: AsyncClient, *models: str) -> None:
+    """Leave the cluster as empty as it was."""
+    for name in models:
+        await admin.delete(name)
+        await _nodes_of(admin, name, count=0)
 
 
 async def _text(stream: AsyncStream[Completion], *, tokens: int) -> str:
