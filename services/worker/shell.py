@@ -163,8 +163,8 @@ class WorkerShell(WorkerServicer):
     async def _follow(self, request: LoadModelRequest) -> LoadModelResponse:
         """Load a rank without sessions of its own, and follow the first one; answers when all is loaded."""
         from services.worker.load import completed  # noqa: PLC0415 - as in LoadModel
-        from services.worker.ranks.following import start_following  # noqa: PLC0415
-        from services.worker.ranks.load_rank import load_follower  # noqa: PLC0415
+        from services.worker.ranks.following import start_following  # noqa: PLC0415 - as above
+        from services.worker.ranks.load_rank import load_follower  # noqa: PLC0415 - as above
 
         rank = await self._loop.run_in_executor(
             self._thread, load_follower, request, self._settings, self._pool
@@ -271,8 +271,8 @@ class WorkerShell(WorkerServicer):
         from services.worker import load  # noqa: PLC0415 - a load must not import anything
 
         self._pool = load.lock_pool_for_devices(self._settings)
-        from services.worker.model_loading import supported_architectures  # noqa: PLC0415
-        from services.worker.warm import warm_up  # noqa: PLC0415
+        from services.worker.model_loading import supported_architectures  # noqa: PLC0415 - as above
+        from services.worker.warm import warm_up  # noqa: PLC0415 - as above
 
         warm_up()
         return sorted(supported_architectures())

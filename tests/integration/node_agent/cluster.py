@@ -39,7 +39,7 @@ class Listener(ControllerServicer):
         self.fence = 1
         self._news = asyncio.Condition()
 
-    async def ReportNode(  # noqa: N802
+    async def ReportNode(  # noqa: N802 - the name of the rpc
         self, request_iterator: AsyncIterator[NodeReport], context: Any
     ) -> AsyncIterator[controller_pb2.ReportAck]:
         """Keep each report."""

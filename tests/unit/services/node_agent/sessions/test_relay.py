@@ -38,7 +38,7 @@ class PlayedWorker:
         self.commands: asyncio.Queue[RunCommand] = asyncio.Queue()
         self.steps: asyncio.Queue[StepEvent | None] = asyncio.Queue()
 
-    def Run(self, commands: AsyncIterator[RunCommand]) -> PlayedCall:  # noqa: N802
+    def Run(self, commands: AsyncIterator[RunCommand]) -> PlayedCall:  # noqa: N802 - the name of the rpc
         """Play the rpc."""
         return PlayedCall(self._play(commands))
 
