@@ -87,7 +87,10 @@ def push(
                 if progress is not None:
                     progress(done_bytes, total_bytes)
     except (obstore.exceptions.BaseError, OSError) as error:
-        raise PeerError(f"{uri} is not complete: {reason_of(error)}") from error
+        raise PeerError(
+            f"{uri} is not complete: {reason_of(error)}; push again when that is mended (an object store's "
+            "address and credentials come from the environment)"
+        ) from error
     return sizes
 
 
