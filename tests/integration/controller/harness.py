@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 
 from stoker.cli.free_ports import free_ports
 from stoker.errors import CheckpointInvalid, Fenced, LoadFailed, PeerError, ReplicaBusy, StokerError
@@ -29,8 +28,8 @@ from stoker.v1 import (
     node_agent_pb2_grpc,
     start_pb2,
 )
+from tests.integration.forked_services import ForkedProcess, fork
 
-REPOSITORY = Path(__file__).parents[3]
 PATIENCE_SECONDS = 60.0
 """Ends what would hang; passing tests never come near, on slow machines neither."""
 
@@ -40,7 +39,7 @@ REFUSED_SECONDS = 0.1
 
 
 class ControllerProcess:
-    """`python -m services.controller` as a child."""
+    """`python -m services.controller` in a process of its own."""
 
     def __init__(self, folder: Path, state: str, **settings: float | str) -> None:
         self.address = f"127.0.0.1:{free_ports(1)[0]}"
@@ -54,17 +53,12 @@ class ControllerProcess:
             "STOKER_CONTROLLER_MINIMUM_RESIDENCY_SECONDS": "0",
             **{f"STOKER_CONTROLLER_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkedProcess | None = None
 
     def start(self) -> None:
         """Start it; `ready` waits for it."""
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.controller"],
-                cwd=REPOSITORY,
-                env=self._environment,
-                stderr=log,
-            )
+            self._process = fork("services.controller", environment=self._environment, stderr=log)
 
     @property
     def log_path(self) -> Path:
@@ -88,7 +82,8 @@ class ControllerProcess:
         """Stop it where it stands; connections stay open and silent."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+        while psutil.Process(self._process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)  # it is nobody's child who could wait for that
 
     def resume(self) -> None:
         """Let it go on."""
@@ -309,7 +304,8 @@ class FakeNode(node_agent_pb2_grpc.NodeAgentServicer, checkpoint_store_pb2_grpc.
                 if ack.HasField("warm_workers"):
                     self.warm_workers_wanted.add(ack.warm_workers)
             with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), 0.5)
+                async with asyncio.timeout(0.5):  # `wait_for` may swallow a cancellation
+                    await changed.wait()
 
 
 class Client:

@@ -18,6 +18,7 @@ import pytest
 from stoker.cli.free_ports import free_ports
 from stoker.units import MIB
 from stoker.v1 import checkpoint_store_pb2_grpc
+from tests.integration.forked_services import REPOSITORY, ForkedProcess, fork
 
 START_SECONDS = 60.0
 END_SECONDS = 60.0
@@ -34,7 +35,7 @@ class Daemon:
         log: Path of what it logs, JSON lines.
     """
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     address: str
     run_dir: Path
     log: Path
@@ -77,13 +78,13 @@ def spawn(run_dir: Path, *, address: str = "", prefix: Sequence[str] = (), **set
     for name, value in (defaults | settings | {"address": address, "run_dir": run_dir}).items():
         environment[f"STOKER_STORE_{name.upper()}"] = str(value)
     log = run_dir.parent / f"{run_dir.name}.log"
+    process: subprocess.Popen[bytes] | ForkedProcess
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "services.store"],
-            env=environment,
-            stderr=output,
-            cwd=Path(__file__).resolve().parents[3],
-        )
+        if prefix:
+            command = [*prefix, sys.executable, "-m", "services.store"]
+            process = subprocess.Popen(command, env=environment, stderr=output, cwd=REPOSITORY)
+        else:
+            process = fork("services.store", environment=environment, stderr=output)
     return Daemon(process=process, address=address, run_dir=run_dir, log=log)
 
 
