@@ -68,8 +68,12 @@ class StokerUp:
 def stoker_up(data_dir: Path, *arguments: str) -> Iterator[StokerUp]:
     """Run `stoker up` on free ports until the block ends."""
     command = [*STOKER, "up", "--data", str(data_dir), "--port", "0", "--grpc-port", "0", "--pool", "0.75"]
+    at_once = ("--set", "node_agent.pool_niceness=0")  # imports do not give way to the tests beside this one
     process = subprocess.Popen(
-        [*command, "-o", "json", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "-o", "json", *at_once, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None
