@@ -153,7 +153,7 @@ async def test_a_deployment_that_is_not_sound_is_refused_with_what_to_change(clu
 async def test_ten_requests_for_a_cold_model_cause_one_start(cluster: Deployment) -> None:
     await cluster.controller_with()
     node = await cluster.node(devices=4)
-    await cluster.client.deploy("m", max_replicas=4)
+    await cluster.client.deploy("m", max_replicas=4, concurrency=10)
 
     ready = await asyncio.gather(*[cluster.client.acquire("m") for _ in range(10)])
 
