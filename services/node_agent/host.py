@@ -41,10 +41,11 @@ from services.node_agent.sessions.relay import RelayedSession, SessionRelay
 from services.node_agent.settings import NodeAgentSettings
 from services.node_agent.supervision import handle
 from services.node_agent.workers.fork_server import ForkServer
+from services.node_agent.workers.hurry import Hurry
 from services.node_agent.workers.log_folder import LogFolder
-from services.node_agent.workers.priority import give_way_no_more
 from services.node_agent.workers.replica_workers import group_of, socket_path
 from services.node_agent.workers.worker_link import LinkOptions, WorkerLink
+from services.node_agent.workers.worker_pool import waiting_orders
 from services.node_agent.workers.worker_process import WorkerOptions, WorkerProcess, worker_environment
 from stoker import log
 from stoker.errors import BY_CODE, ReplicaGone, StokerError
@@ -81,6 +82,11 @@ class Host:
             enabled=settings.fork_server,
         )
         self._links: dict[WorkerId, WorkerLink] = {}
+        self._hurry = Hurry(
+            self._fork_server,
+            pids=self._spawning_pids,
+            is_needed=lambda: bool(waiting_orders(self.state.replicas.values())),
+        )
         self._ended_early: set[WorkerId] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._fence = EpochFence()
@@ -261,11 +267,11 @@ class Host:
         """End every worker; returns when none is left."""
         if not self.state.draining:
             self.apply(DrainOrdered())
+        self._hurry.end()
         if self._timer is not None:
             self._timer.cancel()
         while self._links:
-            links = list(self._links.values())
-            await asyncio.gather(*(link.process.end() for link in links))
+            await asyncio.gather(*[link.process.end() for link in self._links.values()])
             await asyncio.sleep(0)
 
     # --- events in, effects out ---
@@ -278,8 +284,8 @@ class Host:
         tell_event(self.state, event)
         for effect in effects:
             self._run(effect)
-        if isinstance(event, StartOrdered) and not any(isinstance(each, LoadModel) for each in effects):
-            self._hurry_workers()
+        if isinstance(event, StartOrdered):
+            self._hurry.begin()
         self._on_change(True)
 
     def _run(self, effect: Effect) -> None:
@@ -303,13 +309,10 @@ class Host:
                 wait_seconds = max(0.0, at_seconds - time.monotonic()) + 0.001
                 self._timer = asyncio.get_running_loop().call_later(wait_seconds, self.apply, Tick())
 
-    def _hurry_workers(self) -> None:
-        """Have workers that are on their way give way to nobody any more: an order waits for one."""
-        self._fork_server.hurry()
-        for worker in self.state.workers.values():
-            link = self._links.get(worker.worker_id)
-            if worker.phase is WorkerPhase.SPAWNING and link is not None:
-                give_way_no_more(link.process.pid)
+    def _spawning_pids(self) -> list[int]:
+        workers = self.state.workers.values()
+        spawning = {worker.worker_id for worker in workers if worker.phase is WorkerPhase.SPAWNING}
+        return [self._links[worker_id].process.pid for worker_id in spawning & self._links.keys()]
 
     async def _live(self, worker_id: WorkerId, niceness: int) -> None:
         try:
@@ -385,10 +388,8 @@ class Host:
         link = self._links[worker_id]
         if link.description is not None:
             self.architectures = tuple(link.description.architectures)
-        known = self.worker_start_seconds
-        self.worker_start_seconds = (
-            link.start_seconds if not known else 0.7 * known + 0.3 * link.start_seconds
-        )
+        known = self.worker_start_seconds or link.start_seconds
+        self.worker_start_seconds = 0.7 * known + 0.3 * link.start_seconds
         metrics.WORKER_START.observe(link.start_seconds)
         log.get().info(
             "worker.warmed",

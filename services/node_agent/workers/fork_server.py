@@ -86,6 +86,7 @@ class ForkServer:
         self._importing: _Server | None = None
         self._is_awaited = False
         self._begins_anew = False
+        self._patience: asyncio.TimerHandle | None = None
 
     async def fork(self, arguments: Sequence[str], *, niceness: int) -> ForkedChild:
         """Return a new worker, as soon as the server is ready.
@@ -111,7 +112,8 @@ class ForkServer:
     def hurry(self) -> None:
         """Have imports that are under way give way to nobody any more: an order waits for them.
 
-        Beside busy replicas they may else take minutes. Where taking niceness back is not allowed, imports
+        Beside busy replicas they may else take minutes. Asked again and again (`Hurry`): they begin to give
+        way only once they have begun. Where taking niceness back is not allowed, imports
         that have not ended `PATIENCE_SECONDS` later begin anew, at once and without niceness.
         """
         if self._ready is not None and not self._ready.done():
@@ -123,8 +125,9 @@ class ForkServer:
         if server is None or not self._is_awaited:
             return
         self._is_awaited = False
-        if not give_way_no_more(server.pid):
-            asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._begin_anew, server)
+        if not give_way_no_more(server.pid) and self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(PATIENCE_SECONDS, self._begin_anew, server)
 
     def _begin_anew(self, server: _Server) -> None:
         if self._importing is server:
@@ -180,6 +183,9 @@ class ForkServer:
                 greeting.cancel()
         finally:
             self._importing = None
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
             server.close()
         return reason
 
