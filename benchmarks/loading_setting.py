@@ -99,10 +99,19 @@ class Daemon:
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def evict(self, folder: Path) -> None:
-        """Drop a checkpoint from the pool."""
+        """Drop a checkpoint from the pool, once the store has heard that no worker has it any more."""
+        deadline = time.monotonic() + _START_SECONDS
         with grpc.insecure_channel(self._address) as channel:
             stub = checkpoint_store_pb2_grpc.CheckpointStoreStub(channel)
-            stub.Evict(checkpoint_store_pb2.EvictRequest(uri=str(folder)), timeout=30)
+            while True:
+                try:
+                    stub.Evict(checkpoint_store_pb2.EvictRequest(uri=str(folder)), timeout=30)
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.FAILED_PRECONDITION or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+                else:
+                    return
 
     def close(self) -> None:
         """End it."""
