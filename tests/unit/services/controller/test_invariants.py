@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given, settings
@@ -23,11 +24,13 @@ from services.controller.cluster_view.fleet import Standing, members_of
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.view import Device, Phase, Policy, View
 from services.controller.placement.place import Wait, place
-from services.controller.scaling.actions import Start
+from services.controller.scaling import reconcile as reconcile_module
+from services.controller.scaling.actions import Plan, Start
 from services.controller.scaling.planner import Planner
 from services.controller.scaling.reconcile import reconcile
 from services.controller.scaling.starting import lacking, lacks_more_room
 from stoker.ids import ModelName, NodeId, ReplicaId
+from tests.scenarios import world as scenario_world
 from tests.scenarios.world import World, model
 from tests.unit.services.controller.builders import a_node
 
@@ -245,6 +248,25 @@ def test_decisions_do_not_depend_on_the_order_of_dicts(steps: list[tuple[str, in
     for name in view.models:
         ours = place(view, name, later_seconds, world.policy)
         assert ours == place(reordered(view), name, later_seconds, world.policy)
+
+
+@settings(max_examples=30, deadline=None)
+@given(STEPS)
+def test_a_look_at_which_nothing_is_due_leaves_out_nothing(steps: list[tuple[str, int, int]]) -> None:
+    """Most looks end with a comparison of two moments; all the rest of them must come to the same."""
+
+    def compared(view: View, now_seconds: float, policy: Policy) -> Plan:
+        plan = reconcile(view, now_seconds, policy)
+        with patch.object(reconcile_module, "_nothing_is_due", return_value=None):
+            whole = reconcile(view, now_seconds, policy)
+
+        assert plan == whole
+        return plan
+
+    world = a_world()
+    with patch.object(scenario_world, "reconcile", compared):  # of every view on the way, settled or not
+        for verb, first, second in steps:
+            step(world, verb, first, second)
 
 
 @settings(max_examples=25, deadline=None)
