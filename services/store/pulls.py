@@ -21,6 +21,7 @@ from services.store.disk_cache.partial import PartialCheckpoint
 from services.store.loads import Loads
 from services.store.reading.bandwidth import Moved, moved_by_tier
 from services.store.reading.chunk_source import ChunkSource, fill_run
+from services.store.reading.pace import Pace
 from services.store.remote.checkpoint import RemoteCheckpoint
 from stoker import log
 from stoker.checkpoint.index import CheckpointFile
@@ -76,10 +77,11 @@ class Pull:
 class Pulls:
     """All pulls; used from the event loop."""
 
-    def __init__(self, catalog: Catalog, loads: Loads, *, clock: Clock) -> None:
-        """Args: catalog: opens checkpoints. loads: go first. clock: for the pace of progress."""
+    def __init__(self, catalog: Catalog, loads: Loads, *, pace: Pace, clock: Clock) -> None:
+        """Args: catalog: opens checkpoints. loads: go first. pace: of its tiers. clock: for progress."""
         self._catalog = catalog
         self._loads = loads
+        self._pace = pace
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._pulls: dict[tuple[str, str], Pull] = {}
@@ -205,7 +207,7 @@ class Pulls:
         memory = memoryview(buffer)
         try:
             chunks = [memory[at : at + chunk_bytes] for at in range(0, len(memory), chunk_bytes)]
-            parts = fill_run(opened.source, chunks, offset=run.offset, length=run.length)
+            parts = self._pace.hold(fill_run(opened.source, chunks, offset=run.offset, length=run.length))
             if opened.land is not None:
                 opened.land(chunks, run.offset, run.length)
         finally:

@@ -55,6 +55,7 @@ class StoreService:
         self._pulls: Pulls | None = None
         self._peers: Peers | None = None
         self._probe: DiskProbe | None = None
+        self._pace: Pace | None = None
         self._attach: AttachServer | None = None
         self._attach_task: asyncio.Task[None] | None = None
         self._server: rpc.Server | None = None
@@ -74,7 +75,7 @@ class StoreService:
         self._tiers = tiers = await asyncio.to_thread(
             open_tiers, settings, peers=None if peers is None else peers.source
         )
-        pace = Pace(settings.paced_bytes_per_second)
+        self._pace = pace = Pace(settings.paced_bytes_per_second)
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
         self._loads = loads = self._new_loads(arena, counters, tiers, pace)
         self._probe = probe = DiskProbe(
@@ -82,7 +83,7 @@ class StoreService:
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])
-        self._pulls = pulls = Pulls(catalog, loads, clock=self._clock)
+        self._pulls = pulls = Pulls(catalog, loads, pace=pace, clock=self._clock)
         service = CheckpointStoreService(
             catalog=catalog,
             loads=loads,
@@ -166,6 +167,8 @@ class StoreService:
         """See `Service`."""
         if self._tiers is not None:
             self._tiers.remote.close()  # first: threads that wait for an origin give up
+        if self._pace is not None:
+            self._pace.close()  # and those that are held back
         # Peers before loads: threads wait for them, too. The probe last: the loads' pace lets its reads go.
         for mover in (self._pulls, self._peers, self._loads, self._probe):
             if mover is not None:

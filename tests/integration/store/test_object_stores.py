@@ -235,7 +235,9 @@ def test_pushing_to_where_it_cannot_go_is_refused(folder):
 
 def test_a_disk_that_is_full_is_told_in_one_line_and_leaves_nothing_that_looks_complete(folder, tmp_path):
     with small_disk(tmp_path / "small", "size=100k") as disk:
-        with pytest.raises(PeerError, match=r"is not complete: .*No space left on device.*push again") as full:
+        with pytest.raises(
+            PeerError, match=r"is not complete: .*No space left on device.*push again"
+        ) as full:
             push(open_checkpoint(folder), str(disk / "m"), overwrite=False)
         assert not (disk / "m" / "config.json").exists()
     assert "Debug" not in full.value.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -294,6 +295,16 @@ def test_a_pull_brings_a_checkpoint_to_the_disk_past_the_pool(converted: OriginS
         sent = converted.weights_sent()
         assert pull(daemon, converted.url)[-1].disk_bytes == size
         assert converted.weights_sent() == sent
+
+
+def test_a_pull_keeps_to_the_pace_of_its_tier(converted: OriginServer, tmp_path):
+    """What it tells of its origin is learnt from: an origin that is slowed down must look slow."""
+    size = (converted.folder / WEIGHTS).stat().st_size
+    pace = json.dumps({"remote": size / 0.4})
+    with daemon_with(tmp_path / "run", cache_dir=tmp_path / "cache", paced_bytes_per_second=pace) as daemon:
+        (transfer,) = pull(daemon, converted.url)[-1].transfers
+
+        assert (transfer.bytes, transfer.seconds > 0.2) == (size, True)
 
 
 def test_a_checkpoint_that_had_no_room_on_disk_is_kept_once_there_is_some(origin: OriginServer, tmp_path):
