@@ -16,6 +16,7 @@ from services.controller.cluster_view.view import (
     Stage,
     View,
 )
+from services.controller.scaling.reading_ahead import Memory
 from stoker.ids import CheckpointUri, ModelName, NodeId, ReplicaId, Revision
 from stoker.units import GB
 
@@ -94,4 +95,16 @@ def a_view(
         reservations={reservation.replica_id: reservation for reservation in reservations},
         always=frozenset(model.name for model in models if model.min_replicas),
         **changes,
+    )
+
+
+def a_memory(view: View) -> Memory:
+    """What choosing between checkpoints in memory needs, where no model is likely to be asked for."""
+    return Memory(
+        view=view,
+        now_seconds=NOW_SECONDS,
+        rests={},
+        names={model.checkpoint: name for name, model in view.models.items()},
+        chance=lambda _: 0.0,
+        most_chance=0.5,
     )

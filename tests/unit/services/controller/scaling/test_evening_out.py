@@ -10,10 +10,10 @@ import pytest
 
 from services.controller.cluster_view.view import Device, Held, Node, Pool, View
 from services.controller.scaling.evening_out import LEAST_DIFFERENCE, even_out
-from services.controller.scaling.reading_ahead import Memory, Reading
+from services.controller.scaling.reading_ahead import Reading
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB
-from tests.unit.services.controller.builders import NOW_SECONDS, a_model, a_node, a_view
+from tests.unit.services.controller.builders import a_memory, a_model, a_node, a_view
 
 NODES, MODELS, PER_NODE = 4, 8, 3
 POOL_BYTES = PER_NODE * GB + GB // 2
@@ -38,15 +38,7 @@ def full_cluster(seed: int) -> View:
 
 
 def exchanges(view: View) -> list[Reading]:
-    memory = Memory(
-        view=view,
-        now_seconds=NOW_SECONDS,
-        rests={},
-        names={model.checkpoint: name for name, model in view.models.items()},
-        chance=lambda _: 0.0,
-        most_chance=0.5,
-    )
-    return list(even_out(memory, taken=frozenset(), coming=(), at_most=NODES))
+    return list(even_out(a_memory(view), taken=frozenset(), coming=(), at_most=NODES))
 
 
 def carried_out(view: View, readings: list[Reading]) -> View:

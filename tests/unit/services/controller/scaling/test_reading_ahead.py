@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from services.controller.cluster_view.demand import Demand, Refusal
 from services.controller.cluster_view.view import Device, Held, Pool, View
-from services.controller.scaling.reading_ahead import MAX_NODES, Memory, Reading, read_ahead
+from services.controller.scaling.reading_ahead import MAX_NODES, Reading, read_ahead
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB
 from tests.unit.services.controller.builders import (
     NOW_SECONDS,
+    a_memory,
     a_model,
     a_node,
     a_replica,
@@ -38,15 +39,7 @@ def waiting(*names: str, nodes: int = 3, waiters: int = 1, pool_bytes: int = 10 
 
 
 def readings(view: View, *, at_most: int = 8, taken: frozenset[NodeId] = frozenset()) -> list[Reading]:
-    memory = Memory(
-        view=view,
-        now_seconds=NOW_SECONDS,
-        rests={},
-        names={model.checkpoint: name for name, model in view.models.items()},
-        chance=lambda _: 0.0,
-        most_chance=0.5,
-    )
-    return list(read_ahead(memory, taken=taken, saves=lambda *_: True, at_most=at_most))
+    return list(read_ahead(a_memory(view), taken=taken, saves=lambda *_: True, at_most=at_most))
 
 
 def places(found: list[Reading]) -> list[tuple[str, str]]:
