@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,9 +26,10 @@ def test_two_nodes_with_one_device_each_serve_a_model_each_at_their_disks_speed(
                     model_pb2.ModelSpec(name=name, checkpoint_uri=str(tiny_model), keep_alive_seconds=-1)
                 )
         with up.openai() as openai, ThreadPoolExecutor() as pool:
-            answers = list(
-                pool.map(lambda name: openai.completions.create(model=name, prompt="the", max_tokens=2), "ab")
+            ask = partial(
+                openai.completions.create, prompt="the", max_tokens=2, extra_body={"ignore_eos": True}
             )
+            answers = list(pool.map(lambda name: ask(model=name), "ab"))
         with grpc.insecure_channel(up.cluster.controller) as channel:
             stub = controller_pb2_grpc.ControllerStub(channel)
             listed = stub.ListNodes(controller_pb2.ListNodesRequest()).nodes
