@@ -27,12 +27,12 @@ from services.store.reading.bandwidth import moved_by_tier, span_seconds
 from services.store.reading.disk_sources import DiskSources
 from services.store.reading.lanes import Lane
 from services.store.reading.pace import Pace
-from services.store.reading.read_plan import ReadingDisk, chunks_needed, lay_out_and_plan
+from services.store.reading.read_plan import chunks_needed, lay_out_and_plan
 from services.store.reading.read_queue import ChunkRead, Urgency
 from services.store.reading.transfers import Transfers
 from services.store.records import record_dropped, record_failed, record_loaded, record_rates, show_pool
 from services.store.sharing import Sharing
-from stoker.checkpoint.reading import DISK, ReadPart
+from stoker.checkpoint.reading import ReadPart
 from stoker.clock import Clock
 from stoker.errors import CapacityError, InUse, PeerError, StokerError
 
@@ -62,7 +62,6 @@ class Loads:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._sharing = sharing
-        self._disk_threads = threads[Lane.DISK]
         self.transfers = Transfers(
             threads,
             counters,
@@ -254,11 +253,14 @@ class Loads:
             need_chunks = chunks_needed(entry, self.arena.chunk_bytes)
             resident = self._residents.add(entry, need_chunks=need_chunks, urgency=urgency)
             resident.free_room_only = free_room_only
-            resident.used_in_order = used_in_order
+            resident.used_in_order = used_in_order  # before its reads are planned
             self._placing.newcomer(resident)
         elif urgency < resident.urgency:
             resident.urgency = urgency
             self.transfers.hurry(resident)
+        if used_in_order and not resident.used_in_order and resident.phase is not Phase.READY:
+            resident.used_in_order = True
+            self.transfers.shorten(resident, chunk_bytes=self.arena.chunk_bytes)
         resident.free_room_only &= free_room_only
         resident.uses = resident.uses.used(self._clock.now_seconds())
         resident.last_used_unix_seconds = self._clock.unix_seconds()
@@ -296,9 +298,7 @@ class Loads:
             slots=slots,
             arena=self.arena,
             sources=self._sources,
-            disk=ReadingDisk(
-                bytes_per_second=self.transfers.rates.bytes_per_second(DISK), threads=self._disk_threads
-            ),
+            disk=self.transfers.disk(),
         )
         resident.phase = Phase.LOADING
         resident.mapped.set_result(None)

@@ -107,7 +107,7 @@ class Resident:
         demand_waiters: Calls that wait for it on someone's behalf.
         superseded: Its files have changed since.
         free_room_only: Nothing is dropped for it while it waits for chunks.
-        used_in_order: Whoever asked for it first uses its bytes as they come.
+        used_in_order: Somebody who asked for it before it was loaded uses its bytes as they come.
         parts: What its load has moved so far.
         moved: The same by tier, once loaded.
         seconds: What the load took, once loaded.

@@ -8,7 +8,7 @@ one urgency take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from time import monotonic
 
@@ -47,6 +47,10 @@ class Lanes:
         """Make a prefetch urgent in every lane."""
         for readers in self._readers.values():
             readers.hurry(load)
+
+    def change(self, lane: Lane, load: int, changed: Callable[[Job], Sequence[Job]]) -> int:
+        """Put other jobs in the place of each of a load that waits; returns how many more there are."""
+        return self._readers[lane].change(load, changed)
 
     def drop_reads(self, load: int) -> int:
         """Forget the reads of a load that wait; returns how many will never run. Running ones go on."""

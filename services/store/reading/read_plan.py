@@ -77,6 +77,18 @@ def chunks_per_read(
     return max(1, min(most, int(ahead_bytes / (threads * chunk_bytes))))
 
 
+def run_chunks(resident: Resident, *, chunk_bytes: int, disk: ReadingDisk) -> int:
+    """Return how many chunks of a resident's files on disk are read in one go, as it is used by now."""
+    window = resident.window
+    return chunks_per_read(
+        disk,
+        chunk_bytes=chunk_bytes,
+        followed_bytes=resident.entry.index.weight_bytes if resident.used_in_order else None,
+        urgency=resident.urgency,
+        window_chunks=None if window is None else window.chunks,
+    )
+
+
 def chunks_needed(entry: CatalogEntry, chunk_bytes: int) -> int:
     """Return how many chunks a checkpoint takes; each file starts a new one."""
     return sum(chunk_count(file.size_bytes, chunk_bytes) for file in entry.index.files)
@@ -114,13 +126,7 @@ def lay_out_and_plan(  # noqa: PLR0913 - what a load is made of
         load=resident.key,
         ranks=resident.entry.index.layout == "converted" and window is None,
         memory=arena.chunk,
-        per_read=chunks_per_read(
-            disk,
-            chunk_bytes=arena.chunk_bytes,
-            followed_bytes=resident.entry.index.weight_bytes if resident.used_in_order else None,
-            urgency=resident.urgency,
-            window_chunks=None if window is None else window.chunks,
-        ),
+        per_read=run_chunks(resident, chunk_bytes=arena.chunk_bytes, disk=disk),
         in_order=resident.used_in_order or window is not None,
     )
     if window is None:

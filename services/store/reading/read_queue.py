@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
@@ -79,6 +79,20 @@ class ChunkRead:
     def run(self) -> list[ReadPart]:
         """See `Job`."""
         return fill_run(self.source, self.chunks, offset=self.offset, length=self.length)
+
+
+def shortened(read: ChunkRead, most: int) -> list[ChunkRead]:
+    """Return reads of at most so many chunks, ≥ 1, that bring the same bytes in the same order."""
+    step_bytes = most * len(read.chunks[0])
+    return [
+        replace(
+            read,
+            index=read.index + first,
+            chunks=read.chunks[first : first + most],
+            length=min(step_bytes, read.length - first * len(read.chunks[0])),
+        )
+        for first in range(0, len(read.chunks), most)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +167,15 @@ class ReadOrder(Generic[JobT]):
             self._waiting[Urgency.PREFETCH].remove(load)
             self._waiting[Urgency.DEMAND].append(load)
 
+    def change(self, load: int, changed: Callable[[JobT], Sequence[JobT]]) -> int:
+        """Put other reads in the place of each of a load that waits; returns how many more there are now."""
+        reads = self._reads.get(load, deque())
+        before = len(reads)
+        reads.extend([found for read in reads for found in changed(read)])
+        for _ in range(before):
+            reads.popleft()
+        return len(reads) - before
+
     def drop(self, load: int) -> int:
         """Forget what is left of a load; returns how many reads that was."""
         return len(self._reads.pop(load, ()))
@@ -204,6 +227,14 @@ class Readers(Generic[JobT]):
         """Make a prefetch urgent."""
         with self._lock:
             self._order.hurry(load)
+
+    def change(self, load: int, changed: Callable[[JobT], Sequence[JobT]]) -> int:
+        """Put other reads, at least one, in the place of each that waits; returns how many more there are."""
+        with self._lock:
+            more = self._order.change(load, changed)
+        for _ in range(more):
+            self._tokens.put(None)
+        return more
 
     def drop(self, load: int) -> int:
         """Forget what is left of a load; returns how many reads will never happen. Running ones go on."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from services.store.pool.counters import ReadyCounters
 from services.store.pool.resident import Phase, Resident
 from services.store.reading.bandwidth import RunningRates
 from services.store.reading.lanes import Job, Lane, Lanes
 from services.store.reading.pace import Pace
-from services.store.reading.read_queue import ChunkLanding, ChunkRead, Outcome, Urgency
-from stoker.checkpoint.reading import ReadPart
+from services.store.reading.read_plan import ReadingDisk, run_chunks
+from services.store.reading.read_queue import ChunkLanding, ChunkRead, Outcome, Urgency, shortened
+from stoker.checkpoint.reading import DISK, ReadPart
 from stoker.errors import StokerError
 
 
@@ -52,6 +53,7 @@ class Transfers:
         self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # threads have none: log lines would lose theirs
+        self._disk_threads = threads[Lane.DISK]
         self._lanes = Lanes(threads, self._done)
         self._residents: dict[int, Resident] = {}
 
@@ -68,6 +70,19 @@ class Transfers:
     def hurry(self, resident: Resident) -> None:
         """Make a prefetch urgent."""
         self._lanes.hurry(resident.key)
+
+    def disk(self) -> ReadingDisk:
+        """Return how files on this host's disks are read."""
+        return ReadingDisk(bytes_per_second=self.rates.bytes_per_second(DISK), threads=self._disk_threads)
+
+    def shorten(self, resident: Resident, *, chunk_bytes: int) -> None:
+        """Cut what is queued from disk into reads that suit how the resident is used by now."""
+        most = run_chunks(resident, chunk_bytes=chunk_bytes, disk=self.disk())
+
+        def cut(job: Job) -> Sequence[Job]:
+            return shortened(job, most) if isinstance(job, ChunkRead) else (job,)
+
+        resident.reads_left += self._lanes.change(Lane.DISK, resident.key, cut)
 
     def abandon(self, resident: Resident) -> None:
         """Forget what is queued for a resident; what runs goes on and still ends."""

@@ -19,6 +19,7 @@ from services.store.pool.counters import ReadyCounters
 from services.store.pool.resident import Phase
 from services.store.reading.disk_sources import DiskSources
 from services.store.reading.lanes import Lane
+from services.store.reading.pace import Pace
 from services.store.reading.read_queue import Urgency
 from services.store.settings import StoreSettings, VerifyDisk
 from stoker.checkpoint.reading import DISK, ReadPart
@@ -33,7 +34,7 @@ CHUNK = 64 * KIB
 class Store:
     """A catalog and a pool of a few chunks."""
 
-    def __init__(self, chunks: int, counters: int, policy: VerifyDisk) -> None:
+    def __init__(self, chunks: int, counters: int, policy: VerifyDisk, pace: Pace | None) -> None:
         self.catalog = Catalog(allowed_roots=())
         settings = StoreSettings(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK)
         self.arena = open_arena(settings)
@@ -47,6 +48,7 @@ class Store:
             ),
             threads=dict.fromkeys(Lane, 2),
             clock=self.clock,
+            pace=pace,
         )
 
     async def load(self, folder, urgency=Urgency.DEMAND):
@@ -60,9 +62,23 @@ class Store:
         return chunks[: file.size_bytes]
 
 
+class Held(Pace):
+    """Lets no read end before it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def hold(self, parts):
+        """Wait."""
+        self._closed.wait()
+        return list(parts)
+
+
 @asynccontextmanager
-async def store(chunks: int = 8, counters: int = 64, policy: VerifyDisk = VerifyDisk.FIRST):
-    made = Store(chunks, counters, policy)
+async def store(
+    chunks: int = 8, counters: int = 64, policy: VerifyDisk = VerifyDisk.FIRST, pace: Pace | None = None
+):
+    made = Store(chunks, counters, policy, pace)
     try:
         yield made
     finally:
@@ -92,6 +108,25 @@ async def test_a_load_that_a_forward_pass_follows_has_little_on_its_way_at_a_tim
             reads[followed] = made.loads.lease(entry, Urgency.DEMAND, window=followed).reads_left
 
         assert reads == {True: 24, False: 6}
+
+
+async def test_a_prefetch_that_a_forward_pass_joins_has_as_little_on_its_way_as_if_it_had_begun_it(tmp_path):
+    held = Held()
+    async with store(chunks=64, pace=held) as made:
+        made.loads.learn([ReadPart(tier=DISK, byte_count=2**30, began_seconds=0.0, ended_seconds=1.0)])
+        folder = write_checkpoint(tmp_path / "a", size=12 * CHUNK - 500)
+        entry = await made.catalog.open(str(folder))
+        loading = made.loads.lease(entry, Urgency.PREFETCH)
+        alone = loading.reads_left
+        joined = made.loads.lease(entry, Urgency.DEMAND, window=True)
+        reads = joined.reads_left
+        held.close()
+        await joined.done
+
+        assert joined is loading
+        assert alone == 6
+        assert reads >= 16 + 2  # two threads may have taken a read of four chunks each
+        assert made.content(joined) == (folder / "model.safetensors").read_bytes()
 
 
 async def test_many_who_ask_share_one_load(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.store.reading.read_queue import ChunkRead, ReadOrder, Urgency
+from services.store.reading.read_queue import ChunkRead, ReadOrder, Urgency, shortened
 from stoker.checkpoint.reading import FileSignature, SourceFile
 
 SOURCE = SourceFile(Path("/x"), FileSignature(inode=1, size_bytes=1, modified_ns=1))
@@ -29,6 +29,30 @@ def test_chunks_of_a_load_come_in_order():
     order.add(1, reads(1, 3), Urgency.DEMAND)
 
     assert drain(order) == [(1, 0), (1, 1), (1, 2)]
+
+
+def test_a_read_cut_into_shorter_ones_brings_the_same_bytes():
+    chunks = tuple(memoryview(bytearray(8)) for _ in range(5))
+    whole = ChunkRead(load=1, file=2, index=3, source=SOURCE, chunks=chunks, length=37)
+
+    cut = shortened(whole, 2)
+
+    assert [(read.index, read.offset, read.length) for read in cut] == [(3, 24, 16), (5, 40, 16), (7, 56, 5)]
+    assert [chunk for read in cut for chunk in read.chunks] == list(chunks)
+    assert shortened(whole, 5) == [whole]
+
+
+def test_reads_that_wait_are_changed_in_their_place():
+    order = ReadOrder()
+    order.add(1, reads(1, 3), Urgency.DEMAND)
+    order.add(2, reads(2, 1), Urgency.DEMAND)
+    order.next()
+
+    more = order.change(1, lambda read: [read, read])
+
+    assert more == 2
+    assert drain(order) == [(2, 0), (1, 1), (1, 1), (1, 2), (1, 2)]
+    assert order.change(3, lambda read: [read, read]) == 0
 
 
 def test_loads_of_one_urgency_take_turns():
