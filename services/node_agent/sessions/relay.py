@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MAX_BUFFERED_EVENTS = 4096
 """Of one session, when its client reads more slowly than the worker generates."""
 
+LEAVING_SECONDS = 10.0
+"""Whoever was asked to leave and is here after this has asked in vain to be taken elsewhere: others' turn."""
+
 
 class RelayedSession:
     """One session, as its `Generate` call sees it. Made by `SessionRelay.open`."""
@@ -35,9 +38,9 @@ class RelayedSession:
         "_events",
         "_on_news",
         "_waiter",
+        "asked_to_leave_seconds",
         "context_tokens",
         "epoch",
-        "is_leaving",
         "request_id",
         "session_id",
         "started",
@@ -50,12 +53,17 @@ class RelayedSession:
         self.context_tokens = context_tokens
         """Prompt and output so far."""
         self.started = False
-        self.is_leaving = False
-        """Its reader was asked to move it."""
+        self.asked_to_leave_seconds: float | None = None
+        """When its reader was last asked to move it, monotonic; None = it was not."""
         self._events: deque[GenerateEvent] = deque()
         self._error: StokerError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._on_news: Callable[[], None] = _nobody_follows
+
+    def is_on_its_way(self, now_seconds: float) -> bool:
+        """Tell whether its reader was asked so lately that it may still be moving it."""
+        asked_seconds = self.asked_to_leave_seconds
+        return asked_seconds is not None and now_seconds - asked_seconds < LEAVING_SECONDS
 
     def follow(self, on_news: Callable[[], None]) -> None:
         """Have it called when there is an event or an error, in the event loop; it may close the session."""
@@ -103,6 +111,18 @@ class RelayedSession:
 
 def _nobody_follows() -> None:
     """Stands for a follower."""
+
+
+def _turn(session: RelayedSession, now_seconds: float) -> tuple[float, bool, int]:
+    """Return when a session is asked to leave, among those of its replica: the smallest first."""
+    asked_seconds = session.asked_to_leave_seconds
+    if session.is_on_its_way(now_seconds):
+        turn = -1.0
+    elif asked_seconds is None:
+        turn = 0.0
+    else:
+        turn = 1.0 + asked_seconds  # in vain; who was asked the longest ago comes first
+    return turn, session.started, session.context_tokens
 
 
 class SessionRelay:
@@ -229,16 +249,18 @@ class SessionRelay:
             grace_seconds: Until the replica ends; 0 = it does not.
             to_replica_id: Where they should go; empty = wherever the model is ready.
             request_id: Only this request's sessions; empty = all.
-            max_sessions: At most so many; first those asked before, then those that wait, then the shortest;
-                0 = all.
+            max_sessions: At most so many; first those on their way (a repeated order asks nobody else), last
+                those asked in vain; else those that wait, then the shortest; 0 = all.
         """
+        now_seconds = self._now_seconds()
         leave = Leave(reason=reason, grace_seconds=grace_seconds, to_replica_id=to_replica_id)
         leaving = [session for session in self._sessions.values() if request_id in ("", session.request_id)]
         if max_sessions:
-            leaving.sort(key=lambda each: (not each.is_leaving, each.started, each.context_tokens))
+            leaving.sort(key=lambda each: _turn(each, now_seconds))
             del leaving[max_sessions:]
         for session in leaving:
-            session.is_leaving = True
+            if not session.is_on_its_way(now_seconds):  # asking again must not keep it first for ever
+                session.asked_to_leave_seconds = now_seconds
             session.put(GenerateEvent(epoch=session.epoch, leave=leave))
         return len(leaving)
 

@@ -283,6 +283,39 @@ async def test_who_reads_a_session_is_asked_to_move_it() -> None:
         assert not event.tokens
 
 
+def asked(sessions: list[RelayedSession]) -> list[str]:
+    """Return which sessions have been asked to leave since the last call."""
+    found = []
+    for session in sessions:
+        while (event := session.poll()) is not None:
+            assert event.HasField("leave")
+            found.append(session.session_id)
+    return found
+
+
+async def test_an_order_that_is_repeated_soon_asks_nobody_else() -> None:
+    async with scene() as played:
+        sessions = [played.open(f"ses-{number}") for number in range(3)]
+        played.relay.ask_to_leave("crowded", 0.0, max_sessions=1)
+        first = asked(sessions)
+        played.now += relay_module.LEAVING_SECONDS / 2
+        played.relay.ask_to_leave("crowded", 0.0, max_sessions=1)
+
+        assert asked(sessions) == first
+
+
+async def test_a_session_that_could_not_move_is_asked_again_only_after_all_others() -> None:
+    async with scene() as played:
+        sessions = [played.open(f"ses-{number}") for number in range(3)]
+        orders = []
+        for _ in range(5):
+            played.relay.ask_to_leave("crowded", 0.0, max_sessions=1)
+            orders += asked(sessions)
+            played.now += relay_module.LEAVING_SECONDS
+
+        assert orders == ["ses-0", "ses-1", "ses-2", "ses-0", "ses-1"]
+
+
 class PlayedLink:
     """Keeps what was sent over it."""
 
