@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from arguments import positive
 from setting import (
     MODEL_DIR,
     cluster,
@@ -204,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--starts", type=int, default=10, help="cold starts of each kind")
+    parser.add_argument("--starts", type=positive, default=10, help="cold starts of each kind")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder; default: the demo's model")
     arguments = parser.parse_args()
     folder = arguments.model.resolve()

@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from arguments import positives, several
 from immutables import Map
 from setting import print_heading
 
@@ -213,14 +214,14 @@ def _folded(view: View, name: ModelName, decision: Decision, number: int) -> Vie
 def main() -> None:
     """Measure, print, and exit 0 when the target is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--placements", type=int, default=300)
-    parser.add_argument("--nodes", default="10,100,1000,10000")
+    parser.add_argument("--placements", type=several, default=300)
+    parser.add_argument("--nodes", type=positives, default="10,100,1000,10000")
     asked = parser.parse_args()
     print_heading("One placement: decision and fold")
     collect_rarely()
     print(f"{'nodes':>6} {'models':>7}  {'cluster':<16} {'median':>9} {'p99':>9} {'placed':>7}")
     worst_median = worst_p99 = 0.0
-    for nodes in (int(word) for word in asked.nodes.split(",")):
+    for nodes in asked.nodes:
         for kind in KINDS:
             gc.unfreeze()
             gc.collect()  # the cluster before

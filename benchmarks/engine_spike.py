@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from arguments import positive
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from services.worker.engine.protocol import EngineLimits, Sampling, Submit, TokenOut
@@ -106,10 +107,10 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(MODEL_DIR), help="default: what `make demo` fetched")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--dtypes", default="float32,bfloat16", help="separated by commas")
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=positive, default=24)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--continuous", action="store_true", help="measure transformers' own, too")
     return parser.parse_args()
 

@@ -17,6 +17,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from arguments import positive
 from real_cluster import RealCluster, Shape, Start, real_cluster
 from setting import print_heading
 
@@ -99,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=2, help="of all models and tiers")
+    parser.add_argument("--rounds", type=positive, default=2, help="of all models and tiers")
     rounds = parser.parse_args().rounds
     print_heading("estimates beside measured starts")
     print("                                 total s           error    worker s        weights s")

@@ -35,6 +35,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import urlopen
 
+from arguments import positive
 from setting import print_heading
 
 from stoker.rpc import connect
@@ -303,10 +304,10 @@ async def _load_everywhere(addresses: list[str]) -> tuple[float, int]:
 def main() -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=256, help="of weights")
-    parser.add_argument("--megabits", type=int, default=400, help="per second, of every link, each way")
-    parser.add_argument("--chunk-mib", type=int, default=4, help="of the stores' chunks")
-    parser.add_argument("--stores", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--megabytes", type=positive, default=256, help="of weights")
+    parser.add_argument("--megabits", type=positive, default=400, help="per second, of every link, each way")
+    parser.add_argument("--chunk-mib", type=positive, default=4, help="of the stores' chunks")
+    parser.add_argument("--stores", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--logs", type=Path, help="a folder for what the stores log")
     parser.add_argument("--origin", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

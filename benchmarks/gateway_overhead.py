@@ -33,6 +33,7 @@ from pathlib import Path
 
 import httpx
 import uvloop
+from arguments import positive
 from setting import MODEL_DIR, KeptConnection, cluster, median, print_heading, stream_kept
 
 from services.gateway.text.model_text import ModelText
@@ -247,9 +248,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument(
-        "--samples", type=int, default=20, help="first tokens per side and round; default: 20"
+        "--samples", type=positive, default=20, help="first tokens per side and round; default: 20"
     )
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder; default: the demo's model")
     arguments = parser.parse_args()

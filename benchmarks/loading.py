@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import loading_results
+from arguments import not_negative
 from loading_checkpoints import SHAPES, Checkpoint, clean, make
 from loading_limit import THREADS, fio, fio_buffer
 from loading_report import ATTACH, CACHED_DIRECT, FIO, LOOP, STOKER, Row, judge, print_table
@@ -249,7 +250,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=sorted(SHAPES), default="3", help="GB of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=not_negative, default=3, help="0 = only show what --join has")
     parser.add_argument("--rows", default="", help="only these besides stoker, by name with commas between")
     parser.add_argument(
         "--cold-only",

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arguments import not_negative, positive
 from crashes import TARGET_DETECTION_SECONDS, measure_crashes, report_crashes
 from drains import measure_drain, report_drain
 from moving_streams import Cluster, Settings, body, gaps, mean_of, percentile, reading, two_nodes
@@ -138,17 +139,20 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--moves", type=int, default=10, help="moves per stream")
+    parser.add_argument("--moves", type=positive, default=10, help="moves per stream")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[128, 1024, 4096], help="prompt tokens, about"
+        "--lengths", type=positive, nargs="+", default=[128, 1024, 4096], help="prompt tokens, about"
     )
-    parser.add_argument("--kills", type=int, default=3, help="of workers")
-    parser.add_argument("--silences", type=int, default=1, help="of nodes; 0 = none")
-    parser.add_argument("--streams", type=int, default=4, help="of the node that is drained")
+    parser.add_argument("--kills", type=positive, default=3, help="of workers")
+    parser.add_argument("--silences", type=not_negative, default=1, help="of nodes; 0 = none")
+    parser.add_argument("--streams", type=positive, default=4, help="of the node that is drained")
     parser.add_argument(
-        "--tokens", type=int, default=2000, help="longest answer; a stream is left once it has moved enough"
+        "--tokens",
+        type=positive,
+        default=2000,
+        help="longest answer; a stream is left once it has moved enough",
     )
-    parser.add_argument("--between", type=int, default=12, help="tokens before, between and after moves")
+    parser.add_argument("--between", type=positive, default=12, help="tokens before, between and after moves")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     return parser.parse_args()
 

@@ -190,6 +190,8 @@ async def main() -> int:
     parser.add_argument("--results", type=Path, help="file of what has been done; it is not done again")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no run after this")
     asked = parser.parse_args()
+    if min(asked.positions, asked.apart) < 1:
+        parser.error("--positions and --apart are at least 1")
     log.configure("oracle", level="ERROR")  # a line per kill says nothing here
     chosen, began, skipped = cases(asked.only), time.monotonic(), 0
     if not chosen:

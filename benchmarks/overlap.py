@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+from arguments import positive
 from cold_start import stoker_start
 from setting import MODEL_DIR, cluster, median, print_heading
 from slow_disk import children_running, slow_disk
@@ -76,8 +77,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--starts", type=int, default=5, help="cold starts of each kind")
-    parser.add_argument("--read-mb-per-second", type=int, default=250, help="what the disk is slowed down to")
+    parser.add_argument("--starts", type=positive, default=5, help="cold starts of each kind")
+    parser.add_argument(
+        "--read-mb-per-second", type=positive, default=250, help="what the disk is slowed down to"
+    )
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder; default: the demo's model")
     arguments = parser.parse_args()
     folder = arguments.model.resolve()

@@ -33,11 +33,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from arguments import not_negative, not_negative_float, positive, positive_float, positive_floats
 from policy_cells import LENGTHS, NODES, Cell, floor_seconds, gamma_cells, swept_cells, whole
 from policy_results import OURS, TARGETS, Figures, Results, Row, Run, row_of, table
 
 from services.controller.simulation import scenario
 from services.controller.simulation.hardware import PAPER_NODE
+from stoker.errors import StokerError
 
 
 def simulate(run: Run) -> tuple[Run, Figures, float]:
@@ -120,8 +122,8 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
         gamma_cells(
             sizes=arguments.models.split(","),
             lengths=[_length(name) for name in arguments.lengths.split(",")],
-            rates=[float(rate) for rate in arguments.rates.split(",")],
-            cvs=[float(cv) for cv in arguments.cvs.split(",")],
+            rates=arguments.rates,
+            cvs=arguments.cvs,
             seconds=arguments.seconds,
             seeds=seeds,
         )
@@ -141,25 +143,37 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", default="opt-6.7b:32", help="comma separated; one row each")
     parser.add_argument("--lengths", default="gsm8k,sharegpt")
-    parser.add_argument("--rates", default="0.2,0.8,1.4")
-    parser.add_argument("--cvs", default="8")
-    parser.add_argument("--seconds", type=float, default=450.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--rates", type=positive_floats, default="0.2,0.8,1.4")
+    parser.add_argument("--cvs", type=positive_floats, default="8")
+    parser.add_argument("--seconds", type=positive_float, default=450.0)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--first-seed", type=not_negative, default=1)
     parser.add_argument(
-        "--standing", type=float, default=0.0, help="seconds that a cluster stands before the first request"
+        "--standing",
+        type=not_negative_float,
+        default=0.0,
+        help="seconds that a cluster stands before the first request",
     )
     parser.add_argument("--policies", default="stoker,shepherd,serverless", help="ours is among them")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, help="keeps what is found; what is there is not run again")
     parser.add_argument("--quick", action="store_true", help="0.8 requests/s, one seed")
     parser.add_argument("--sweep", action="store_true", help="CVs at 0.8 requests/s; Azure traces")
     parser.add_argument("--whole", action="store_true", help="sizes, lengths, rates, CVs and Azure traces")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rates, arguments.seeds = "0.8", 1
-    if OURS not in arguments.policies.split(","):
+        arguments.rates, arguments.seeds = [0.8], 1
+    policies = arguments.policies.split(",")
+    if unknown := set(policies) - set(scenario.POLICIES):
+        known = ", ".join(sorted(scenario.POLICIES))
+        parser.error(f"--policies: {', '.join(sorted(unknown))}: there are {known}")
+    if OURS not in policies:
         parser.error(f"--policies lacks {OURS}: the others are compared with it")
+    try:
+        for models in arguments.models.split(","):
+            scenario.parse_models(models)
+    except StokerError as error:
+        parser.error(str(error))
     return arguments
 
 

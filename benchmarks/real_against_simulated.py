@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arguments import not_negative, positive_float
 from real_cluster import PATIENCE_SECONDS, RealCluster, Shape, real_cluster
 from setting import median, print_heading
 from small_models import small_model_bytes
@@ -231,9 +232,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=90.0, help="length of the run")
-    parser.add_argument("--requests-per-second", type=float, default=0.7, help="over all models")
-    parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
+    parser.add_argument("--seconds", type=positive_float, default=90.0, help="length of the run")
+    parser.add_argument("--requests-per-second", type=positive_float, default=0.7, help="over all models")
+    parser.add_argument("--seed", type=not_negative, default=1, help="of the arrivals")
     options = parser.parse_args()
     print_heading("the real system beside its simulation")
     known = asyncio.run(calibrate())

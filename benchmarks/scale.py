@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from arguments import positive
+
 from services.controller.simulation import scenario, traces, workload
 from services.controller.simulation.hardware import opt_models
 from services.controller.simulation.report import table
@@ -56,9 +58,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", type=int, default=1000)
-    parser.add_argument("--models", type=int, default=10_000)
-    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--nodes", type=positive, default=1000)
+    parser.add_argument("--models", type=positive, default=10_000)
+    parser.add_argument("--requests", type=positive, default=1_000_000)
     parser.add_argument("--policy", default="reactive", choices=sorted(scenario.POLICIES))
     arguments = parser.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}: {' '.join(sys.argv)}")
@@ -77,6 +79,8 @@ def main() -> int:
         seed=1,
         popularity=[1.0 / rank for rank in range(1, len(models) + 1)],
     )
+    if not requests:
+        parser.error(f"--requests {arguments.requests}: by chance none arrives, ask for more")
     made_seconds = time.process_time() - began
     print(f"{len(requests)} requests at {rate:g}/s made in {made_seconds:.0f} s", flush=True)
     began, began_wall = time.process_time(), time.perf_counter()

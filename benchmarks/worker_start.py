@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import uvloop
+from arguments import positive
 from setting import print_heading
 
 from services.node_agent.background import Background
@@ -95,7 +96,7 @@ def line(name: str, starts: Sequence[Start]) -> str:
 def main() -> int:
     """Run and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     rounds = parser.parse_args().rounds
     print_heading("a further worker, forked and started directly in turn")
     forked, direct = uvloop.run(compare(rounds))
