@@ -236,9 +236,21 @@ class Cluster:
 
     @contextmanager
     def waiting(
-        self, name: ModelName, failed: frozenset[ReplicaId], request_id: str = ""
+        self,
+        name: ModelName,
+        failed: frozenset[ReplicaId],
+        request_id: str = "",
+        waited_seconds: float = 0.0,
+        earlier_waits_seconds: float = 0.0,
     ) -> Iterator[asyncio.Event]:
         """Count a request that waits for `name`; yields an event that is set whenever to look again.
+
+        Args:
+            name: The model.
+            failed: Replicas that just failed under the request.
+            request_id: The request's.
+            waited_seconds: How long it has waited before it came here.
+            earlier_waits_seconds: Of these, before it was served last.
 
         Raises:
             QueueFull: Too many wait already.
@@ -256,9 +268,13 @@ class Cluster:
             self._requests[name].add(request_id)
         known = frozenset(found for found in failed if found in self.view.reservations)
         now_seconds = self.clock.now_seconds()
-        self.apply(
-            *([Distrusted(replica_ids=known)] if known else []), Demanded(model=name, now_seconds=now_seconds)
+        demanded = Demanded(
+            model=name,
+            now_seconds=now_seconds,
+            waited_seconds=waited_seconds,
+            earlier_waits_seconds=earlier_waits_seconds,
         )
+        self.apply(*([Distrusted(replica_ids=known)] if known else []), demanded)
         try:
             yield woken
         finally:

@@ -259,7 +259,8 @@ async def _acquire(
     failed = frozenset(ReplicaId(replica_id) for replica_id in request.failed_replica_ids)
     told: pb.AcquireEvent | None = None
     waited = False
-    with cluster.waiting(name, failed, request.request_id) as woken:
+    waits_seconds = request.waited_seconds, request.earlier_waits_seconds
+    with cluster.waiting(name, failed, request.request_id, *waits_seconds) as woken:
         while True:
             woken.clear()
             cluster.check_leading()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from services.controller.answer import State, is_offered, status
+from services.controller.cluster_view.demand import began_seconds
 from services.controller.cluster_view.fleet import Member, members_of
 from services.controller.cluster_view.learnt import Moved, StartStages, Transferred
 from services.controller.cluster_view.view import Device, Held, Model, Node, Phase, Pool, Replica, Stage, View
@@ -143,6 +144,11 @@ def _replica_of(replica: node_agent_pb2.Replica, now_seconds: float) -> Replica:
         numerics=replica.numerics,
         context_tokens=replica.context_tokens,
         waiting_sessions=replica.waiting_sessions,
+        longest_since_seconds=(
+            began_seconds(replica.longest_wait_seconds, now_seconds)
+            if replica.HasField("longest_wait_seconds")
+            else None
+        ),
         revision=Revision(replica.revision),
     )
 

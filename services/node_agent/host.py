@@ -236,6 +236,7 @@ class Host:
                 found[replica_id] = Load(
                     running_sessions=relay.running_count,
                     waiting_sessions=relay.session_count - relay.running_count,
+                    longest_wait_seconds=relay.longest_wait_seconds(),
                     idle_seconds=relay.idle_seconds(),
                     context_tokens=relay.context_tokens(),
                     worker_pid=link.process.pid,

@@ -48,6 +48,8 @@ class Load:
 
     running_sessions: int = 0
     waiting_sessions: int = 0
+    longest_wait_seconds: float | None = None
+    """Of those that wait; None = none does."""
     idle_seconds: float = 0.0
     context_tokens: int = 0
     """Prompt and output so far, over the running sessions."""
@@ -120,6 +122,7 @@ def _replica(node_id: str, hosted: Hosted, seen: Observed) -> Replica:
         error_code=hosted.error_code,
         error_message=hosted.error_message,
         worker_pid=load.worker_pid,
+        longest_wait_seconds=load.longest_wait_seconds,
         node_id=node_id,
         timings=start_timings(hosted),
     )

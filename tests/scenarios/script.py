@@ -156,8 +156,10 @@ def _delete(world: World, words: list[str]) -> None:
 
 
 def _ask(world: World, words: list[str]) -> None:
-    for name in words:
-        world.apply(Demanded(model=ModelName(name), now_seconds=world.now_seconds))
+    settings = _settings([word for word in words if "=" in word])
+    waits = {f"{key}_seconds": quantity(value) for key, value in settings.items()}
+    for name in (word for word in words if "=" not in word):
+        world.apply(Demanded(model=ModelName(name), now_seconds=world.now_seconds, **waits))
 
 
 def _history(world: World, words: list[str]) -> None:
@@ -213,11 +215,13 @@ def _sessions(world: World, words: list[str]) -> None:
     count = int(words[1])
     idle_since_seconds = None if count else world.now_seconds
     waiting = int(_settings(words[2:]).get("waiting", "0"))
+    longest = _settings(words[2:]).get("longest")
     world.change_replica(
         ReplicaId(words[0]),
         sessions=count,
         idle_since_seconds=idle_since_seconds,
         waiting_sessions=waiting,
+        longest_since_seconds=world.now_seconds - quantity(longest) if longest else None,
         context_tokens=int(_settings(words[2:]).get("tokens", "0")),
     )
 

@@ -62,6 +62,7 @@ class SessionLoad(NamedTuple):
     waiting_since_seconds: float | None = None
     idle_since_seconds: float | None = None
     context_tokens: int = 0
+    longest_since_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +162,10 @@ class Demanded:
 
     model: ModelName
     now_seconds: float
+    waited_seconds: float = 0.0
+    """It has in all: also in a replica's queue, or with the leader before."""
+    earlier_waits_seconds: float = 0.0
+    """Of these, before it was served last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

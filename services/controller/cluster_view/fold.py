@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from immutables import Map
 
-from services.controller.cluster_view.demand import Demand, Failure
+from services.controller.cluster_view.demand import Failure, demanded
 from services.controller.cluster_view.events import (
     Declined,
     Demanded,
@@ -150,8 +150,8 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
             return changed(view, scheduling=_with(view.scheduling, node_id, scheduling))
         case StopRefused(replica_id=replica_id, busy=busy):
             return _stop_refused(view, replica_id, busy=busy)
-        case Demanded(model=model_name, now_seconds=now_seconds):
-            return _demanded(view, model_name, now_seconds)
+        case Demanded():
+            return _demanded(view, event)
         case DemandEnded(model=model_name):
             return _demand_ended(view, model_name)
         case Declined(model=model_name, now_seconds=now_seconds):
@@ -300,15 +300,19 @@ def _stop_refused(view: View, replica_id: ReplicaId, *, busy: bool) -> View:
     return changed(view, nodes=_with(view.nodes, node.node_id, node))
 
 
-def _demanded(view: View, name: ModelName, now_seconds: float) -> View:
-    before = view.demands.get(name)
-    demand = (
-        changed(before, waiters=before.waiters + 1)
-        if before
-        else Demand(since_seconds=now_seconds, waiters=1)
-    )
+def _demanded(view: View, event: Demanded) -> View:
+    name, before = event.model, view.demands.get(event.model)
+    demand = demanded(before, event.waited_seconds, event.earlier_waits_seconds, event.now_seconds)
     view = changed(view, demands=_with(view.demands, name, demand))
-    return view if before else _arrived(view, name, now_seconds)
+    if before is None:
+        return _arrived(view, name, event.now_seconds)
+    refusal = view.refusals.get(name)
+    if refusal is None or refusal.retry_at_seconds is None or demand.since_seconds == before.since_seconds:
+        return view
+    retry_at_seconds = min(refusal.retry_at_seconds, event.now_seconds)  # a bound may be reached already
+    return changed(
+        view, refusals=_with(view.refusals, name, changed(refusal, retry_at_seconds=retry_at_seconds))
+    )
 
 
 def _missed(view: View, name: ModelName) -> View:

@@ -36,6 +36,7 @@ _LOAD = (
     "sessions",
     "waiting_sessions",
     "waiting_since_seconds",
+    "longest_since_seconds",
     "idle_since_seconds",
     "context_tokens",
 )
@@ -44,10 +45,12 @@ _load_of = attrgetter(*_LOAD)
 _draft_of_node, _draft_of_replica = copier_of(Node), copier_of(Replica)
 _REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
 """Of a replica, what no agent says: this controller knows it."""
-_reported = attrgetter(
-    *(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, "waiting_since_seconds"})
-)
-"""Of a replica, what its agent says."""
+_WAITS = ("waiting_since_seconds", "longest_since_seconds")
+"""Of a replica, moments that are worked out here."""
+SAME_WAIT_SECONDS = 0.1
+"""A wait that is told anew began at the moment known before, give or take what a report's way takes."""
+_reported = attrgetter(*(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, *_WAITS}))
+"""Of a replica, what its agent says, and must be the same to the last bit."""
 _beside_load = attrgetter(*(each.name for each in fields(Replica) if each.name not in {*_REMEMBERED, *_LOAD}))
 """Of a replica, what its agent says beside its sessions."""
 
@@ -87,13 +90,14 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         was = replicas.get(replica.replica_id)
         if was is None:
             continue
-        waiting_since_seconds = (
-            waiting_since(replica, was, event.seen_seconds) if replica.waiting_sessions else None
-        )
         draft = _draft_of_replica(was)
         draft.sessions = replica.sessions
         draft.waiting_sessions = replica.waiting_sessions
-        draft.waiting_since_seconds = waiting_since_seconds
+        if replica.waiting_sessions:
+            draft.waiting_since_seconds = waiting_since(replica, was, event.seen_seconds)
+            draft.longest_since_seconds = longest_since(replica, was)
+        else:
+            draft.waiting_since_seconds = draft.longest_since_seconds = None
         draft.idle_since_seconds = replica.idle_since_seconds
         draft.context_tokens = replica.context_tokens
         now = replicas[replica.replica_id] = finished(draft, Replica)
@@ -110,6 +114,7 @@ def differs_in_sessions(was: Replica, now: Replica) -> bool:
         was.sessions != now.sessions
         or was.waiting_sessions != now.waiting_sessions
         or was.waiting_since_seconds != now.waiting_since_seconds
+        or was.longest_since_seconds != now.longest_since_seconds
         or was.idle_since_seconds != now.idle_since_seconds
     )
 
@@ -125,9 +130,11 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
     It is the one before, where nothing of it has changed: what follows from it need not be looked at again.
     """
     waiting_since_seconds = waiting_since(replica, before, now_seconds)
+    longest_since_seconds = longest_since(replica, before)
     if (
         before is not None
         and before.waiting_since_seconds == waiting_since_seconds
+        and before.longest_since_seconds == longest_since_seconds
         and (before.ready_since_seconds is not None or not is_complete(replica))
         and _reported(before) == _reported(replica)
     ):
@@ -139,6 +146,7 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
     draft.first_seen_seconds = before.first_seen_seconds if before else now_seconds
     draft.ready_since_seconds = ready_since_seconds
     draft.waiting_since_seconds = waiting_since_seconds
+    draft.longest_since_seconds = longest_since_seconds
     return finished(draft, Replica)
 
 
@@ -147,6 +155,20 @@ def waiting_since(replica: Replica | SessionLoad, before: Replica | None, now_se
     if not replica.waiting_sessions:
         return None
     return before.waiting_since_seconds if before and before.waiting_sessions else now_seconds
+
+
+def longest_since(replica: Replica | SessionLoad, before: Replica | None) -> float | None:
+    """Return since when the session that has waited longest does, as its agent tells; None = none, or untold.
+
+    The moment known before stays where the one that is told differs by no more than a report's way.
+    """
+    told_seconds = replica.longest_since_seconds
+    if told_seconds is None or not replica.waiting_sessions:
+        return None
+    known_seconds = before.longest_since_seconds if before is not None else None
+    if known_seconds is not None and abs(known_seconds - told_seconds) <= SAME_WAIT_SECONDS:
+        return known_seconds
+    return told_seconds
 
 
 def _differs_in_load(was: Replica, replica: Replica) -> bool:

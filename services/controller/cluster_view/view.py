@@ -151,6 +151,8 @@ class Replica:
         context_tokens: Prompt and output so far, over all running sessions.
         waiting_sessions: Of the sessions, those not in its batch yet.
         waiting_since_seconds: Since when this controller has seen some wait without a break.
+        longest_since_seconds: When the wait of the one that has waited longest began, wherever that was, as
+            its gateway and agent tell; None = none waits, or nobody tells.
         revision: Of the checkpoint it loads.
     """
 
@@ -173,6 +175,7 @@ class Replica:
     context_tokens: int = 0
     waiting_sessions: int = 0
     waiting_since_seconds: float | None = None
+    longest_since_seconds: float | None = None
     revision: Revision | None = None
 
 

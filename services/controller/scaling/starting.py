@@ -9,7 +9,7 @@ from services.controller.cluster_view.attention import EMPTY, asked_for
 from services.controller.cluster_view.events import ForecastMissed
 from services.controller.cluster_view.fleet import Member, Standing, is_leaving
 from services.controller.cluster_view.forecast import prewarm_window_seconds
-from services.controller.cluster_view.view import Model, Policy
+from services.controller.cluster_view.view import Model, Policy, Replica
 from services.controller.placement.options import Move
 from services.controller.placement.outcome import outcome
 from services.controller.placement.place import (
@@ -182,16 +182,33 @@ def _queues(planner: Planner, name: ModelName) -> bool:
 
 def _waiting_since_seconds(planner: Planner, name: ModelName) -> float | None:
     """Return since when sessions wait for a place in a ready replica's batch; None = none does."""
+    since = [replica.waiting_since_seconds for replica in _with_a_queue(planner, name)]
+    return min((moment for moment in since if moment is not None), default=None)
+
+
+def _longest_since_seconds(planner: Planner, name: ModelName) -> float | None:
+    """Return since when the session that has waited longest for such a place has waited for anything.
+
+    Where no agent tells it is since when some have been seen to wait in that batch; None = none does.
+    """
+    since = []
+    for replica in _with_a_queue(planner, name):
+        told_seconds, seen_seconds = replica.longest_since_seconds, replica.waiting_since_seconds
+        since.append(seen_seconds if told_seconds is None else told_seconds)
+    return min((moment for moment in since if moment is not None), default=None)
+
+
+def _with_a_queue(planner: Planner, name: ModelName) -> Iterable[Replica]:
+    """Return the ready replicas of a model in which sessions wait for a place in the batch."""
     if not planner.index.tallies.get(name, EMPTY).waiting:
-        return None
-    since = [
-        found.replica.waiting_since_seconds
+        return ()
+    return (
+        found.replica
         for found in planner.members_of(name)
         if found.standing is Standing.READY
         and found.replica is not None
         and found.replica.waiting_since_seconds is not None
-    ]
-    return min(since, default=None)
+    )
 
 
 def _is_expected(planner: Planner, model: Model) -> bool:
@@ -230,8 +247,8 @@ def _urgency(planner: Planner, name: ModelName, cold: set[ModelName]) -> tuple[i
     """Return a model's class (0 = requests wait for it) and since when it waits, seconds."""
     demand = planner.view.demands.get(name)
     if demand is not None and name in cold:
-        return (0, demand.since_seconds)
-    since_seconds = _waiting_since_seconds(planner, name)
+        return (0, demand.urgent_since_seconds)
+    since_seconds = _longest_since_seconds(planner, name)
     if since_seconds is not None:
         return (0, since_seconds)
     return (1 if name in planner.view.always else 2, 0.0)

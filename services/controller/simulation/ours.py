@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 
 from services.controller.cluster_view.events import (
     Demanded,
@@ -45,7 +46,7 @@ from services.controller.scaling.reconcile import reconcile
 from services.controller.simulation.levelling import Levelling
 from services.controller.simulation.looking_ahead import LookingAhead
 from services.controller.simulation.parts import Phase as Standing
-from services.controller.simulation.parts import SimNode, SimReplica, Tiers
+from services.controller.simulation.parts import Session, SimNode, SimReplica, Tiers
 from services.controller.simulation.reports import (
     devices_of,
     held_on,
@@ -96,8 +97,8 @@ class Ours:
         self._levelling = Levelling(levels) if levels is not None else None
         self._view = View()
         self._waiters: Counter[ModelName] = Counter()
-        self._queues: dict[ModelName, tuple[int, tuple[SimReplica, ...]]] = {}
-        """Of models that wait at ready replicas: how many, and at which."""
+        self._queues: dict[ModelName, tuple[int, float, tuple[SimReplica, ...]]] = {}
+        """Of models that wait at ready replicas: how many, since when the longest, and at which."""
         self._held_by_node: dict[NodeId, tuple[int, dict[Checkpoint, Held]]] = {}
         self._replicas: dict[ReplicaId, SimReplica] = {}
         self._reserved: dict[SimReplica, ReplicaId] = {}
@@ -148,8 +149,8 @@ class Ours:
             known = self._waiters.get(name, 0)
             if waiting == known:
                 continue
-            for _ in range(waiting - known):
-                self._fold(Demanded(model=name, now_seconds=world.now))
+            for session in islice(world.queues[name], known, waiting):
+                self._fold(_demanded(session, world.now))
             for _ in range(known - waiting):
                 self._fold(DemandEnded(model=name))
             if waiting:
@@ -192,7 +193,10 @@ class Ours:
             if not world.queues[name] and name not in self._queues:
                 continue
             ready = [each for each in world.replicas[name] if each.phase is Standing.READY]
-            queue = (len(world.queues[name]), tuple(ready)) if ready and world.queues[name] else None
+            longest_since_seconds = world.serving.longest_since_seconds(name) if ready else None
+            queue = None
+            if longest_since_seconds is not None:
+                queue = (len(world.queues[name]), longest_since_seconds, tuple(ready))
             if queue == self._queues.get(name):
                 continue
             others += world.replicas[name]
@@ -325,6 +329,16 @@ class Ours:
             world.preempt(replica)
         else:
             world.displace(replica)
+
+
+def _demanded(session: Session, now_seconds: float) -> Demanded:
+    """Return what a session's gateway says when it asks for a replica."""
+    return Demanded(
+        model=session.request.model,
+        now_seconds=now_seconds,
+        waited_seconds=now_seconds - session.began_to_wait_seconds,
+        earlier_waits_seconds=session.wait_seconds,
+    )
 
 
 def _ready(world: World, name: ModelName) -> bool:

@@ -41,7 +41,12 @@ class Session:
     kept_tokens: int = 0
     """Output tokens that it need not generate again, after it was displaced."""
     wait_seconds: float = 0.0
-    """All of its waiting, also after preemptions."""
+    """All of its waiting that has ended, also after preemptions."""
+
+    @property
+    def began_to_wait_seconds(self) -> float:
+        """Return when it began to wait, all its waits counted as one."""
+        return self.waiting_since_seconds - self.wait_seconds
 
 
 @dataclass(slots=True, eq=False)

@@ -89,7 +89,7 @@ def replica_of(replica_id: ReplicaId, replica: SimReplica, world: World) -> Repl
         devices=replica.devices,
         sessions=len(replica.sessions) + queued,
         waiting_sessions=queued,
-        waiting_since_seconds=queue[0].waiting_since_seconds if queued else None,
+        longest_since_seconds=world.serving.longest_since_seconds(replica.model.name) if queued else None,
         idle_since_seconds=replica.idle_since_seconds,
         stages=_make_stages(weights_seconds=seconds, total_seconds=seconds) if ready else _NO_STAGES,
         context_tokens=world.serving.context_tokens(replica),
@@ -100,13 +100,13 @@ def session_load(replica_id: ReplicaId, replica: SimReplica, world: World) -> Se
     """Return the sessions of a replica, those of its model's queue that wait at it included."""
     queue = world.queues[replica.model.name]
     queued = _queued_at(replica, len(queue), world) if queue and replica.phase is Standing.READY else 0
-    waiting_since_seconds = queue[0].waiting_since_seconds if queued else None
+    longest_since_seconds = world.serving.longest_since_seconds(replica.model.name) if queued else None
     context_tokens = world.serving.context_tokens(replica) if replica.sessions else 0
     sessions, idle_since_seconds = len(replica.sessions) + queued, replica.idle_since_seconds
     name = replica.model.name
     return _new_tuple(
         SessionLoad,
-        (replica_id, name, sessions, queued, waiting_since_seconds, idle_since_seconds, context_tokens),
+        (replica_id, name, sessions, queued, None, idle_since_seconds, context_tokens, longest_since_seconds),
     )
 
 

@@ -77,6 +77,11 @@ class Serving:
             self.waiting.setdefault(name)
         self._ask()
 
+    def longest_since_seconds(self, name: ModelName) -> float | None:
+        """Return since when the one of a model's queue that has waited longest does; None = none waits."""
+        queue = self.queues[name]
+        return min([session.began_to_wait_seconds for session in queue]) if queue else None
+
     def serve(self, name: ModelName) -> None:
         """Give waiting sessions to ready replicas with a place, the fullest first."""
         queue = self.queues[name]

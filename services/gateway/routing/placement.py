@@ -10,6 +10,7 @@ from contextlib import aclosing
 from services.gateway.job import Job
 from services.gateway.routing.controllers import ControllerAway, Controllers
 from services.gateway.routing.routes import ModelRoute, Replica, RouteTable, choose_replica
+from services.gateway.sessions.waited import Waited
 from services.gateway.text_request import Waiting
 from stoker.clock import Clock
 from stoker.errors import PeerError
@@ -83,7 +84,12 @@ class Placement:
             del self.in_flight[replica_id]
 
     async def acquire(
-        self, job: Job, *, failed: Sequence[ReplicaId] = (), limit_seconds: float = math.inf
+        self,
+        job: Job,
+        *,
+        failed: Sequence[ReplicaId] = (),
+        limit_seconds: float = math.inf,
+        waited: Waited | None = None,
     ) -> Replica:
         """Have a replica started unless one is, tell the client how it goes, and return it when it is ready.
 
@@ -93,24 +99,29 @@ class Placement:
             job: The request; its trace is told the start's timings.
             failed: Replicas that just failed under this request.
             limit_seconds: Longest wait, if shorter than what the settings and the request allow.
+            waited: By the session that goes on; None = since the request came.
 
         Raises:
             StokerError: What the controller says: no room, load failed, not in time, nobody there.
         """
         began_seconds = self._clock.now_seconds()
+        waited = waited or Waited(since_seconds=job.trace.started_seconds)
         timeout_seconds = min(self._cold_timeout_seconds, job.left_seconds(), limit_seconds)
         away_since_seconds: float | None = None
         if failed or job.request.deadline_seconds is None:  # else a refusal at once must still be an error
             await job.sink.waiting(Waiting(state="acquiring"))
         try:
             while True:
-                left_seconds = timeout_seconds - (self._clock.now_seconds() - began_seconds)
+                now_seconds = self._clock.now_seconds()
+                left_seconds = timeout_seconds - (now_seconds - began_seconds)
                 request = controller_pb2.AcquireRequest(
                     model=job.trace.model,
                     request_id=job.trace.request_id,
                     timeout_seconds=max(0.001, left_seconds),
                     failed_replica_ids=failed,
                     deadline_seconds=0.0 if failed else job.deadline_left_seconds(),
+                    waited_seconds=waited.seconds(now_seconds),
+                    earlier_waits_seconds=waited.earlier_seconds,
                 )
                 try:
                     return await self._acquire_once(request, job)
@@ -126,8 +137,12 @@ class Placement:
         finally:
             job.trace.acquire_seconds += self._clock.now_seconds() - began_seconds
 
-    async def start_another(self, job: Job) -> Replica:
+    async def start_another(self, job: Job, *, waited_seconds: float = 0.0) -> Replica:
         """Return a replica for a session that runs well but must move; the client is told nothing.
+
+        Args:
+            job: Its request.
+            waited_seconds: How long it has waited for its first token, where that has not come.
 
         Raises:
             StokerError: What the controller says.
@@ -136,6 +151,7 @@ class Placement:
             model=job.trace.model,
             request_id=job.trace.request_id,
             timeout_seconds=min(self._cold_timeout_seconds, job.left_seconds()),
+            waited_seconds=waited_seconds,
         )
         events = self._controllers.stream(
             lambda stub: stub.Acquire(request, timeout=request.timeout_seconds + 1.0)

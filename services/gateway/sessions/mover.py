@@ -208,7 +208,8 @@ class Mover:
             with suppress(StokerError):  # no room, no controller, deleted: the source goes on, there is time
                 found = placement.ready(placement.table.find(model), passed_over, self._origin)
                 if found is None:
-                    found = await placement.start_another(self._job)
+                    waited_seconds = self._session.waited.seconds(self._job.clock.now_seconds())
+                    found = await placement.start_another(self._job, waited_seconds=waited_seconds)
             if found and found.replica_id not in passed_over and found.continues(self._origin):
                 return found
             await self._job.clock.sleep(RETRY_SECONDS)
@@ -328,6 +329,7 @@ class Mover:
             model=self._job.trace.model,
             replica_id=destination.replica_id,
             request_id=self._job.trace.request_id,
+            now_seconds=self._job.clock.now_seconds(),
             resume_mode=self._resume_mode,
         )
         order.epoch = epoch

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from services.gateway.sessions.waited import Waited
 from services.gateway.text.model_text import ModelText
 from services.gateway.text.stop_strings import StopFilter
 from stoker.errors import Fenced, PeerError, WorkerDied
@@ -76,6 +77,7 @@ class Session:
         token_ids: Tokens received, in order; with the prompt and the sampling all there is to know.
         epoch: Raised each time the session gets a new owner; tokens of an earlier one are refused.
         finish_reason: None while it goes on.
+        waited: Its waits so far; kept by who runs it.
     """
 
     def __init__(  # noqa: PLR0913 - all that a session is
@@ -100,6 +102,7 @@ class Session:
         self.epoch = 0
         self._highest_epoch = 0
         self.finish_reason: str | None = None
+        self.waited = Waited()
         self._text = text
         self._detokenizer = text.detokenizer()
         self._stops = StopFilter(stop)
@@ -113,9 +116,18 @@ class Session:
         model: str,
         replica_id: str,
         request_id: str,
+        now_seconds: float = 0.0,
         resume_mode: session_pb2.ResumeMode.ValueType = session_pb2.RESUME_MODE_EXACT,
     ) -> session_pb2.GenerateRequest:
-        """Return the order to a replica to begin, or to go on after the tokens received so far."""
+        """Return the order to a replica to begin, or to go on after the tokens received so far.
+
+        Args:
+            model: The session's.
+            replica_id: Whose order it is.
+            request_id: For logs.
+            now_seconds: The clock of its waits.
+            resume_mode: How tokens get into the replica.
+        """
         return session_pb2.GenerateRequest(
             model=model,
             replica_id=replica_id,
@@ -129,6 +141,7 @@ class Session:
             adapter=self.adapter,
             keep_seconds=self._keep_seconds,
             fingerprint=self._fingerprint,
+            waited_seconds=self.waited.seconds(now_seconds),
         )
 
     @property

@@ -20,6 +20,7 @@ from services.gateway.sessions.moved_events import in_order, next_or_moved
 from services.gateway.sessions.mover import Events, Moved, Mover
 from services.gateway.sessions.request_key import feed_unseen
 from services.gateway.sessions.session import Delta, Session
+from services.gateway.sessions.waited import Waited
 from services.gateway.text_request import Waiting
 from stoker import log
 from stoker.errors import CapacityError, Fenced, StokerError, StreamLost
@@ -76,6 +77,7 @@ class SessionRun:
         self._mover: Mover | None = None
         self._at: Replica | None = None
         self._claims_left = MAX_CLAIMS
+        session.waited = Waited(since_seconds=job.trace.started_seconds)
 
     async def run(self, replica: Replica) -> None:
         """Generate to the end, beginning at `replica`.
@@ -113,6 +115,7 @@ class SessionRun:
             model=job.trace.model,
             replica_id=replica.replica_id,
             request_id=job.trace.request_id,
+            now_seconds=job.clock.now_seconds(),
             resume_mode=self._resume_mode(),
         )
         events = self._agents.generate(replica, order, timeout_seconds=job.left_seconds())
@@ -190,6 +193,8 @@ class SessionRun:
 
     def _note_tokens(self) -> None:
         earlier_seconds, self._token_seconds = self._token_seconds, self._job.clock.now_seconds()
+        if self._session.waited.since_seconds is not None:
+            self._session.waited = self._session.waited.served(self._token_seconds)
         if self._switched is not None:
             numerics = self._note_numerics(self._switched.source, self._switched.moved.replica, "move")
             report_moved(self._switched, self._session, self._job.trace, self._token_seconds, numerics)
@@ -256,6 +261,7 @@ class SessionRun:
         """
         clock = self._job.clock
         self._switched = None  # a move whose destination died before its first token was no move
+        self._session.waited = self._session.waited.interrupted(clock.now_seconds())
         if self._resumption is None:
             self._resumption = _Resumption(
                 cause=error.code,
@@ -309,7 +315,9 @@ class SessionRun:
         if found is not None:
             return found
         limit_seconds = self._policy.resume_timeout_seconds if self._has_begun else float("inf")
-        found = await placement.acquire(self._job, failed=self._hops.failed, limit_seconds=limit_seconds)
+        found = await placement.acquire(
+            self._job, failed=self._hops.failed, limit_seconds=limit_seconds, waited=self._session.waited
+        )
         if like is not None and not found.continues(like):
             raise redeployed(model, len(self._session.token_ids))
         return found

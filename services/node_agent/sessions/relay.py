@@ -44,14 +44,25 @@ class RelayedSession:
         "request_id",
         "session_id",
         "started",
+        "waiting_since_seconds",
     )
 
-    def __init__(self, session_id: str, epoch: int, context_tokens: int = 0, *, request_id: str = "") -> None:
+    def __init__(
+        self,
+        session_id: str,
+        epoch: int,
+        context_tokens: int = 0,
+        *,
+        request_id: str = "",
+        waiting_since_seconds: float = 0.0,
+    ) -> None:
         self.session_id = session_id
         self.request_id = request_id
         self.epoch = epoch
         self.context_tokens = context_tokens
         """Prompt and output so far."""
+        self.waiting_since_seconds = waiting_since_seconds
+        """When it began to wait, what it waited before it came here included; until it has `started`."""
         self.started = False
         self.asked_to_leave_seconds: float | None = None
         """When its reader was last asked to move it, monotonic; None = it was not."""
@@ -176,6 +187,11 @@ class SessionRelay:
         """Return the tokens, prompt and output so far, of all sessions that run."""
         return sum(session.context_tokens for session in self._sessions.values() if session.started)
 
+    def longest_wait_seconds(self) -> float | None:
+        """Return the longest wait of the sessions that have had no event yet; None = none waits."""
+        since = [each.waiting_since_seconds for each in self._sessions.values() if not each.started]
+        return max(0.0, self._now_seconds() - min(since)) if since else None
+
     def has_request(self, request_id: str) -> bool:
         """Tell whether sessions of a request run here."""
         return any(session.request_id == request_id for session in self._sessions.values())
@@ -195,6 +211,7 @@ class SessionRelay:
         if self._error is not None:
             raise self._error
         earlier = self._sessions.get(request.session_id)
+        waiting_since_seconds = self._now_seconds() - max(0.0, request.waited_seconds)
         if earlier is not None:
             if request.epoch <= earlier.epoch:
                 raise Fenced(
@@ -202,6 +219,8 @@ class SessionRelay:
                     f"a request with epoch {request.epoch} is late",
                     details={"highest_epoch": earlier.epoch},
                 )
+            if not earlier.started:
+                waiting_since_seconds = min(waiting_since_seconds, earlier.waiting_since_seconds)
             # Not cancelled there: the worker goes on from what the earlier owner had computed.
             self._forget(earlier)
             earlier.fail(Fenced(f"session {request.session_id} was taken over by epoch {request.epoch}"))
@@ -215,6 +234,7 @@ class SessionRelay:
             request.epoch,
             context_tokens=len(request.prompt_token_ids) + len(request.generated_token_ids),
             request_id=request.request_id,
+            waiting_since_seconds=waiting_since_seconds,
         )
         self._sessions[request.session_id] = session
         self._tell(RunCommand(submit=request))

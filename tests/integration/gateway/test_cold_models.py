@@ -46,6 +46,7 @@ async def test_a_cold_request_gets_headers_and_comments_until_its_model_is_ready
     assert trace["start"]["weights_seconds"] == 0.5
     assert trace["acquire_seconds"] > 0
     assert trace["first_token_seconds"] >= trace["acquire_seconds"]
+    assert cluster.agent.orders[-1].waited_seconds >= trace["acquire_seconds"]  # it is no newcomer there
     assert trace["replica_ids"] == ["rep-cold"]
     assert trace["finish"] == "stop"
 

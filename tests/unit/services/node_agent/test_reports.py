@@ -47,7 +47,11 @@ STARTING = Hosted(
     handed_seconds=10.5,
 )
 SEEN = Observed(
-    loads={ReplicaId("rep-1"): Load(running_sessions=2, waiting_sessions=1, worker_pid=7)},
+    loads={
+        ReplicaId("rep-1"): Load(
+            running_sessions=2, waiting_sessions=1, worker_pid=7, longest_wait_seconds=3.5
+        )
+    },
     memory=Memory(total_bytes=100, free_bytes=40),
     store=StoreStatus(checkpoints=[StoredCheckpoint(checkpoint=CHECKPOINT, dram_bytes=250)]),
     architectures=["LlamaForCausalLM"],
@@ -96,6 +100,11 @@ def test_a_ready_replica_reports_every_stage_and_the_total_from_the_decision_on(
     assert (replica.timings.total_seconds, replica.timings.predicted_seconds) == (1.25, 2.0)
     assert replica.ready_unix_seconds == 1e9 + 11.0
     assert (replica.running_sessions, replica.waiting_sessions, replica.worker_pid) == (2, 1, 7)
+    assert replica.longest_wait_seconds == 3.5
+
+
+def test_a_replica_at_which_nobody_waits_reports_no_wait() -> None:
+    assert not report(STARTING, replace(SEEN, loads={})).replicas[0].HasField("longest_wait_seconds")
 
 
 def test_a_replica_that_takes_sessions_while_it_loads_says_how_far_it_is() -> None:

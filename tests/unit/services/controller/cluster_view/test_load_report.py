@@ -77,3 +77,44 @@ def test_a_load_report_makes_the_view_of_the_whole_one() -> None:
     assert replace(narrow, room=0) == replace(whole, room=0)
     assert index_of(narrow) == index_of(whole)
     assert narrow.nodes[NodeId("n")].replicas[ReplicaId("r1")].waiting_since_seconds == 9.0
+
+
+def longest(view: View) -> tuple[float | None, float | None]:
+    """Return since when somebody has waited at r1: for anything, and as it was seen here."""
+    replica = view.nodes[NodeId("n")].replicas[ReplicaId("r1")]
+    return replica.longest_since_seconds, replica.waiting_since_seconds
+
+
+def waiting(since: float | None, seen: float, **changes: Any) -> Node:
+    return reported(replace(BUSY, longest_since_seconds=since), OTHER, seen=seen, **changes)
+
+
+@pytest.mark.parametrize("workers", [1, 7], ids=["folded as a load", "folded whole"])
+def test_the_longest_wait_is_when_it_began_wherever_that_was(workers: int) -> None:
+    first = fold(known(), NodeReported(node=waiting(-140.0, 9.0, warm_workers=workers)))
+    assert longest(first) == (-140.0, 9.0)
+
+    served = fold(first, NodeReported(node=waiting(-90.0, 11.0, warm_workers=workers)))
+    assert longest(served) == (-90.0, 9.0)
+
+    idle = fold(served, NodeReported(node=reported(IDLE, OTHER, seen=12.0, warm_workers=workers)))
+    assert longest(idle) == (None, None)
+
+
+@pytest.mark.parametrize("workers", [1, 7], ids=["folded as a load", "folded whole"])
+def test_a_wait_told_again_a_moment_off_is_the_same(workers: int) -> None:
+    first = fold(known(), NodeReported(node=waiting(-140.0, 9.0, warm_workers=workers)))
+
+    for off in (0.04, 0.09, -0.09):  # none adds to the one before
+        first = fold(first, NodeReported(node=waiting(-140.0 + off, 10.0, warm_workers=workers)))
+        assert longest(first) == (-140.0, 9.0)
+
+
+def test_an_agent_that_tells_no_wait_is_believed_as_it_was_seen() -> None:
+    assert longest(fold(known(), NodeReported(node=waiting(None, 9.0)))) == (None, 9.0)
+
+
+def test_a_new_leader_knows_how_long_somebody_has_waited() -> None:
+    view = a_view(models=(a_model("m1"), a_model("m2")), reservations=(a_reservation("r1", "m1", "n"),))
+
+    assert longest(fold(view, NodeReported(node=waiting(-140.0, 9.0)))) == (-140.0, 9.0)

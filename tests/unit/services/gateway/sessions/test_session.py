@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.sessions.session import Session
+from services.gateway.sessions.waited import Waited
 from stoker.errors import Fenced, StokerError
 from stoker.v1 import model_pb2, session_pb2
 from tests.unit.services.gateway.builders import END, event, ids_of, session
@@ -154,3 +155,12 @@ def test_every_replica_is_told_the_sessions_adapter() -> None:
 
     assert [order.adapter for order in orders] == [adapter, adapter]
     assert not session().generate_request(model="tiny", replica_id="one", request_id="r").HasField("adapter")
+
+
+def test_an_order_tells_how_long_the_session_has_waited() -> None:
+    waiting = session()
+    waiting.waited = Waited(since_seconds=10.0)
+
+    order = waiting.generate_request(model="m", replica_id="r", request_id="q", now_seconds=14.0)
+
+    assert order.waited_seconds == 4.0

@@ -17,6 +17,7 @@ from services.gateway.sessions.hops import HopPolicy
 from services.gateway.sessions.request_key import RequestKey
 from services.gateway.sessions.session import Delta
 from services.gateway.sessions.session_run import SessionRun
+from services.gateway.sessions.waited import Waited
 from services.gateway.text_request import Prompts, TextRequest, Waiting
 from services.gateway.trace import Trace
 from stoker.clock import ManualClock
@@ -37,7 +38,8 @@ from tests.unit.services.gateway.builders import event, ids_of, session
 LENGTH = session_pb2.FINISH_REASON_LENGTH
 TEXT = "abcdefgh"
 Step = Any
-"""What a played replica does: gives `n` tokens, raises an error, waits for an event, or sends one."""
+"""What a played replica does: gives `n` tokens, raises an error, waits for an event, or sends one.
+A fraction: so many seconds pass."""
 STANDS_STILL: Step = object()
 """It does nothing more until its call is ended."""
 
@@ -68,7 +70,8 @@ class Seen:
 class Played:
     """Replicas that play their scripts; stands where `Agents` does."""
 
-    def __init__(self, scripts: Sequence[Sequence[Step]]) -> None:
+    def __init__(self, scripts: Sequence[Sequence[Step]], clock: ManualClock) -> None:
+        self._clock = clock
         self.orders: list[session_pb2.GenerateRequest] = []
         self.released: list[tuple[str, int]] = []
         self.open = 0
@@ -89,6 +92,9 @@ class Played:
                     raise step
                 if step is STANDS_STILL:
                     await asyncio.Event().wait()
+                if isinstance(step, float):
+                    self._clock.advance(step)
+                    continue
                 if isinstance(step, asyncio.Event):
                     await step.wait()
                     continue
@@ -129,7 +135,8 @@ class World:
         acquire: Callable[..., Replica] | None = None,
         key: RequestKey | None = None,
     ) -> None:
-        self.clock, self.seen, self.agents = HastyClock(), Seen(), Played(scripts)
+        self.clock, self.seen = HastyClock(), Seen()
+        self.agents = Played(scripts, self.clock)
         table = RouteTable()
         replicas = [
             controller_pb2.RouteReplica(**({"replica_id": f"rep-{number}", "max_batch": 4} | fields))
@@ -180,9 +187,18 @@ class _Placement(Placement):
         super().__init__(table, None, clock=clock, cold_timeout_seconds=9, patience_seconds=9)  # type: ignore[arg-type]
         self._answer = acquire
         self.acquired: list[Sequence[str]] = []
+        self.waited: list[Waited | None] = []
 
-    async def acquire(self, job: Job, *, failed: Sequence[str] = (), limit_seconds: float = 0) -> Replica:
+    async def acquire(
+        self,
+        job: Job,
+        *,
+        failed: Sequence[str] = (),
+        limit_seconds: float = 0,
+        waited: Waited | None = None,
+    ) -> Replica:
         self.acquired.append(failed)
+        self.waited.append(waited)
         if self._answer is None:
             raise PeerError("no controller answers")
         return self._answer()
@@ -202,6 +218,28 @@ async def test_the_next_replica_gets_the_whole_log_under_the_next_epoch() -> Non
         ids_of("abcde"),
     ]
     assert (world.trace.hops, world.trace.resumed_tokens) == (2, 8)
+
+
+async def test_a_replica_is_told_how_long_its_session_has_waited_in_all() -> None:
+    world = World([4.0, WorkerDied("queue")], [2.0, 3, 5.0, WorkerDied("x")], [1.0, WorkerDied("y")], [5])
+
+    world.clock.advance(10.0)  # the model was cold
+    await world.run()
+
+    told = [order.waited_seconds for order in world.agents.orders]
+    assert told == [10.0, 14.0, 16.0, 17.0]  # and none of the 5 s in which it was served
+
+
+async def test_who_goes_on_elsewhere_asks_for_a_replica_with_all_its_waits() -> None:
+    found = Replica(replica_id="rep-9", node_id="n", agent_address="a", max_context_tokens=9, max_batch=1)
+    world = World([2.0, 3, 5.0, WorkerDied("x")], [5], routes=[{}], acquire=lambda: found)
+
+    await world.run()
+
+    (waited,) = world.placement.waited
+    assert waited is not None
+    assert waited.earlier_seconds == 2.0
+    assert waited.seconds(world.clock.now_seconds()) == 2.0  # interrupted just now
 
 
 async def test_tokens_of_an_earlier_owner_are_refused() -> None:

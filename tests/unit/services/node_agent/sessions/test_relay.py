@@ -82,9 +82,13 @@ class Scene:
     def _count(self) -> None:
         self.changes += 1
 
-    def open(self, session_id: str = "ses-1", epoch: int = 1) -> RelayedSession:
+    def open(self, session_id: str = "ses-1", epoch: int = 1, waited_seconds: float = 0.0) -> RelayedSession:
         """Open a session."""
-        return self.relay.open(GenerateRequest(session_id=session_id, epoch=epoch, replica_id="rep-1"))
+        return self.relay.open(
+            GenerateRequest(
+                session_id=session_id, epoch=epoch, replica_id="rep-1", waited_seconds=waited_seconds
+            )
+        )
 
 
 @asynccontextmanager
@@ -117,6 +121,37 @@ async def test_a_session_waits_until_its_first_event_and_then_runs() -> None:
         await session.next()
 
         assert (played.relay.session_count, played.relay.running_count) == (1, 1)
+
+
+async def test_the_longest_wait_is_what_gateways_said_and_what_was_waited_here() -> None:
+    async with scene() as played:
+        assert played.relay.longest_wait_seconds() is None
+        session = played.open("ses-1", waited_seconds=30.0)
+        played.now += 2.0
+        played.open("ses-2", waited_seconds=1.0)
+        played.now += 3.0
+        assert played.relay.longest_wait_seconds() == 35.0
+        played.worker.say("ses-1")
+        await session.next()
+
+        assert played.relay.longest_wait_seconds() == 4.0
+
+
+async def test_who_is_taken_over_in_the_queue_goes_on_waiting() -> None:
+    async with scene() as played:
+        played.open(epoch=1, waited_seconds=30.0)
+        played.now += 2.0
+        played.open(epoch=2)  # of a gateway that knows nothing of the one before
+
+        assert played.relay.longest_wait_seconds() == 32.0
+
+
+@pytest.mark.parametrize("said", [-5.0, float("nan")])
+async def test_a_wait_that_cannot_be_counts_as_none(said: float) -> None:
+    async with scene() as played:
+        played.open(waited_seconds=said)
+
+        assert played.relay.longest_wait_seconds() == 0.0
 
 
 async def test_a_finished_session_is_not_cancelled_in_the_worker() -> None:
