@@ -76,11 +76,16 @@ class Transfers:
         return ReadingDisk(bytes_per_second=self.rates.bytes_per_second(DISK), threads=self._disk_threads)
 
     def shorten(self, resident: Resident, *, chunk_bytes: int) -> None:
-        """Cut what is queued from disk into reads that suit how the resident is used by now."""
+        """Cut what is queued from disk into reads that suit how the resident is used by now.
+
+        Chunks that one digest covers stay in one read.
+        """
         most = run_chunks(resident, chunk_bytes=chunk_bytes, disk=self.disk())
 
         def cut(job: Job) -> Sequence[Job]:
-            return shortened(job, most) if isinstance(job, ChunkRead) else (job,)
+            if isinstance(job, ChunkRead) and resident.files[job.file].together == 1:
+                return shortened(job, most)
+            return (job,)
 
         resident.reads_left += self._lanes.change(Lane.DISK, resident.key, cut)
 

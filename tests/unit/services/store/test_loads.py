@@ -129,6 +129,22 @@ async def test_a_prefetch_that_a_forward_pass_joins_has_as_little_on_its_way_as_
         assert made.content(joined) == (folder / "model.safetensors").read_bytes()
 
 
+async def test_reads_that_one_digest_covers_are_not_cut_for_who_joins(tmp_path):
+    held = Held()
+    async with store(chunks=64, pace=held) as made:
+        made.loads.learn([ReadPart(tier=DISK, byte_count=2**30, began_seconds=0.0, ended_seconds=1.0)])
+        entry = await made.catalog.open(str(write_checkpoint(tmp_path / "a", size=12 * CHUNK - 500)))
+        loading = made.loads.lease(entry, Urgency.PREFETCH)
+        before = loading.reads_left
+        loading.files[0].together = 4  # as of a checkpoint from elsewhere
+        made.loads.lease(entry, Urgency.DEMAND, window=True)
+        after = loading.reads_left
+        held.close()
+        await loading.done
+
+        assert after == before == 6
+
+
 async def test_many_who_ask_share_one_load(tmp_path):
     folder = write_checkpoint(tmp_path / "a", size=100_003)
     async with store() as made:
