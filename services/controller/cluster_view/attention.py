@@ -13,17 +13,13 @@ from typing import NamedTuple
 
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, is_leaving
 from services.controller.cluster_view.forecast import keep_alive_seconds, prewarm_window_seconds
-from services.controller.cluster_view.frozen import copier_of, finished
-from services.controller.cluster_view.view import Model, Phase, Replica, View
+from services.controller.cluster_view.frozen import amender_of
+from services.controller.cluster_view.view import Model, Replica, View
 from stoker.ids import ModelName
 
 NOW = 0.0
 """At every look."""
 LIVE = (Standing.STARTING, Standing.READY)
-
-
-_new_tuple = tuple.__new__
-"""Makes a named tuple without the call that names its fields."""
 
 
 class Mark(NamedTuple):
@@ -63,14 +59,32 @@ class Tally:
         if old.idle_since_seconds != new.idle_since_seconds:
             idle = _without(idle, old.idle_since_seconds)
             idle = _with(idle, new.idle_since_seconds)
-        draft = _draft_of(self)
-        draft.replicas += (now is not None) - (was is not None)
-        draft.cares += new.cares - old.cares
-        draft.live += new.live - old.live
-        draft.waiting += new.waiting - old.waiting
-        draft.sessions += new.sessions - old.sessions
-        draft.idle_since = idle
-        return finished(draft, Tally)
+        return _counted(
+            self,
+            self.replicas + (now is not None) - (was is not None),
+            self.cares + new.cares - old.cares,
+            self.live + new.live - old.live,
+            self.waiting + new.waiting - old.waiting,
+            self.sessions + new.sessions - old.sessions,
+            idle,
+        )
+
+    def after_load(self, was: Replica, now: Replica, *, is_ready: bool) -> Tally:
+        """Return the tally after nothing but the sessions of a reserved replica have changed.
+
+        Args:
+            was: As its node reported it before.
+            now: As it does now.
+            is_ready: It is good for sessions: it counts as idle where it has none.
+        """
+        idle = self.idle_since
+        if is_ready:
+            was_idle_since = None if was.sessions else was.idle_since_seconds
+            now_idle_since = None if now.sessions else now.idle_since_seconds
+            if was_idle_since != now_idle_since:
+                idle = _with(_without(idle, was_idle_since), now_idle_since)
+        waiting = (now.waiting_since_seconds is not None) - (was.waiting_since_seconds is not None)
+        return _loaded(self, self.waiting + waiting, self.sessions + now.sessions - was.sessions, idle)
 
 
 def _without(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]:
@@ -87,7 +101,8 @@ def _with(moments: tuple[float, ...], moment: float | None) -> tuple[float, ...]
     return (*moments[:place], moment, *moments[place:])
 
 
-_draft_of = copier_of(Tally)
+_counted = amender_of(Tally, "replicas", "cares", "live", "waiting", "sessions", "idle_since")
+_loaded = amender_of(Tally, "waiting", "sessions", "idle_since")
 NO_MARK = Mark()
 EMPTY = Tally()
 
@@ -111,29 +126,21 @@ def mark_of(view: View, found: Member) -> Mark:
     )
 
 
-def mark_with_load(mark: Mark, replica: Replica) -> Mark | None:
-    """Return a mark after nothing but its replica's sessions have changed; None = it takes a closer look."""
-    if not mark.live or replica.phase is not Phase.READY:
-        return None
-    is_idle_now = replica.sessions == 0 and replica.idle_since_seconds is not None
-    waiting = int(replica.waiting_since_seconds is not None)
-    idle_since_seconds = replica.idle_since_seconds if is_idle_now else None
-    return _new_tuple(Mark, (mark.cares, mark.live, waiting, replica.sessions, idle_since_seconds))
-
-
 def due_of(view: View, name: ModelName, tally: Tally) -> float | None:
     """Return from when on the model needs a look; None = not before something happens to it."""
     model = view.models.get(name)
     if model is None:
         return NOW if tally.replicas else None
-    asked = asked_for(view, model)
+    live, most = tally.live, model.max_replicas
+    if tally.cares or live > most or (tally.waiting and live < most) or name in view.refusals:
+        return NOW
     loaded = -(-tally.sessions // model.concurrency)
-    wanted = min(model.max_replicas, max(model.min_replicas, asked, loaded))
-    if tally.cares or tally.live < wanted or tally.live > model.max_replicas or name in view.refusals:
+    if live < min(most, max(model.min_replicas, loaded)):
         return NOW
-    if tally.waiting and tally.live < model.max_replicas:
+    is_asked_for = name in view.demands
+    if is_asked_for and live < min(most, asked_for(view, model)):
         return NOW
-    return _next_seconds(view, name, tally)
+    return _next_seconds(view, model, tally, is_asked_for=is_asked_for)
 
 
 def asked_for(view: View, model: Model) -> int:
@@ -142,13 +149,13 @@ def asked_for(view: View, model: Model) -> int:
     return -(-demand.waiters // model.concurrency) if demand is not None else 0
 
 
-def _next_seconds(view: View, name: ModelName, tally: Tally) -> float | None:
+def _next_seconds(view: View, model: Model, tally: Tally, *, is_asked_for: bool) -> float | None:
     """Return when a keep-alive ends or a forecast begins; None = neither will."""
-    model, arrivals = view.models[name], view.arrivals.get(name)
+    arrivals = view.arrivals.get(model.name) if model.keep_alive_auto else None  # else nobody asks
     if not tally.live:
         prewarm = prewarm_window_seconds(model, arrivals)
         return prewarm[0] if prewarm is not None else None
-    if tally.live <= model.min_replicas or name in view.demands or not tally.idle_since:
+    if tally.live <= model.min_replicas or is_asked_for or not tally.idle_since:
         return None
     keep_seconds = keep_alive_seconds(model, arrivals)
     return max(NOW, tally.idle_since[0] + keep_seconds) if keep_seconds >= 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class SessionLoad(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReported:
-    """An agent reported, and nothing but the sessions of some replicas is other than before.
+    """An agent reported, and nothing is other than before but sessions, and bytes that wait before stages.
 
     Of a node that is not connected it says nothing: that reports whole first.
     """
@@ -76,6 +77,8 @@ class LoadReported:
     replicas: tuple[Replica | SessionLoad, ...]
     """Those whose sessions changed; of a whole one nothing else is read."""
     seen_seconds: float
+    queued_bytes: Mapping[str, int] | None = None
+    """Before stages where they are others, by the stage's name; None = nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

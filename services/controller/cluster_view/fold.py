@@ -44,7 +44,8 @@ from services.controller.cluster_view.events import (
 from services.controller.cluster_view.forecast import arrived
 from services.controller.cluster_view.frozen import changed, copier_of, finished
 from services.controller.cluster_view.gain import load_makes_room, makes_room
-from services.controller.cluster_view.index import index_of, indexed, reindexed, reloaded
+from services.controller.cluster_view.holdings import held_changes
+from services.controller.cluster_view.index import indexed, reindexed, reloaded
 from services.controller.cluster_view.learnt import Moved
 from services.controller.cluster_view.lessons import (
     fleet_after,
@@ -66,6 +67,7 @@ from services.controller.cluster_view.view import (
 )
 from stoker.ids import ModelName, NodeId, ReplicaId
 
+T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -80,18 +82,32 @@ def fold(view: View, event: Event) -> View:
     if isinstance(event, LoadReported):
         return _after_load(before, event)  # with its index, and what room it makes
     if isinstance(event, NodeReported):
-        load = narrowed(before, event.node)
-        if load is not None:
-            return _after_load(before, load)
+        return _after_report(before, event)
     after = _after(before, event)
     if after is before:
         return before
-    if isinstance(event, NodeReported):
-        reach = reach_of_report(before, after, event.node.node_id)
-    else:
-        reach = reach_of(before, event)
+    if isinstance(event, RoomSettled):
+        return after  # of which the index says nothing
+    reach = reach_of(before, event)
     after = reindexed(before, after, nodes=reach.nodes, models=reach.models, reservations=reach.replicas)
     return changed(after, room=after.room + 1) if makes_room(before, after, event, reach.nodes) else after
+
+
+def _after_report(before: View, event: NodeReported) -> View:
+    """Return the view after a whole report, its index current: what it says again costs a comparison."""
+    node = event.node
+    load = narrowed(before, node)
+    if load is not None:
+        return _after_load(before, load)
+    was = before.nodes.get(node.node_id)
+    held = held_changes(was.held, node.held) if was is not None else None
+    after = _node_reported(before, node, is_held_as_before=held is not None and not held)
+    reach = reach_of_report(before, after, node.node_id)
+    after = reindexed(
+        before, after, nodes=reach.nodes, models=reach.models, reservations=reach.replicas, held=held
+    )
+    is_room = makes_room(before, after, event, reach.nodes, held or ())
+    return changed(after, room=after.room + 1) if is_room else after
 
 
 def _after_load(before: View, event: LoadReported) -> View:
@@ -108,9 +124,10 @@ def _after_load(before: View, event: LoadReported) -> View:
         if is_woken(was_replica, replica) and replica.model in before.models:
             history = arrived(draft.arrivals.get(replica.model), event.seen_seconds)
             draft.arrivals = _with(draft.arrivals, replica.model, history)
-    index = draft.index = reloaded(before, draft, node.node_id, loads)
-    was_summary = index_of(before).summaries[node.node_id]
-    draft.room += load_makes_room(was_summary, index.summaries[node.node_id])
+    index, was_summary, summary = reloaded(before, draft, node.node_id, loads)
+    draft.index = index
+    if was_summary is not summary:
+        draft.room += load_makes_room(was_summary, summary)
     return finished(draft, View)
 
 
@@ -126,8 +143,8 @@ def _after(view: View, event: Event) -> View:  # noqa: C901, PLR0911, PLR0912 - 
             return _reservation(view, replica_id, releasing=True)
         case Released(replica_id=replica_id):
             return changed(view, reservations=_without(view.reservations, replica_id))
-        case NodeReported(node=node):
-            return _node_reported(view, node)
+        case NodeReported():
+            return _after_report(view, event)
         case LoadReported():
             return _after_load(view, event)
         case NodeDisconnected(node_id=node_id):
@@ -203,7 +220,8 @@ def _model_deleted(view: View, name: ModelName) -> View:
     )
 
 
-def _node_reported(view: View, node: Node) -> View:
+def _node_reported(view: View, node: Node, *, is_held_as_before: bool) -> View:
+    """Return the view with a report; what of the node is as before stays the very same object."""
     before = view.nodes.get(node.node_id)
     seen = before.replicas if before else {}
     replicas = {
@@ -212,11 +230,16 @@ def _node_reported(view: View, node: Node) -> View:
     }
     lessons = lessons_of(before, replicas)
     fleet = fleet_after(view.fleet, lessons, node)
+    learnt = rates_after(node, before, lessons, fleet)
+    opening = {tier: median(seconds) for tier, seconds in fleet.openings.items()}
     node = changed(
         node,
         replicas=replicas,
-        learnt=rates_after(node, before, lessons, fleet),
-        opening={tier: median(seconds) for tier, seconds in fleet.openings.items()},
+        held=before.held if before and is_held_as_before else node.held,
+        stages=_as_before(before.stages, node.stages) if before else node.stages,
+        pool=_as_before(before.pool, node.pool) if before else node.pool,
+        learnt=_as_before(before.learnt, learnt) if before else learnt,
+        opening=_as_before(before.opening, opening) if before else opening,
         connected=True,
         reachable=True,
     )
@@ -244,6 +267,11 @@ def _node_reported(view: View, node: Node) -> View:
         if replica.sessions and was is not None and was.phase is Phase.READY and not was.sessions:
             view = _arrived(view, replica.model, node.last_seen_seconds)
     return view
+
+
+def _as_before(before: T, now: T) -> T:
+    """Return the object of before where it is equal: what follows from it need not be found out again."""
+    return before if before == now else now
 
 
 def _new_moves(node: Node, before: Node | None) -> list[Moved]:
@@ -365,7 +393,7 @@ def _node(view: View, node_id: NodeId, **changes: bool) -> View:
 
 
 def _with(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
-    return _shared(mapping).set(key, value)
+    return (mapping if isinstance(mapping, Map) else _shared(mapping)).set(key, value)
 
 
 def _without(mapping: Mapping[K, V], key: K) -> Mapping[K, V]:

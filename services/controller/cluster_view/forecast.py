@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.controller.cluster_view.frozen import changed
+from services.controller.cluster_view.frozen import amender_of
 from services.controller.cluster_view.learnt import Arrivals
 from services.controller.cluster_view.view import Model
 
@@ -45,23 +45,24 @@ def arrived(before: Arrivals | None, now_seconds: float) -> Arrivals:
         return Arrivals(last_seconds=now_seconds)
     gap_seconds = max(0.0, now_seconds - before.last_seconds)
     rate = 1.0 / max(gap_seconds, 0.001)
-    known = changed(
-        before,
-        last_seconds=now_seconds,
-        missed=False,
-        rate_per_second=1.0
-        / (
-            (1.0 / before.rate_per_second if before.rate_per_second else gap_seconds or 0.001)
-            * (1 - 1 / RATE_SAMPLES)
-            + (1.0 / rate) / RATE_SAMPLES
-        ),
+    rate_per_second = 1.0 / (
+        (1.0 / before.rate_per_second if before.rate_per_second else gap_seconds or 0.001)
+        * (1 - 1 / RATE_SAMPLES)
+        + (1.0 / rate) / RATE_SAMPLES
     )
-    minute = int(gap_seconds // BIN_SECONDS)
+    minute, counts, longer = int(gap_seconds // BIN_SECONDS), before.gap_counts, before.longer
     if minute >= BINS:
-        return changed(known, longer=before.longer + 1)
-    counts = dict(before.gap_counts)
-    counts[minute] = counts.get(minute, 0) + 1
-    return changed(known, gap_counts=tuple(sorted(counts.items())))
+        longer += 1
+    elif counts and counts[0][0] == minute:  # as most are
+        counts = ((minute, counts[0][1] + 1), *counts[1:])
+    else:
+        known = dict(counts)
+        known[minute] = known.get(minute, 0) + 1
+        counts = tuple(sorted(known.items()))
+    return _after(before, now_seconds, rate_per_second, counts, longer, False)
+
+
+_after = amender_of(Arrivals, "last_seconds", "rate_per_second", "gap_counts", "longer", "missed")
 
 
 def window(arrivals: Arrivals | None) -> Window | None:

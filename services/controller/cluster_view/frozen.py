@@ -50,6 +50,26 @@ def maker_of(cls: Callable[P, R]) -> Callable[P, R]:
     return made
 
 
+def amender_of(cls: type[T], *names: str) -> Callable[..., T]:
+    """Return what copies a value of a frozen dataclass with slots, these fields given after it by position.
+
+    Written for the class and these fields: what every event copies takes half the time of `changed`.
+
+    Raises:
+        AttributeError: It has no such field.
+    """
+    known: Any = cls
+    fields_of = [each.name for each in fields(known)]
+    if unknown := [name for name in names if name not in fields_of]:
+        raise AttributeError(f"{known.__name__} has no field {unknown[0]!r}")
+    lines = ["    draft = new(twin)"]
+    lines += [f"    draft.{each} = {each if each in names else f'value.{each}'}" for each in fields_of]
+    lines += ["    draft.__class__ = cls", "    return draft"]
+    known_names = {"new": object.__new__, "twin": _twin_of(known), "cls": known}
+    amend: Callable[..., T] = _function("amend", ", ".join(["value", *names]), lines, known_names)
+    return amend
+
+
 def changed(value: T, **changes: object) -> T:
     """Return a copy of a value of a frozen dataclass with slots, these fields changed.
 

@@ -12,6 +12,7 @@ An event that makes no room after all costs a look; one that is missed would let
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from services.controller.cluster_view.attention import EMPTY
@@ -27,14 +28,20 @@ from services.controller.cluster_view.events import (
     SchedulingSet,
     StopRefused,
 )
-from services.controller.cluster_view.holdings import held_changes
+from services.controller.cluster_view.holdings import Change
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.summary import Summary
 from services.controller.cluster_view.view import Node, View
 from stoker.ids import NodeId
 
 
-def makes_room(before: View, after: View, event: Event, nodes: AbstractSet[NodeId]) -> bool:
+def makes_room(
+    before: View,
+    after: View,
+    event: Event,
+    nodes: AbstractSet[NodeId],
+    held: Sequence[Change] = (),
+) -> bool:
     """Tell whether a model that waits might be placed after this event.
 
     Args:
@@ -42,6 +49,7 @@ def makes_room(before: View, after: View, event: Event, nodes: AbstractSet[NodeI
         after: Likewise.
         event: What happened.
         nodes: Those it may have changed.
+        held: Of a whole report, what the node's store holds otherwise than before.
     """
     match event:
         case ModelPut() | ModelDeleted() | SchedulingSet() | NodeForgotten():
@@ -58,7 +66,7 @@ def makes_room(before: View, after: View, event: Event, nodes: AbstractSet[NodeI
         case DemandEnded(model=name):
             return name not in after.demands and index_of(after).tallies.get(name, EMPTY).live > 0
         case _:
-            return any(_gains(before, after, node_id) for node_id in sorted(nodes))
+            return any(_gains(before, after, node_id, held) for node_id in nodes)
 
 
 def load_makes_room(was: Summary, now: Summary) -> bool:
@@ -68,7 +76,7 @@ def load_makes_room(was: Summary, now: Summary) -> bool:
     return _may_be_disturbed_more(was, now)
 
 
-def _gains(before: View, after: View, node_id: NodeId) -> bool:
+def _gains(before: View, after: View, node_id: NodeId, held: Sequence[Change]) -> bool:
     was, now = before.nodes.get(node_id), after.nodes.get(node_id)
     was_summary = index_of(before).summaries.get(node_id)
     now_summary = index_of(after).summaries.get(node_id)
@@ -80,7 +88,7 @@ def _gains(before: View, after: View, node_id: NodeId) -> bool:
         not was_summary.is_open
         or was_summary.shape != now_summary.shape
         or _may_go_more(was_summary, now_summary)
-        or (was is not now and _is_another(was, now))  # the costliest last
+        or (was is not now and _is_another(was, now, held))  # the costliest last
     )
 
 
@@ -103,7 +111,7 @@ def _may_go_more(was: Summary, now: Summary) -> bool:
     )
 
 
-def _is_another(was: Node, now: Node) -> bool:
+def _is_another(was: Node, now: Node, held: Sequence[Change]) -> bool:
     """Tell whether a report changed what else decides if a model fits: labels, and what the pool leases."""
     if was.labels != now.labels:
         return True
@@ -111,6 +119,6 @@ def _is_another(was: Node, now: Node) -> bool:
         return was.pool.leased_bytes > now.pool.leased_bytes
     return was.pool.leased_bytes != now.pool.leased_bytes or any(
         after.leases != (before.leases if before is not None else 0)
-        for _, before, after in held_changes(was.held, now.held)
+        for _, before, after in held
         if after is not None
     )

@@ -16,22 +16,10 @@ Change = tuple[Checkpoint, Held | None, Held | None]
 """A checkpoint, and what was and is held of it; None = nothing."""
 
 
-_last: list[tuple[Mapping[Checkpoint, Held], Mapping[Checkpoint, Held], list[Change]]] = [({}, {}, [])]
-"""What was compared last: of one report both the index and `gain` ask, and stores hold thousands."""
-
-
 def held_changes(was: Mapping[Checkpoint, Held], now: Mapping[Checkpoint, Held]) -> list[Change]:
     """Return what is other than before, in no order that means anything."""
     if was is now:
         return []
-    last_was, last_now, changes = _last[0]
-    if was is not last_was or now is not last_now:
-        changes = _changes(was, now)
-        _last[0] = (was, now, changes)
-    return changes
-
-
-def _changes(was: Mapping[Checkpoint, Held], now: Mapping[Checkpoint, Held]) -> list[Change]:
     if len(was) == len(now) and all(map(is_, was, now)):
         others = compress(was, map(is_not, was.values(), now.values()))
         return [(each, was[each], now[each]) for each in others if was[each] != now[each]]

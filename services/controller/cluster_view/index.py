@@ -11,7 +11,7 @@ fast. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from math import floor
@@ -25,14 +25,13 @@ from services.controller.cluster_view.attention import (
     Tally,
     due_of,
     mark_of,
-    mark_with_load,
 )
 from services.controller.cluster_view.fleet import member
 from services.controller.cluster_view.frozen import changed, copier_of, finished
 from services.controller.cluster_view.groups import Groups, Members
-from services.controller.cluster_view.holdings import held_changes
+from services.controller.cluster_view.holdings import Change, held_changes
 from services.controller.cluster_view.ladder import Ladder, item_added, item_removed
-from services.controller.cluster_view.load_report import Load, differs_in_sessions
+from services.controller.cluster_view.load_report import Load
 from services.controller.cluster_view.places import (
     Draft,
     Nodes,
@@ -52,7 +51,7 @@ from services.controller.cluster_view.summary import (
     summary_of,
     summary_with_load,
 )
-from services.controller.cluster_view.view import Checkpoint, Held, Node, Reservation, View
+from services.controller.cluster_view.view import Checkpoint, Held, Node, Phase, Reservation, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 T = TypeVar("T")
@@ -72,7 +71,6 @@ class Index:
         free: Open nodes with free slots, the fastest first; by negative rate.
         free_by_worker: Those where no worker waits, by the time that one takes; their origin is "".
         free_nodes: All of those with free slots, in no order.
-        marks: What each reserved replica adds to its model's tally.
         tallies: Of every model with replicas.
         idle_by_rate: Open nodes with an idle replica, the fastest first, by origin.
         idle_by_worth: The same, by what the replica cheapest to lose is worth; see `traits`.
@@ -98,7 +96,6 @@ class Index:
     free: Map[Rung, Nodes] = field(default_factory=Map)
     free_by_worker: Map[Rung, Nodes] = field(default_factory=Map)
     free_nodes: Members = field(default_factory=Map)
-    marks: Map[ReplicaId, Mark] = field(default_factory=Map)
     tallies: Map[ModelName, Tally] = field(default_factory=Map)
     idle_by_rate: Map[str, Nodes] = field(default_factory=Map)
     idle_by_worth: Nodes = field(default_factory=Ladder)
@@ -134,7 +131,7 @@ def index_of(view: View) -> Index:
     draft.on_node = Map({key: tuple(found) for key, found in on_node.items()})
     draft.of_model = Map({key: tuple(found) for key, found in of_model.items()})
     for replica_id in sorted(view.reservations):
-        _remark(draft, view, replica_id, view.reservations[replica_id].model)
+        _retally(draft, None, view, replica_id, view.reservations[replica_id].model)
     for node_id in sorted(view.nodes):
         _change_node(draft, None, view, node_id)
     for node_id in sorted(on_node):
@@ -148,13 +145,14 @@ def indexed(view: View) -> View:
     return view if view.index is not None else changed(view, index=index_of(view))
 
 
-def reindexed(
+def reindexed(  # noqa: PLR0913 - what an event may have changed, each named by its caller
     before: View,
     after: View,
     *,
     nodes: AbstractSet[NodeId],
     models: AbstractSet[ModelName],
     reservations: AbstractSet[ReplicaId],
+    held: Sequence[Change] | None = None,
 ) -> View:
     """Return `after` with the index of `before` brought up to date.
 
@@ -164,43 +162,57 @@ def reindexed(
         nodes: Those that may have changed, or whose replicas or reservations may have.
         models: Those whose definition, demand, failures or replicas may have changed.
         reservations: Those that may have come or gone.
+        held: What the store of the one node that reported holds otherwise; None = it is found out here.
     """
     draft = _draft_of(index_of(before))
     for replica_id in reservations:
         _change_reservation(draft, before, after, replica_id)
     for node_id in nodes:
-        _change_node(draft, before, after, node_id)
+        _change_node(draft, before, after, node_id, held)
     _change_models(draft, after, models)
     return changed(after, index=finished(draft, Index))
 
 
-def reloaded(before: View, after: View, node_id: NodeId, loads: Iterable[Load]) -> Index:
-    """Return the index of `before` after nothing but the sessions of a node's replicas have changed.
+def reloaded(
+    before: View, after: View, node_id: NodeId, loads: Iterable[Load]
+) -> tuple[Index, Summary, Summary]:
+    """Return the index of `before` after nothing has changed but sessions on a node and what waits there.
+
+    And the node's summary, before and after.
 
     Args:
         before: With its index.
         after: The same with the node's replicas as they are now.
         node_id: Which node.
-        loads: Its replicas that have other sessions, or longer contexts.
+        loads: Its replicas that have other sessions, more than longer contexts.
     """
     draft = _draft_of(index_of(before))
     names: dict[ModelName, None] = {}
-    for was, now in loads:
-        if differs_in_sessions(was, now):
-            reservation = after.reservations.get(now.replica_id)
-            if reservation is not None:
-                mark = draft.marks.get(now.replica_id)
-                mark = mark_with_load(mark, now) if mark is not None else None
-                _remark(draft, after, now.replica_id, reservation.model, mark)
-            names[now.model] = None
-    node, was_summary = after.nodes[node_id], draft.summaries[node_id]
-    _resee(draft, before.nodes[node_id], node)
-    now_summary = summary_with_load(after, node, was_summary, {now.replica_id for _, now in loads})
-    draft.summaries = draft.summaries.set(node_id, now_summary)
-    if was_summary.is_open:
-        move_disturbed(draft, was_summary, now_summary, node_id)
+    loaded: list[Reservation] = []
+    for was_replica, replica in loads:
+        reservation = after.reservations.get(replica.replica_id)
+        if reservation is not None and reservation.node_id == node_id:
+            loaded.append(reservation)
+            is_ready = replica.phase is Phase.READY and not (
+                reservation.releasing or reservation.stopping_since_seconds is not None
+            )
+            tally: Tally = draft.tallies[reservation.model]
+            tally = tally.after_load(was_replica, replica, is_ready=is_ready)
+            draft.tallies = draft.tallies.set(reservation.model, tally)
+        names[replica.model] = None
+    was, node, was_summary = before.nodes[node_id], after.nodes[node_id], draft.summaries[node_id]
+    _resee(draft, was, node)
+    if was.stages is node.stages:
+        now_summary = summary_with_load(after, node, was_summary, loaded)
+    else:  # what waits there is part of what idle replicas are worth
+        reservations = tuple([after.reservations[found] for found in draft.on_node.get(node_id, ())])
+        now_summary = summary_of(after, node_id, reservations, was_summary, was)
+    if now_summary is not was_summary:
+        draft.summaries = draft.summaries.set(node_id, now_summary)
+        if was_summary.is_open:
+            move_disturbed(draft, was_summary, now_summary, node_id)
     _change_models(draft, after, names)
-    return finished(draft, Index)
+    return finished(draft, Index), was_summary, now_summary
 
 
 def reservations_on(view: View, index: Index, node_id: NodeId) -> tuple[Reservation, ...]:
@@ -218,7 +230,7 @@ def _change_reservation(draft: Draft, before: View, after: View, replica_id: Rep
     found = was or now
     if found is None:
         return
-    _remark(draft, after, replica_id, found.model)
+    _retally(draft, before, after, replica_id, found.model)
     if (was is None) == (now is None):
         return  # neither its node nor its model ever changes
     draft.on_node = _listed(draft.on_node, found.node_id, replica_id, present=now is not None)
@@ -226,19 +238,18 @@ def _change_reservation(draft: Draft, before: View, after: View, replica_id: Rep
     _rehome(draft, after, found.node_id)
 
 
-def _remark(
-    draft: Draft, view: View, replica_id: ReplicaId, name: ModelName, now: Mark | None = None
-) -> None:
-    """Bring a replica's mark up to date, and its model's tally; `now` is the mark, where it is known."""
-    was = draft.marks.get(replica_id)
-    if now is None:
-        reservation = view.reservations.get(replica_id)
-        now = mark_of(view, member(view, reservation)) if reservation is not None else None
+def _retally(draft: Draft, before: View | None, after: View, replica_id: ReplicaId, name: ModelName) -> None:
+    """Bring the tally of a replica's model up to date with what the replica adds to it."""
+    was, now = _mark(before, replica_id) if before is not None else None, _mark(after, replica_id)
     if was == now:
         return
     tally: Tally = draft.tallies.get(name, EMPTY).after(was, now)
-    draft.marks = put(draft.marks, replica_id, now)
     draft.tallies = put(draft.tallies, name, tally if tally.replicas else None)
+
+
+def _mark(view: View, replica_id: ReplicaId) -> Mark | None:
+    reservation = view.reservations.get(replica_id)
+    return mark_of(view, member(view, reservation)) if reservation is not None else None
 
 
 def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
@@ -246,14 +257,16 @@ def _rehome(draft: Draft, view: View, node_id: NodeId) -> None:
     draft.homeless = _marked(draft.homeless, node_id, present=is_homeless)
 
 
-def _change_node(draft: Draft, before: View | None, after: View, node_id: NodeId) -> None:
+def _change_node(
+    draft: Draft, before: View | None, after: View, node_id: NodeId, held: Sequence[Change] | None = None
+) -> None:
     was, now = before.nodes.get(node_id) if before else None, after.nodes.get(node_id)
     was_summary: Summary | None = draft.summaries.get(node_id)
     if was is not now:
         if was is None or now is None:
             _rehome(draft, after, node_id)
         _resee(draft, was, now)
-        _rehold(draft, was.held if was else {}, now.held if now else {}, node_id)
+        _rehold(draft, was.held if was else {}, now.held if now else {}, node_id, held)
         if was is None or now is None or was.labels != now.labels:
             draft.labelled = _regrouped(
                 draft.labelled, was.labels if was else (), now.labels if now else (), node_id
@@ -293,14 +306,20 @@ def _resee(draft: Draft, was: Node | None, now: Node | None) -> None:
     after = floor(now.last_seen_seconds) if now is not None else None
     if before == after:
         return
-    if was is not None and before is not None:
+    if was is not None and before is not None and now is not None and after is not None:
+        draft.last_seen = draft.last_seen.moved((before, was.node_id), (after, now.node_id))
+    elif was is not None and before is not None:
         draft.last_seen = draft.last_seen.removed((before, was.node_id))
-    if now is not None and after is not None:
+    elif now is not None and after is not None:
         draft.last_seen = draft.last_seen.added((after, now.node_id))
 
 
 def _rehold(
-    draft: Draft, was: Mapping[Checkpoint, Held], now: Mapping[Checkpoint, Held], node_id: NodeId
+    draft: Draft,
+    was: Mapping[Checkpoint, Held],
+    now: Mapping[Checkpoint, Held],
+    node_id: NodeId,
+    changes: Sequence[Change] | None,
 ) -> None:
     """Note which checkpoints a node holds, and which in memory, by what is other than before."""
     if was is now:
@@ -311,7 +330,10 @@ def _rehold(
             node_id, (), [each for each, held in now.items() if held.dram_bytes > 0]
         )
         return
-    changes = held_changes(was, now)
+    if changes is None:
+        changes = held_changes(was, now)
+    if not changes:
+        return
     draft.holders = draft.holders.moved(
         node_id,
         [each for each, before, after in changes if before is not None and after is None],
@@ -344,9 +366,11 @@ def _change_models(draft: Draft, view: View, names: Iterable[ModelName]) -> None
         now = due_of(view, name, draft.tallies.get(name, EMPTY))
         if was == now:
             continue
-        if was is not None:
+        if was is not None and now is not None:
+            draft.due = draft.due.moved((was, name), (now, name))
+        elif was is not None:
             draft.due = draft.due.removed((was, name))
-        if now is not None:
+        elif now is not None:
             draft.due = draft.due.added((now, name))
         draft.due_at = put(draft.due_at, name, now)
 

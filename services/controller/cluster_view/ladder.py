@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import itemgetter
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item", bound=str | tuple[float, str])
@@ -13,7 +12,6 @@ Item = TypeVar("Item", bound=str | tuple[float, str])
 
 RUN = 64
 """Items per run at most: a change copies one run and the list of runs, √n each at 4,096 items."""
-_last = itemgetter(-1)
 
 
 class Ladder(Generic[Item]):
@@ -59,28 +57,55 @@ class Ladder(Generic[Item]):
 
     def added(self, item: Item) -> Ladder[Item]:
         """Return the ladder with an item that is not in it."""
-        runs = self.runs
-        if not runs:
+        if not self.runs:
             return Ladder(((item,),))
-        at = min(bisect_left(runs, item, key=_last), len(runs) - 1)
-        run = runs[at]
-        place = bisect_left(run, item)
-        run = (*run[:place], item, *run[place:])
-        cut = (run,) if len(run) <= RUN else (run[: RUN // 2], run[RUN // 2 :])
-        return Ladder((*runs[:at], *cut, *runs[at + 1 :]))
+        runs = list(self.runs)
+        _add(runs, item)
+        return Ladder(tuple(runs))
 
     def removed(self, item: Item) -> Ladder[Item]:
         """Return the ladder without an item; as it is where that is not in it."""
-        runs = self.runs
-        at = bisect_left(runs, item, key=_last)
-        if at == len(runs):
-            return self
-        run = runs[at]
-        place = bisect_left(run, item)
-        if run[place] != item:
-            return self
-        run = run[:place] + run[place + 1 :]
-        return Ladder((*runs[:at], *((run,) if run else ()), *runs[at + 1 :]))
+        runs = list(self.runs)
+        return Ladder(tuple(runs)) if _remove(runs, item) else self
+
+    def moved(self, was: Item, now: Item) -> Ladder[Item]:
+        """Return the ladder with an item that is not in it in place of one that may be."""
+        runs = list(self.runs)
+        _remove(runs, was)
+        if not runs:
+            return Ladder(((now,),))
+        _add(runs, now)
+        return Ladder(tuple(runs))
+
+
+def _add(runs: list[tuple[Item, ...]], item: Item) -> None:
+    """Put an item into the run that it belongs to; there is one at least."""
+    at = max(0, bisect_left(runs, (item,)) - 1)
+    run = list(runs[at])
+    run.insert(bisect_left(run, item), item)
+    if len(run) > RUN:
+        runs[at : at + 1] = (tuple(run[: RUN // 2]), tuple(run[RUN // 2 :]))
+    else:
+        runs[at] = tuple(run)
+
+
+def _remove(runs: list[tuple[Item, ...]], item: Item) -> bool:
+    """Take an item out of its run, and a run without items out of the runs; tell whether it was there."""
+    at = bisect_left(runs, (item,))
+    if at == len(runs) or runs[at][0] != item:
+        at -= 1  # it is no run's first
+    if at < 0:
+        return False
+    run = list(runs[at])
+    place = bisect_left(run, item)
+    if place == len(run) or run[place] != item:
+        return False
+    del run[place]
+    if run:
+        runs[at] = tuple(run)
+    else:
+        del runs[at]
+    return True
 
 
 def item_added(items: tuple[Item, ...], item: Item) -> tuple[Item, ...]:

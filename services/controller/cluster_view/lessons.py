@@ -75,7 +75,7 @@ def rates_after(
             rates[lesson.tier] = taught
     for stage, rate in fleet.rates.items():
         if stage not in rates or rates[stage].weight == 0:
-            rates[stage] = changed(rate, weight=0.0)
+            rates[stage] = changed(rate, weight=0.0) if rate.weight else rate
     return rates
 
 

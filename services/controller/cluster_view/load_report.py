@@ -6,14 +6,15 @@ object, so that `index` need not look at it again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from operator import attrgetter
 from statistics import median
 
 from services.controller.cluster_view.events import LoadReported, SessionLoad
-from services.controller.cluster_view.frozen import copier_of, finished
+from services.controller.cluster_view.frozen import amender_of, changed
 from services.controller.cluster_view.lessons import is_complete, rates_after
-from services.controller.cluster_view.view import Node, Phase, Replica, View
+from services.controller.cluster_view.view import Node, Phase, Replica, Stage, View
 
 Load = tuple[Replica, Replica]
 """A replica before and after a load report."""
@@ -21,7 +22,6 @@ _said = attrgetter(
     "agent_address",
     "store_address",
     "devices",
-    "stages",
     "pool",
     "architectures",
     "warm_workers",
@@ -31,7 +31,8 @@ _said = attrgetter(
     "labels",
     "moved",
 )
-"""What an agent says of its node beside its replicas, and what its store holds: that is compared last."""
+"""What an agent says of its node beside its replicas and stages, and what its store holds: that is compared
+last."""
 _LOAD = (
     "sessions",
     "waiting_sessions",
@@ -42,7 +43,20 @@ _LOAD = (
 )
 """Of a replica, what its sessions change."""
 _load_of = attrgetter(*_LOAD)
-_draft_of_node, _draft_of_replica = copier_of(Node), copier_of(Replica)
+_loaded_node = amender_of(Node, "replicas", "last_seen_seconds")
+_loaded_replica = amender_of(
+    Replica,
+    "sessions",
+    "waiting_sessions",
+    "waiting_since_seconds",
+    "longest_since_seconds",
+    "idle_since_seconds",
+    "context_tokens",
+)
+_remembered_replica = amender_of(
+    Replica, "first_seen_seconds", "ready_since_seconds", "waiting_since_seconds", "longest_since_seconds"
+)
+_queued_stage = amender_of(Stage, "queued_bytes")
 _REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
 """Of a replica, what no agent says: this controller knows it."""
 _WAITS = ("waiting_since_seconds", "longest_since_seconds")
@@ -56,11 +70,17 @@ _beside_load = attrgetter(*(each.name for each in fields(Replica) if each.name n
 
 
 def narrowed(view: View, node: Node) -> LoadReported | None:
-    """Return what a whole report says if that is no more than how many sessions run; None = it says more."""
+    """Return what a whole report says if that is no more than sessions and what waits before stages.
+
+    None = it says more.
+    """
     before = view.nodes.get(node.node_id)
     if before is None or not before.connected or not before.reachable:
         return None
     if before.replicas.keys() != node.replicas.keys() or _said(before) != _said(node):
+        return None
+    queued_bytes = _queues(before.stages, node.stages)
+    if queued_bytes is None:
         return None
     found = [
         (was, replica)
@@ -70,18 +90,23 @@ def narrowed(view: View, node: Node) -> LoadReported | None:
     same = (
         all(_differs_in_load(was, replica) for was, replica in found)
         and all(_was_reported(view, node, replica) for replica in node.replicas.values())
-        and before.held == node.held
+        and (before.held is node.held or before.held == node.held)
         and before.learnt == rates_after(node, before, [], view.fleet)
         and before.opening == {tier: median(seconds) for tier, seconds in view.fleet.openings.items()}
     )
     if not same:
         return None
     told = [replica for was, replica in found if _load_of(was) != _load_of(replica)]
-    return LoadReported(node_id=node.node_id, replicas=tuple(told), seen_seconds=node.last_seen_seconds)
+    return LoadReported(
+        node_id=node.node_id,
+        replicas=tuple(told),
+        seen_seconds=node.last_seen_seconds,
+        queued_bytes=queued_bytes or None,
+    )
 
 
 def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
-    """Return a node after a load report, and its replicas whose sessions or contexts are others now.
+    """Return a node after a load report, and its replicas where more than a context's length is other now.
 
     Replicas that it has not reported whole stay unknown.
     """
@@ -90,22 +115,31 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
         was = replicas.get(replica.replica_id)
         if was is None:
             continue
-        draft = _draft_of_replica(was)
-        draft.sessions = replica.sessions
-        draft.waiting_sessions = replica.waiting_sessions
-        if replica.waiting_sessions:
-            draft.waiting_since_seconds = waiting_since(replica, was, event.seen_seconds)
-            draft.longest_since_seconds = longest_since(replica, was)
-        else:
-            draft.waiting_since_seconds = draft.longest_since_seconds = None
-        draft.idle_since_seconds = replica.idle_since_seconds
-        draft.context_tokens = replica.context_tokens
-        now = replicas[replica.replica_id] = finished(draft, Replica)
-        loads.append((was, now))
-    after = _draft_of_node(node)
-    after.replicas = replicas
-    after.last_seen_seconds = event.seen_seconds
-    return finished(after, Node), loads
+        now = replicas[was.replica_id] = _loaded_replica(
+            was,
+            replica.sessions,
+            replica.waiting_sessions,
+            waiting_since(replica, was, event.seen_seconds) if replica.waiting_sessions else None,
+            longest_since(replica, was) if replica.waiting_sessions else None,
+            replica.idle_since_seconds,
+            replica.context_tokens,
+        )
+        if differs_in_sessions(was, now):
+            loads.append((was, now))
+    if event.queued_bytes is None:
+        return _loaded_node(node, replicas, event.seen_seconds), loads
+    stages = with_queues(node.stages, event.queued_bytes)
+    return changed(node, replicas=replicas, last_seen_seconds=event.seen_seconds, stages=stages), loads
+
+
+def with_queues(stages: Mapping[str, Stage], queued_bytes: Mapping[str, int]) -> Mapping[str, Stage]:
+    """Return a node's stages with what waits before them now; the very same where that is as before."""
+    others = {
+        name: _queued_stage(stage, queued_bytes[name])
+        for name, stage in stages.items()
+        if queued_bytes.get(name, stage.queued_bytes) != stage.queued_bytes
+    }
+    return {**stages, **others} if others else stages
 
 
 def differs_in_sessions(was: Replica, now: Replica) -> bool:
@@ -142,12 +176,13 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
     ready_since_seconds = before.ready_since_seconds if before else None
     if ready_since_seconds is None and is_complete(replica):
         ready_since_seconds = now_seconds
-    draft = _draft_of_replica(replica)
-    draft.first_seen_seconds = before.first_seen_seconds if before else now_seconds
-    draft.ready_since_seconds = ready_since_seconds
-    draft.waiting_since_seconds = waiting_since_seconds
-    draft.longest_since_seconds = longest_since_seconds
-    return finished(draft, Replica)
+    return _remembered_replica(
+        replica,
+        before.first_seen_seconds if before else now_seconds,
+        ready_since_seconds,
+        waiting_since_seconds,
+        longest_since_seconds,
+    )
 
 
 def waiting_since(replica: Replica | SessionLoad, before: Replica | None, now_seconds: float) -> float | None:
@@ -169,6 +204,21 @@ def longest_since(replica: Replica | SessionLoad, before: Replica | None) -> flo
     if known_seconds is not None and abs(known_seconds - told_seconds) <= SAME_WAIT_SECONDS:
         return known_seconds
     return told_seconds
+
+
+def _queues(was: Mapping[str, Stage], now: Mapping[str, Stage]) -> dict[str, int] | None:
+    """Return what waits before the stages where that is other than before; None = a rate is, too."""
+    if was is now:
+        return {}
+    if was.keys() != now.keys():
+        return None
+    if any(was[name].bytes_per_second != stage.bytes_per_second for name, stage in now.items()):
+        return None
+    return {
+        name: stage.queued_bytes
+        for name, stage in now.items()
+        if stage.queued_bytes != was[name].queued_bytes
+    }
 
 
 def _differs_in_load(was: Replica, replica: Replica) -> bool:

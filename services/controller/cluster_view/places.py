@@ -110,11 +110,12 @@ def move_disturbed(draft: Draft, was: Summary, now: Summary, node_id: NodeId) ->
     now_key = now.worth_keys[0][0] if now.worth_keys else None
     if was_key != now_key:
         by_worth: Nodes = draft.idle_by_worth
-        if was_key is not None:
-            by_worth = by_worth.removed((was_key, node_id))
-        if now_key is not None:
-            by_worth = by_worth.added((now_key, node_id))
-        draft.idle_by_worth = by_worth
+        if was_key is not None and now_key is not None:
+            draft.idle_by_worth = by_worth.moved((was_key, node_id), (now_key, node_id))
+        elif was_key is not None:
+            draft.idle_by_worth = by_worth.removed((was_key, node_id))
+        elif now_key is not None:
+            draft.idle_by_worth = by_worth.added((now_key, node_id))
     for name, was_in, now_in in (
         ("idle_by_rate", was_key is not None, now_key is not None),
         ("busy_by_rate", bool(was.busy), bool(now.busy)),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 
 from services.controller.cluster_view.events import (
     Declined,
@@ -37,7 +38,7 @@ from services.controller.cluster_view.events import (
 )
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.index import index_of
-from services.controller.cluster_view.view import Model, Node, View
+from services.controller.cluster_view.view import Model, Node, Replica, View
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 
@@ -137,7 +138,7 @@ def reach_of_report(before: View, after: View, node_id: NodeId) -> Reach:
     others = [
         each
         for each in was.replicas.keys() | now.replicas.keys()
-        if was.replicas.get(each) is not now.replicas.get(each)
+        if _stands_otherwise(was.replicas.get(each), now.replicas.get(each))
     ]
     reserved = [
         each
@@ -150,6 +151,16 @@ def reach_of_report(before: View, after: View, node_id: NodeId) -> Reach:
         models=[each.model for found in (was, now) for of in others if (each := found.replicas.get(of))],
         nodes=(node_id,),
     )
+
+
+def _stands_otherwise(was: Replica | None, now: Replica | None) -> bool:
+    """Tell whether anything of a replica is other that `attention` reads; contexts that grow are not."""
+    if was is now:
+        return False
+    return was is None or now is None or _read_of_replica(was) != _read_of_replica(now)
+
+
+_read_of_replica = attrgetter("model", "phase", "sessions", "waiting_since_seconds", "idle_since_seconds")
 
 
 def touched(before: View, event: Event) -> AbstractSet[ModelName]:

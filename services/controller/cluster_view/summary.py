@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from operator import attrgetter, is_
@@ -13,7 +13,8 @@ from services.controller.cluster_view.estimate import (
     opening_seconds,
     worker_wait_seconds,
 )
-from services.controller.cluster_view.frozen import changed, copier_of, finished
+from services.controller.cluster_view.frozen import amender_of, changed
+from services.controller.cluster_view.ladder import item_added, item_removed
 from services.controller.cluster_view.streaming import has_own_memory
 from services.controller.cluster_view.traits import Trait, trait_holds, trait_of, with_load
 from services.controller.cluster_view.view import (
@@ -123,7 +124,8 @@ class Summary:
     has_orphans: bool = False
 
 
-_draft_of = copier_of(Summary)
+_with_load = amender_of(Summary, "traits", "worth_keys", "busy", "busy_tokens", "busy_bytes")
+_with_tokens = amender_of(Summary, "busy_tokens")
 
 
 def is_open(view: View, node: Node) -> bool:
@@ -162,7 +164,7 @@ def summary_of(
     loading = dict([trait.loading for trait in traits if trait.loading is not None])
     loading_bytes = sum(loading.values())
     starting_workers = sum([trait.takes_workers for trait in traits])
-    busy = [trait for trait in traits if trait.busy is not None]
+    busy = tuple([trait.reservation.replica_id for trait in traits if trait.busy is not None])
     return changed(
         known,
         traits=traits,
@@ -174,9 +176,9 @@ def summary_of(
         worker_seconds=worker_wait_seconds(node, starting_workers),
         queued=known.stages_queue or loading_bytes > 0,
         worth_keys=tuple(sorted([trait.worth_key for trait in traits if trait.worth_key is not None])),
-        busy=tuple([trait.reservation.replica_id for trait in busy]),
-        busy_tokens=min([trait.busy[0] for trait in busy if trait.busy], default=0),
-        busy_bytes=min([trait.busy[1] for trait in busy if trait.busy], default=0),
+        busy=busy,
+        busy_tokens=_fewest_tokens(node, busy),
+        busy_bytes=_fewest_bytes(traits),
         settling=tuple([at for trait in traits if (at := trait.settled_at_seconds) is not None]),
         leaving_for=tuple(sorted({whom for trait in traits if (whom := trait.leaving_for) is not None})),
         coming=tuple(sorted({trait.coming for trait in traits if trait.coming is not None})),
@@ -184,33 +186,55 @@ def summary_of(
     )
 
 
-def summary_with_load(view: View, node: Node, known: Summary, replicas: Container[ReplicaId]) -> Summary:
+def summary_with_load(view: View, node: Node, known: Summary, loaded: Iterable[Reservation]) -> Summary:
     """Return the summary of a node after nothing but the sessions of these replicas have changed.
 
     Args:
         view: The cluster.
         node: As it is now.
         known: Its summary before.
-        replicas: Whose sessions, or whose contexts, are others.
+        loaded: Of its reservations, those whose replica's sessions are others, not only longer contexts.
     """
-    traits, worth_keys, busy_ids, busy = [], [], [], []
-    for was in known.traits:
-        replica_id = was.reservation.replica_id
-        trait = with_load(view, node, was) if replica_id in replicas else was
-        traits.append(trait)
-        if trait.worth_key is not None:
-            worth_keys.append(trait.worth_key)
-        if trait.busy is not None:
-            busy_ids.append(replica_id)
-            busy.append(trait.busy)
-    worth_keys.sort()
-    draft = _draft_of(known)
-    draft.traits = tuple(traits)
-    draft.worth_keys = tuple(worth_keys)
-    draft.busy = tuple(busy_ids)
-    draft.busy_tokens = min([tokens for tokens, _ in busy], default=0)
-    draft.busy_bytes = min([byte_count for _, byte_count in busy], default=0)
-    return finished(draft, Summary)
+    traits, worth_keys, busy = known.traits, known.worth_keys, known.busy
+    for reservation in loaded:
+        at = _place_of(traits, reservation)
+        was = traits[at]
+        now = with_load(view, node, was)
+        if now is was:
+            continue
+        traits = (*traits[:at], now, *traits[at + 1 :])
+        if was.worth_key is not None:
+            worth_keys = item_removed(worth_keys, was.worth_key)
+        if now.worth_key is not None:
+            worth_keys = item_added(worth_keys, now.worth_key)
+        if was.busy is not None:
+            busy = item_removed(busy, reservation.replica_id)
+        if now.busy is not None:
+            busy = item_added(busy, reservation.replica_id)
+    if traits is known.traits:
+        busy_tokens = _fewest_tokens(node, busy)
+        return known if busy_tokens == known.busy_tokens else _with_tokens(known, busy_tokens)
+    busy_bytes = known.busy_bytes if busy is known.busy else _fewest_bytes(traits)
+    return _with_load(known, traits, worth_keys, busy, _fewest_tokens(node, busy), busy_bytes)
+
+
+def _place_of(traits: tuple[Trait, ...], reservation: Reservation) -> int:
+    """Return where the trait of a reservation is; by identity, for equality would compare whole traits."""
+    for at, trait in enumerate(traits):
+        if trait.reservation is reservation:
+            return at
+    raise AssertionError(f"{reservation.replica_id} has no trait on its node {reservation.node_id}")
+
+
+def _fewest_bytes(traits: tuple[Trait, ...]) -> int:
+    """Return the fewest bytes that a start of a busy one copies to each device; 0 = there is none."""
+    return min([trait.busy for trait in traits if trait.busy is not None], default=0)
+
+
+def _fewest_tokens(node: Node, busy: tuple[ReplicaId, ...]) -> int:
+    """Return the fewest tokens that one of these replicas' sessions have together; 0 = there is none."""
+    replicas = node.replicas
+    return min([replicas[replica_id].context_tokens for replica_id in busy], default=0)
 
 
 def _traits(

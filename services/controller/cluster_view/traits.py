@@ -39,8 +39,8 @@ class Trait(NamedTuple):
         reservation: Whose trait it is.
         takes_workers: How many warm workers it may take first: it is ordered and has none yet.
         worth_key: What it is worth (`restart_log_on`), where it is idle and may make room for others.
-        busy: It serves sessions now and may make room for others: their tokens, and the bytes that a start of
-            it copies to each device.
+        busy: It serves sessions now and may make room for others: the bytes that a start of it copies to each
+            device. How long its contexts are its node says: they grow all the time.
         settled_at_seconds: When it became ready, where its weights are all there.
         leaving_for: Whom it makes room for, where it is on its way out.
         loading: What it still reads: its checkpoint, and the bytes that are not in the node's memory.
@@ -51,7 +51,7 @@ class Trait(NamedTuple):
     reservation: Reservation
     takes_workers: int
     worth_key: tuple[float, ReplicaId] | None
-    busy: tuple[int, int] | None
+    busy: int | None
     settled_at_seconds: float | None
     leaving_for: ModelName | None
     loading: tuple[Checkpoint, int] | None
@@ -93,8 +93,7 @@ def trait_holds(was: Node, now: Node) -> Callable[[Trait, Model | None], bool]:
     same_stages = same_device and was.stages == now.stages
 
     def holds(trait: Trait, model: Model | None) -> bool:
-        replica_id = trait.reservation.replica_id
-        if not same or was.replicas.get(replica_id) is not now.replicas.get(replica_id):
+        if not same or not _stands_as_before(was, now, trait.reservation.replica_id):
             return False
         if model is None:
             return True
@@ -108,6 +107,21 @@ def trait_holds(was: Node, now: Node) -> Callable[[Trait, Model | None], bool]:
     return holds
 
 
+def _stands_as_before(was: Node, now: Node, replica_id: ReplicaId) -> bool:
+    """Tell whether of a replica all is as before that its trait reads."""
+    before, after = was.replicas.get(replica_id), now.replicas.get(replica_id)
+    if before is after:
+        return True
+    return (
+        before is not None
+        and after is not None
+        and (before.sessions > 0) == (after.sessions > 0)
+        and _read_of_replica(before) == _read_of_replica(after)
+    )
+
+
+_read_of_replica = attrgetter("phase", "idle_since_seconds", "ready_since_seconds", "loading")
+"""Of a replica, what its trait may depend on; beside whether it serves sessions."""
 _read_by_all = attrgetter(
     "warm_workers",
     "worker_start_seconds",
@@ -124,9 +138,8 @@ _read_by_all = attrgetter(
 def with_load(view: View, node: Node, trait: Trait) -> Trait:
     """Return a trait after nothing but the sessions of its replica have changed."""
     replica = node.replicas.get(trait.reservation.replica_id)
-    if trait.busy is not None and replica is not None and replica.sessions > 0:  # its contexts have grown
-        said = (None, (replica.context_tokens, trait.busy[1]), *trait[_SETTLED_AT:])
-        return _new_tuple(Trait, (*trait[:_WORTH_KEY], *said))
+    if trait.busy is not None and replica is not None and replica.sessions > 0:
+        return trait
     found = member(view, trait.reservation)
     model = view.models.get(trait.reservation.model)
     worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)
@@ -136,7 +149,7 @@ def with_load(view: View, node: Node, trait: Trait) -> Trait:
 
 def _load_of(
     node: Node, model: Model | None, found: Member, restart_log: float | None
-) -> tuple[tuple[float, ReplicaId] | None, tuple[int, int] | None, float | None]:
+) -> tuple[tuple[float, ReplicaId] | None, int | None, float | None]:
     """Return a trait's `worth_key`, `busy` and `restart_log`, the last as it is where it is known."""
     replica, reservation = found.replica, found.reservation
     if found.standing is not Standing.READY or replica is None or model is None or model.pinned:
@@ -147,7 +160,7 @@ def _load_of(
             restart_log = restart_log_on(model, node)
         worth_key = (restart_log + _faded(replica.idle_since_seconds), reservation.replica_id)
     if replica.sessions > 0 and reservation.moving_to is None:
-        busy = (replica.context_tokens, int(device_bytes(model)))
+        busy = int(device_bytes(model))
     return worth_key, busy, restart_log
 
 

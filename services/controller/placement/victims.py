@@ -91,7 +91,8 @@ def victims_on(situation: Situation, node: Node, destinations: Destinations) -> 
             and may_disturb_busy
             and _has_stayed(situation, trait, policy.minimum_residency_seconds)
         ):
-            victim = _busy_victim(situation, trait, *trait.busy, destinations)
+            tokens = node.replicas[trait.reservation.replica_id].context_tokens
+            victim = _busy_victim(situation, trait, tokens, trait.busy, destinations)
             if victim is not None:
                 found.append(victim)
     found.sort(key=_by_disturbance)

@@ -66,11 +66,13 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
 
 
 def _nothing_is_due(view: View, now_seconds: float, policy: Policy) -> Plan | None:
-    """Return the plan of a look at which nothing is due, as most are; None = something may be."""
+    """Return the plan of a look at which nothing is due, as most are; None = something may be.
+
+    Models that wait for room, and those with replicas on nodes that are not in the cluster, are due at every
+    look (`attention`). Replicas that nobody reserved belong to no model.
+    """
     index = view.index
-    if index is None or index.orphaned or index.homeless:
-        return None
-    if view.refusals and view.room_settled != view.room:
+    if index is None or index.orphaned:
         return None
     next_seconds = index.due.first[0] if index.due.runs else inf
     if index.last_seen.runs:  # as `check_nodes` has it

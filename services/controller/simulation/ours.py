@@ -60,6 +60,9 @@ from stoker.ids import ModelName, NodeId, ReplicaId
 
 _make_node, _make_stage, _make_load_reported = maker_of(Node), maker_of(Stage), maker_of(LoadReported)
 _NEVER_SECONDS = 1e12
+_NONE: Mapping[SimReplica, None] = {}
+_Standing = tuple[int, tuple[tuple[SimReplica, Standing], ...]]
+"""How often what a host holds has changed, and its replicas with where they stand."""
 MAX_PASSES = 50
 """Decisions must settle: a rule that undoes another one would go on for ever."""
 
@@ -100,6 +103,8 @@ class Ours:
         self._queues: dict[ModelName, tuple[int, float, tuple[SimReplica, ...]]] = {}
         """Of models that wait at ready replicas: how many, since when the longest, and at which."""
         self._held_by_node: dict[NodeId, tuple[int, dict[Checkpoint, Held]]] = {}
+        self._told: dict[NodeId, _Standing] = {}
+        """Of nodes that are up, what they reported whole last."""
         self._replicas: dict[ReplicaId, SimReplica] = {}
         self._reserved: dict[SimReplica, ReplicaId] = {}
         self._targets: dict[SimReplica, SimReplica] = {}
@@ -170,13 +175,7 @@ class Ours:
         if not loads and not changes.nodes and not changes.gone:
             return
         for node_id in {**changes.nodes, **loads} if changes.nodes else loads:
-            node = world.nodes[node_id]
-            if node.down:
-                self._fold(NodeUnreachable(node_id=node_id))
-            elif node_id in changes.nodes or not self._knows_all_but_load(node):
-                self._fold(NodeReported(node=self._node(node, world)))
-            else:
-                self._fold(self._load(node, loads[node_id], world))
+            self._tell_node(world.nodes[node_id], loads.get(node_id, _NONE), world)
         for replica in changes.gone:
             replica_id = self._reserved.pop(replica, None)
             if replica_id is not None:
@@ -185,6 +184,19 @@ class Ours:
         changes.nodes.clear()
         changes.replicas.clear()
         changes.gone.clear()
+
+    def _tell_node(self, node: SimNode, load: Mapping[SimReplica, None], world: World) -> None:
+        node_id = node.node_id
+        if node.down:
+            self._told.pop(node_id, None)
+            self._fold(NodeUnreachable(node_id=node_id))
+        elif node_id not in world.changes.nodes and self._is_still(node):
+            self._fold(self._load(node, load, world))
+        elif self._told.get(node_id) == (standing := self._standing(node)):
+            self._fold(self._load(node, load, world, _queued_bytes(node, world)))
+        else:
+            self._told[node_id] = standing
+            self._fold(NodeReported(node=self._node(node, world)))
 
     def _queue_elsewhere(self, world: World) -> list[SimReplica]:
         """Return the replicas of models whose ready ones have other queues than was told."""
@@ -206,13 +218,24 @@ class Ours:
                 self._queues[name] = queue
         return others
 
-    def _knows_all_but_load(self, node: SimNode) -> bool:
+    def _is_still(self, node: SimNode) -> bool:
         """Tell whether a node's last report holds but for sessions: nothing is moving, nothing moved."""
         known = self._held_by_node.get(node.node_id)
         is_still = not node.disk.transfers and not node.network.transfers
         return is_still and known is not None and known[0] == node.holdings
 
-    def _load(self, node: SimNode, changed: Mapping[SimReplica, None], world: World) -> LoadReported:
+    def _standing(self, node: SimNode) -> _Standing:
+        """Return what a whole report says beside sessions, and bytes that wait before the node's stages."""
+        reserved = [each for each in node.replicas if each in self._reserved]
+        return node.holdings, tuple([(each, each.phase) for each in reserved])
+
+    def _load(
+        self,
+        node: SimNode,
+        changed: Mapping[SimReplica, None],
+        world: World,
+        queued_bytes: dict[str, int] | None = None,
+    ) -> LoadReported:
         """Return the sessions of these replicas of a node, and of those that serve: their contexts grow."""
         reserved = self._reserved
         told = [
@@ -224,11 +247,12 @@ class Ours:
             node_id=node.node_id,
             replicas=tuple([session_load(reserved[each], each, world) for each in told]),
             seen_seconds=world.clock.now_seconds,
+            queued_bytes=queued_bytes,
         )
 
     def _node(self, node: SimNode, world: World) -> Node:
         replicas = [each for each in node.replicas if each in self._reserved]
-        device = node.spec.device
+        device, queued_bytes = node.spec.device, _queued_bytes(node, world)
         return _make_node(
             node_id=node.node_id,
             devices=devices_of(device.kind, device.memory_bytes, node.spec.device_count),
@@ -239,11 +263,11 @@ class Ours:
             stages={
                 "disk": _make_stage(
                     bytes_per_second=node.disk.bytes_per_second,
-                    queued_bytes=round(world.flows.left_bytes(node.disk)),
+                    queued_bytes=queued_bytes["disk"],
                 ),
                 "remote": _make_stage(
                     bytes_per_second=node.network.bytes_per_second,
-                    queued_bytes=round(world.flows.left_bytes(node.network)),
+                    queued_bytes=queued_bytes["remote"],
                 ),
                 "device": _make_stage(bytes_per_second=device.bus_bytes_per_second),
             },
@@ -329,6 +353,14 @@ class Ours:
             world.preempt(replica)
         else:
             world.displace(replica)
+
+
+def _queued_bytes(node: SimNode, world: World) -> dict[str, int]:
+    """Return what waits before the stages that a node's loads share."""
+    return {
+        "disk": round(world.flows.left_bytes(node.disk)),
+        "remote": round(world.flows.left_bytes(node.network)),
+    }
 
 
 def _demanded(session: Session, now_seconds: float) -> Demanded:

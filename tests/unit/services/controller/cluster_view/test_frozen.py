@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, dataclass, field, replace
 
 import pytest
 
-from services.controller.cluster_view.frozen import changed, draft_of, finished, maker_of
+from services.controller.cluster_view.frozen import amender_of, changed, draft_of, finished, maker_of
 from services.controller.cluster_view.index import Index
 from services.controller.cluster_view.view import View
 
@@ -33,6 +33,19 @@ def test_a_changed_copy_is_what_replace_gives_and_the_value_stays() -> None:
     assert changed(view, room=4) == replace(view, room=4)
     assert type(changed(view, room=4)) is View
     assert view.room == 3
+
+
+def test_an_amended_copy_is_what_replace_gives_and_the_value_stays() -> None:
+    amend, view = amender_of(View, "room", "room_settled"), View(room=3)
+
+    assert amend(view, 4, 5) == replace(view, room=4, room_settled=5)
+    assert type(amend(view, 4, 5)) is View
+    assert view.room == 3
+
+
+def test_a_field_that_a_class_lacks_can_not_be_amended() -> None:
+    with pytest.raises(AttributeError, match="View has no field 'rooms'"):
+        amender_of(View, "rooms")
 
 
 def test_what_is_finished_can_not_be_changed_any_more() -> None:

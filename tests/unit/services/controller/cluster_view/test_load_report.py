@@ -11,8 +11,9 @@ from services.controller.cluster_view.events import LoadReported, NodeReported
 from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.load_report import narrowed
-from services.controller.cluster_view.view import Node, Phase, View
+from services.controller.cluster_view.view import Node, Phase, Stage, View
 from stoker.ids import NodeId, ReplicaId
+from stoker.units import GB
 from tests.unit.services.controller.builders import a_model, a_node, a_replica, a_reservation, a_view
 
 IDLE = a_replica("r1", "m1", idle_since_seconds=4.0)
@@ -45,6 +46,16 @@ def test_a_report_that_says_nothing_new_is_a_sign_of_life() -> None:
     assert fold(known(), NodeReported(node=reported())).nodes[NodeId("n")].last_seen_seconds == 9.0
 
 
+def test_a_report_of_bytes_that_wait_before_a_stage_says_no_more_than_that() -> None:
+    stages = known().nodes[NodeId("n")].stages
+    waiting = {name: replace(stage, queued_bytes=7) for name, stage in stages.items()}
+    told = narrowed(known(), reported(stages=waiting))
+
+    assert told is not None
+    assert told.queued_bytes == dict.fromkeys(waiting, 7)
+    assert fold(known(), told).nodes[NodeId("n")].stages == waiting
+
+
 @pytest.mark.parametrize(
     "node",
     [
@@ -53,8 +64,10 @@ def test_a_report_that_says_nothing_new_is_a_sign_of_life() -> None:
         reported(replace(BUSY, phase=Phase.FAILED), OTHER),
         reported(BUSY, OTHER, warm_workers=7),
         reported(BUSY, OTHER, draining=True),
+        reported(BUSY, OTHER, stages={"disk": Stage(bytes_per_second=7.0)}),
+        reported(BUSY, OTHER, stages={}),
     ],
-    ids=["a replica went", "one came", "one failed", "a worker more", "it drains"],
+    ids=["a replica went", "one came", "one failed", "a worker more", "it drains", "a rate", "a stage went"],
 )
 def test_a_report_of_anything_else_is_folded_whole(node: Node) -> None:
     assert narrowed(known(), node) is None
@@ -69,10 +82,13 @@ def test_a_node_that_was_cut_off_reports_whole() -> None:
     assert fold(view, LoadReported(node_id=NodeId("n"), replicas=(BUSY,), seen_seconds=9.0)) == view
 
 
-def test_a_load_report_makes_the_view_of_the_whole_one() -> None:
-    narrow = fold(known(), NodeReported(node=reported(BUSY, OTHER)))
+@pytest.mark.parametrize("queued_bytes", [0, 7 * GB])
+def test_a_load_report_makes_the_view_of_the_whole_one(queued_bytes: int) -> None:
+    """The second replica is idle: what it is worth depends on what waits there."""
+    stages = {"disk": Stage(bytes_per_second=GB, queued_bytes=queued_bytes)}
+    narrow = fold(known(), NodeReported(node=reported(BUSY, OTHER, stages=stages)))
     detour = fold(known(), NodeReported(node=reported(BUSY, OTHER, warm_workers=7)))
-    whole = fold(detour, NodeReported(node=reported(BUSY, OTHER)))
+    whole = fold(detour, NodeReported(node=reported(BUSY, OTHER, stages=stages)))
 
     assert replace(narrow, room=0) == replace(whole, room=0)
     assert index_of(narrow) == index_of(whole)

@@ -219,7 +219,13 @@ def test_an_index_kept_by_fold_is_the_one_made_anew(
                 replace(each, sessions=second, context_tokens=9 * second, idle_since_seconds=None)
                 for each in view.nodes[node_id].replicas.values()
             ][first:]
-            view = fold(view, LoadReported(node_id=node_id, replicas=tuple(told), seen_seconds=NOW_SECONDS))
+            report = LoadReported(
+                node_id=node_id,
+                replicas=tuple(told),
+                seen_seconds=NOW_SECONDS,
+                queued_bytes={"disk": second * GB} if first else None,
+            )
+            view = fold(view, report)
         else:
             reserved = a_reservation(f"new-{first}-{second}", MODELS[second], node_id, reported=False)
             view = fold(view, Reserved(reservation=reserved))
