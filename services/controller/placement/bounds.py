@@ -8,8 +8,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from math import exp, inf
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, inf, log
 
 from services.controller.cluster_view.estimate import (
     NOTHING_HELD,
@@ -19,68 +19,25 @@ from services.controller.cluster_view.estimate import (
     source_of,
     worker_wait_seconds,
 )
-from services.controller.cluster_view.index import Index
 from services.controller.cluster_view.moves import least_move
-from services.controller.cluster_view.places import Nodes
 from services.controller.cluster_view.summary import ORIGINS, Shape, Summary
 from services.controller.cluster_view.traits import WORTH_DECAY_SECONDS, WORTH_LOG_LIMIT
 from services.controller.cluster_view.view import Node
 from services.controller.placement.options import Rank
+from services.controller.placement.rates import ROUNDING, copy_seconds, lowest, rungs_of
 from services.controller.placement.room import Situation, Wanted
 from stoker.ids import NodeId
 
 Bounded = tuple[Rank, NodeId]
+NOBODY = NodeId("")
+"""In place of a node: whatever the stream gives next is not below this rank."""
+Dear = tuple[float, float]
+"""The worth (its key, see `traits`) above which, and the rate below which a node costs too much."""
+NOBODY_IS_DEAR: Dear = (inf, 0.0)
+_SLACK = 1e-6
+"""Of a logarithm, and of the difference of two of them."""
 _PLACE_OF = {origin: place for place, origin in enumerate(ORIGINS)}
 _DISK = _PLACE_OF["disk"]
-ROUNDING = 1 - 1e-9
-"""Sums of the same terms in another order may differ by a rounding; a bound must not be above its node."""
-
-
-def _least_of(nodes: Nodes | None) -> float:
-    """Return the lowest number in a list of nodes; 0 where there is none."""
-    return nodes.first[0] if nodes else 0.0
-
-
-def copy_seconds(index: Index, byte_count: float) -> float:
-    """Return what it takes at least to copy so many bytes to a device, on any node."""
-    return byte_count / index.by_device.last[0] * ROUNDING if index.by_device else 0.0
-
-
-def swiftest_source(index: Index) -> tuple[float, float] | None:
-    """Return a rate and a worker's time that no node with free slots betters together; None = there is none.
-
-    The rate is the fastest from any of `ORIGINS`: whoever has none of a checkpoint in memory reads no faster.
-    """
-    rate, worker_seconds = 0.0, inf
-    for shape in index.shapes:
-        for waits in (True, False):
-            for origin in ORIGINS:
-                nodes = index.free.get((origin, 1, waits, shape))
-                if nodes is not None:
-                    rate = max(rate, -nodes.first[0])
-            if waits and nodes is not None:
-                worker_seconds = 0.0
-            elif nodes is not None:
-                worker_seconds = min(worker_seconds, index.free_by_worker["", 1, waits, shape].first[0])
-    return (rate, worker_seconds) if rate else None
-
-
-def rungs_of(index: Index, wanted: Wanted) -> list[tuple[Nodes, Nodes | None]]:
-    """Return where free nodes are listed that could take the model: by the rate of its load, by the worker.
-
-    Where a worker waits on all of them there is no second list.
-    """
-    free, rungs = 1 << (wanted.slots.bit_length() - 1), index.free
-    found: list[tuple[Nodes, Nodes | None]] = []
-    for shape in index.shapes:
-        if wanted.slots_that_fit(shape):
-            nodes = rungs.get((wanted.origin, free, True, shape))
-            if nodes is not None:
-                found.append((nodes, None))
-            nodes = rungs.get((wanted.origin, free, False, shape))
-            if nodes is not None:
-                found.append((nodes, index.free_by_worker[("", free, False, shape)]))
-    return found
 
 
 class Bounds:
@@ -105,8 +62,8 @@ class Bounds:
         self._shape: Shape | None = None
         self._shape_fits = False
         self._index = index
-        self._least_opening = _least_of(index.by_opening.get(wanted.origin))
-        self._slowest_device = _least_of(index.by_device)
+        self._least_opening = lowest(index.by_opening.get(wanted.origin))
+        self._slowest_device = lowest(index.by_device)
         self._summaries = index.summaries
         self._nodes = situation.view.nodes
         self._file_bytes = wanted.model.file_bytes
@@ -115,7 +72,7 @@ class Bounds:
         self._origin = ORIGINS.index(wanted.origin)
         self._beside_seconds = parts.skeleton_seconds + parts.first_forward_seconds
         self._overhead_seconds = parts.overhead_seconds
-        self._tie_seconds = policy.tie_seconds
+        self.tie_seconds = policy.tie_seconds
         self._weight = 1.0 if situation.waited_too_long else policy.hysteresis_ratio
         self._stop_seconds = policy.stop_seconds
         self._faded = situation.now_seconds / WORTH_DECAY_SECONDS
@@ -144,7 +101,7 @@ class Bounds:
             return self.sorted_on(nodes)
         found: list[tuple[float, NodeId]] = []
         summaries, nodes_by_id, checkpoint = self._summaries, self._nodes, self._checkpoint
-        beside, overhead, tie_seconds = self._beside_seconds, self._overhead_seconds, self._tie_seconds
+        beside, overhead, tie_seconds = self._beside_seconds, self._overhead_seconds, self.tie_seconds
         file_bytes, device_bytes = self._file_bytes, self._device_bytes
         for node_id in nodes:
             summary = summaries[node_id]
@@ -194,36 +151,81 @@ class Bounds:
         seconds = self.start_seconds(node_id, summary) + cost_seconds
         return self._rank(seconds, -preferred, victims=1, worth=worth)
 
-    def idle_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> Iterator[Bounded]:
-        """Yield the same of unseen nodes where an idle replica goes and nothing of the checkpoint is held.
+    def idle_on(
+        self,
+        rows: Sequence[tuple[float, NodeId]],
+        seen: set[NodeId],
+        dear: Dear,
+        aside: list[NodeId],
+        limit_seconds: float,
+    ) -> list[Bounded]:
+        """Return the same of unseen nodes where an idle replica goes and nothing of the checkpoint is held.
 
         Where only busy ones go is not counted: another stream has those nodes. The search asks for this more
         than for anything else: nothing is called that can be written out.
+
+        Args:
+            rows: Nodes with idle replicas.
+            seen: Nodes to leave out; these are in it afterwards.
+            dear: What tells the dear ones.
+            aside: Takes those, of which nothing else is worked out.
+            limit_seconds: Those that cost more are left out.
         """
         origin, file_bytes, beside = self._origin, self._file_bytes, self._beside_seconds
         stop_seconds, weight, faded = self._stop_seconds, self._weight, self._faded
+        summaries, slots, (most_key, least_rate) = self._summaries, self._slots, dear
+        found: list[Bounded] = []
         for _, node_id in rows:
             if node_id in seen:
                 continue
             seen.add(node_id)
-            summary = self._summaries[node_id]
-            if len(summary.free) >= self._slots:
+            summary = summaries[node_id]
+            rate, key = summary.rates[origin], summary.worth_keys[0][0]
+            if key > most_key or rate < least_rate:
+                aside.append(node_id)
+                continue
+            if len(summary.free) >= slots:
                 continue
             if summary.shape is not self._shape:
                 self._look_at(summary.shape)
             if not self._shape_fits:
                 continue
-            rate = summary.rates[origin]
             if summary.queued or rate >= summary.device_rate:
                 load = self.load_seconds(node_id, summary)
             else:
                 load = summary.openings[origin] + file_bytes / rate
-            worth = exp(min(summary.worth_keys[0][0] - faded, WORTH_LOG_LIMIT))
+            worth = exp(min(key - faded, WORTH_LOG_LIMIT))
             cost_seconds = stop_seconds + weight * worth
             seconds = cost_seconds + summary.worker_seconds + self._overhead_seconds
             seconds = (seconds + max(load, beside)) * ROUNDING
-            if seconds <= self.limit_seconds:
-                yield (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, ""), node_id
+            if seconds <= limit_seconds:
+                found.append(
+                    ((int(seconds / self.tie_seconds), 1, worth * ROUNDING, 0, seconds, ""), node_id)
+                )
+        return found
+
+    def dear_idle(self, rate: float, worth_key: float, most_seconds: float) -> Dear:
+        """Return what tells nodes that cost more than this by one of their numbers alone.
+
+        Args:
+            rate: None of the nodes has a higher one.
+            worth_key: None of them has an idle replica worth less.
+            most_seconds: Nodes with idle replicas that cost no more are not told from the others.
+        """
+        if most_seconds == inf:
+            return NOBODY_IS_DEAR
+        spare = most_seconds / ROUNDING - self._stop_seconds
+        for_worth = (spare - self._least_start(rate, 0.0)) / self._weight if self._weight else inf
+        most_key = log(for_worth) + self._faded + _SLACK if for_worth > 0 else -inf
+        worth = exp(min(worth_key - self._faded, WORTH_LOG_LIMIT))
+        for_load = spare - self._weight * worth - self._overhead_seconds
+        if for_load <= self._beside_seconds:
+            return most_key, inf
+        opened = for_load - self._least_opening
+        least_rate = self._file_bytes / opened if opened > 0 else inf
+        if least_rate >= self._slowest_device:  # see `_least_start`
+            least_rate = self._device_bytes / for_load
+        return most_key, least_rate * ROUNDING
 
     def all_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> Iterator[Bounded]:
         """Yield the bounds of nodes not seen yet that are not out."""
@@ -255,9 +257,13 @@ class Bounds:
     def idle_beyond(self, rate: float, worth_key: float) -> Rank:
         """Return the rank that nodes can't beat with at most this rate, and idle replicas worth no less."""
         worth = exp(min(worth_key - self._faded, WORTH_LOG_LIMIT))
-        seconds = self._stop_seconds + self._weight * worth + self._least_start(rate, 0.0)
-        seconds *= ROUNDING
-        return (int(seconds / self._tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
+        if self._slowest_device > rate:  # `_least_start`, written out
+            load = self._least_opening + self._file_bytes / rate
+        else:
+            load = self._device_bytes / rate
+        start_seconds = max(load, self._beside_seconds) + self._overhead_seconds
+        seconds = (self._stop_seconds + self._weight * worth + start_seconds) * ROUNDING
+        return (int(seconds / self.tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
 
     def busy_beyond(self, rate: float) -> Rank:
         """Return the rank that nodes with no more than this rate, and busy replicas, can't beat."""
@@ -373,4 +379,4 @@ class Bounds:
     def _rank(self, seconds: float, less_preferred: int = 0, *, victims: int = 0, worth: float = 0.0) -> Rank:
         """Return the lowest rank of an option that costs no less than this."""
         seconds *= ROUNDING
-        return (int(seconds / self._tie_seconds), victims, worth * ROUNDING, less_preferred, seconds, "")
+        return (int(seconds / self.tie_seconds), victims, worth * ROUNDING, less_preferred, seconds, "")

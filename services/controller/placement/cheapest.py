@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from services.controller.cluster_view.estimate import make_estimate
 from services.controller.cluster_view.view import Node
@@ -46,6 +47,9 @@ def best_on(
     search = Cheapest(situation, node, destinations, limit)
     search.run()
     return search.best
+
+
+_first = itemgetter(0)
 
 
 class Cheapest:
@@ -97,6 +101,8 @@ class Cheapest:
         slots = 0
         for victim in chosen:
             slots += len(self._fitting.intersection(victim.reservation.devices))
+            if slots >= self._missing_slots:
+                break
         return slots >= self._missing_slots and (
             self._pool_has_room
             or pool_has_room(
@@ -109,22 +115,41 @@ class Cheapest:
 
     def _order(self) -> None:
         """Put the victim first that costs least: who moves is looked at closer while it might be the one."""
-        ranked = [(self._rank_alone(victim, victim.wait_seconds), victim) for victim in self._victims]
-        ranked.sort(key=_rank_of)
-        looked: Counter[ReplicaId] = Counter()
+        ranked = self._ranked()
+        ranked.sort(key=_first)
+        looked: dict[ReplicaId, int] = {}
         while ranked and ranked[0][1].moves and (self._limit is None or ranked[0][0] < self._limit):
             mover = ranked[0][1]
             replica_id = mover.reservation.replica_id
-            if looked[replica_id] == len(self._looks):
+            looks = looked.get(replica_id, 0)
+            if looks == len(self._looks):
                 break
-            seconds = self._looks[looked[replica_id]](mover.name)
-            looked[replica_id] += 1
+            seconds = self._looks[looks](mover.name)
+            looked[replica_id] = looks + 1
             del ranked[0]
             if seconds is not None:
                 wait_seconds = max(mover.wait_seconds, seconds + mover.move_seconds)
-                insort(ranked, (self._rank_alone(mover, wait_seconds), mover), key=_rank_of)
+                insort(ranked, (self._rank_alone(mover, wait_seconds), mover), key=_first)
         self._ranks = [rank for rank, _ in ranked]
         self._victims = [victim for _, victim in ranked]
+
+    def _ranked(self) -> list[tuple[Rank, Victim]]:
+        """Return the victims that might win alone, each with what it costs: `_rank_alone`, written out."""
+        estimate, weight, limit, node_id = self._estimate, self._weight, self._limit, self._node.node_id
+        worker, loaded, overhead = (
+            estimate.worker_seconds,
+            self._loaded_seconds,
+            estimate.overhead_seconds,
+        )
+        tie_seconds, less_preferred = self._situation.policy.tie_seconds, -self._preferred
+        found: list[tuple[Rank, Victim]] = []
+        for victim in self._victims:
+            disturbance = victim.disturbance_seconds
+            cost = victim.wait_seconds + worker + loaded + overhead + weight * disturbance
+            rank = (int(cost / tie_seconds), 1, disturbance, less_preferred, cost, node_id)
+            if limit is None or rank < limit:
+                found.append((rank, victim))
+        return found
 
     def _grow(self, chosen: tuple[Victim, ...], begin: int) -> None:
         """Take the set if it makes room, else try it with one more of the victims from `begin` on."""
@@ -250,10 +275,6 @@ class Cheapest:
             preferred=self._preferred,
             weight=self._weight,
         )
-
-
-def _rank_of(ranked: tuple[Rank, Victim]) -> Rank:
-    return ranked[0]
 
 
 def _disturbance_seconds(chosen: tuple[Victim, ...]) -> float:

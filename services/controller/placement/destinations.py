@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from functools import cached_property
 from operator import itemgetter
 from typing import Final
 
 from services.controller.cluster_view.estimate import device_bytes
-from services.controller.cluster_view.lessons import parts_like
-from services.controller.placement.bounds import ROUNDING, Bounded, Bounds, copy_seconds, swiftest_source
+from services.controller.placement.bounds import NOBODY, Bounded, Bounds
 from services.controller.placement.options import Option, Rank, free_option, rank
+from services.controller.placement.rates import ROUNDING, copy_seconds, swiftest_source
 from services.controller.placement.room import Situation, can_ever, wanted_of
-from services.controller.placement.streams import NOBODY, free_among, free_streams, known_nodes
+from services.controller.placement.streams import free_among, free_streams, known_nodes
 from stoker.ids import ModelName, NodeId
 
-_UNKNOWN: Final = (0.0, 0.0)
-"""In place of what was not looked up yet."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -26,10 +26,8 @@ class Destinations:
 
     def __init__(self, situation: Situation) -> None:
         self._situation = situation
-        self._swiftest: dict[ModelName, float] = {}
         self._copied: dict[int, float] = {}
         self._elsewhere: dict[ModelName, _Elsewhere] = {}
-        self._swiftest_source: tuple[float, float] | None = _UNKNOWN
 
     def copied_seconds(self, byte_count: int) -> float:
         """Return what copying so many bytes to a device takes at least, anywhere."""
@@ -40,26 +38,11 @@ class Destinations:
 
     def swiftest_seconds(self, name: ModelName) -> float:
         """Return what starting the model takes at least, were there a free node with all of it in memory."""
-        if name not in self._swiftest:
-            view = self._situation.view
-            model = view.models[name]
-            copying = copy_seconds(self._situation.index, device_bytes(model))
-            self._swiftest[name] = parts_like(view, model).start_seconds(0.0, copying)
-        return self._swiftest[name]
+        return self._of(name).swiftest_seconds
 
     def floor_seconds(self, name: ModelName) -> float | None:
         """Return what no start on free slots is quicker than, without a look at nodes; None = nowhere."""
-        if self._swiftest_source is _UNKNOWN:
-            self._swiftest_source = swiftest_source(self._situation.index)
-        if self._swiftest_source is None:
-            return None
-        index, view = self._situation.index, self._situation.view
-        model = view.models[name]
-        if free_among(index, index.in_memory.get(model.checkpoint)):
-            return self.swiftest_seconds(name) * ROUNDING
-        rate, worker_seconds = self._swiftest_source
-        load = device_bytes(model) / rate
-        return parts_like(view, model).start_seconds(worker_seconds, load) * ROUNDING
+        return self._of(name).floor_seconds
 
     def least_seconds(self, name: ModelName) -> float | None:
         """Return what starting the model on free slots takes at least, anywhere; None = nowhere."""
@@ -77,22 +60,74 @@ class Destinations:
 
 
 class _Elsewhere:
-    """Where one model could be started on free slots."""
+    """Where one model could be started on free slots; what was not asked for is not worked out.
+
+    Nodes that have some of it in memory are *near*. Mostly one of those with free slots is the quickest, and
+    the others, more of whom have it on their disks, are not even listed.
+    """
 
     def __init__(self, situation: Situation, name: ModelName) -> None:
         self._situation = situation
-        self._wanted = wanted = wanted_of(situation.view, situation.index, name)
-        self._bounds = Bounds(situation, wanted, may_disturb=False)
-        self._known = known_nodes(situation, wanted, free=True)
-        self._bounded = self._bounds.free_on(self._known) if self._known else []
+        self._wanted = wanted_of(situation.view, situation.index, name)
         self._options: tuple[Option, ...] = ()
         self._count = 0
-        self._others = self._bounds.least_free()
-        """The rank that nodes can't beat that are not known."""
-        least = [rank[_SECONDS] for rank, _ in self._bounded]
-        if self._others is not None:
-            least.append(self._others[_SECONDS])
-        self.least_seconds = min(least, default=None)
+
+    @cached_property
+    def swiftest_seconds(self) -> float:
+        """What a start takes at least, were there a free node with all of it in memory."""
+        copying = copy_seconds(self._situation.index, device_bytes(self._wanted.model))
+        return self._wanted.parts.start_seconds(0.0, copying)
+
+    @cached_property
+    def floor_seconds(self) -> float | None:
+        """What no start is quicker than, without a look at nodes; None = there is no free slot."""
+        return self.swiftest_seconds * ROUNDING if self._near else self._far_seconds
+
+    @cached_property
+    def least_seconds(self) -> float | None:
+        """What a start takes at least; None = there is no place for one."""
+        if self._near_bounded:
+            near_seconds = min([rank[_SECONDS] for rank, _ in self._near_bounded])
+            if self._far_seconds is None or near_seconds <= self._far_seconds:
+                return near_seconds
+        _, bounded, others = self._everybody
+        least = [rank[_SECONDS] for rank, _ in bounded]
+        if others is not None:
+            least.append(others[_SECONDS])
+        return min(least, default=None)
+
+    @cached_property
+    def _far_seconds(self) -> float | None:
+        """What a start takes at least on a free node that is not near; None = there is no free node."""
+        found = swiftest_source(self._situation.index)
+        if found is None:
+            return None
+        rate, worker_seconds = found
+        load = device_bytes(self._wanted.model) / rate
+        return self._wanted.parts.start_seconds(worker_seconds, load) * ROUNDING
+
+    @cached_property
+    def _near(self) -> set[NodeId]:
+        """The near nodes with free slots."""
+        index = self._situation.index
+        return free_among(index, index.in_memory.get(self._wanted.model.checkpoint))
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        return Bounds(self._situation, self._wanted, may_disturb=False)
+
+    @cached_property
+    def _near_bounded(self) -> list[Bounded]:
+        if not self._near or self._wanted.model.required_labels:
+            return []
+        return self._bounds.free_on(self._near)
+
+    @cached_property
+    def _everybody(self) -> tuple[AbstractSet[NodeId], list[Bounded], Rank | None]:
+        """Free nodes known to be special for the model, their bounds, and the rank that no other beats."""
+        known = known_nodes(self._situation, self._wanted, free=True)
+        bounded = self._bounds.free_on(known) if known else []
+        return known, bounded, self._bounds.least_free()
 
     def best(self, not_on: NodeId, count: int) -> tuple[Option, ...]:
         """Return the best ways that disturb nobody, on nodes other than `not_on`, at most `count`."""
@@ -122,17 +157,24 @@ class _Elsewhere:
         return tuple([option for _, option in found[:count]])
 
     def _nodes(self) -> Iterator[Bounded]:
-        """Yield bounds of nodes with room, the lowest first; known ones maybe twice.
+        """Yield bounds of nodes with room, the lowest first; some maybe twice.
 
-        Known ones come first as long as no other can beat them: mostly one of them is enough.
+        Those that have it near come first as long as no other can beat them, then those that hold it.
         """
-        others = self._others
+        far_seconds, preferred = self._far_seconds or 0.0, len(self._wanted.model.preferred_labels)
+        far: Rank = (int(far_seconds / self._bounds.tie_seconds), 0, 0.0, -preferred, far_seconds, "")
+        for bounded in self._near_bounded:
+            if bounded[0] > far:
+                break
+            yield bounded
+        yield far, NOBODY
+        known, everybody, others = self._everybody
         if others is None:
-            yield from self._bounded
+            yield from everybody
             return
-        for bounded in self._bounded:
+        for bounded in everybody:
             if bounded[0] > others:
                 break
             yield bounded
         yield others, NOBODY
-        yield from free_streams(self._situation, self._bounds, self._bounded, self._known)
+        yield from free_streams(self._situation, self._bounds, everybody, known)

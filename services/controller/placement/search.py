@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.controller.cluster_view.frozen import maker_of
-from services.controller.placement.bounds import Bounded, Bounds
+from services.controller.placement.bounds import NOBODY, Bounded, Bounds
 from services.controller.placement.cheapest import best_on
 from services.controller.placement.destinations import Destinations
 from services.controller.placement.options import Option, Rank, rank
 from services.controller.placement.room import Situation
-from services.controller.placement.streams import NOBODY, streams
+from services.controller.placement.streams import streams
 from stoker.ids import NodeId
 
 SHOWN = 2

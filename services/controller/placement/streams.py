@@ -20,24 +20,20 @@ import heapq
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from services.controller.cluster_view.groups import Members
 from services.controller.cluster_view.index import Index
-from services.controller.placement.bounds import Bounded, Bounds, rungs_of
+from services.controller.placement.bounds import NOBODY, Bounded, Bounds
+from services.controller.placement.cursor import Cursor, Run, Runs, next_reached
+from services.controller.placement.idle import idle_nodes
 from services.controller.placement.options import Rank
+from services.controller.placement.rates import rungs_of
 from services.controller.placement.room import Situation, Wanted
 from stoker.ids import NodeId
 
-NOBODY = NodeId("")
-"""In place of a node: whatever the stream gives next is not below this rank."""
 MOST_ROWS = 8
 """Rows of a list read between two looks at what those that follow cost at least."""
-Run = tuple[tuple[float, NodeId], ...]
-Runs = tuple[Run, ...]
-"""A list as a `Ladder` keeps it: no run is empty."""
-_SECONDS: Final = 4
-"""Where a rank has its seconds."""
 
 
 def streams(situation: Situation, bounds: Bounds) -> Iterator[Bounded]:
@@ -101,9 +97,8 @@ def _idle_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
     by_rate = situation.index.idle_by_rate.get(bounds.wanted.origin)
     if by_rate is None:
         return iter(())
-    by_worth = situation.index.idle_by_worth
-    ranks = _Ranks(bounds.idle_beyond, bounds.idle_on, bounds.is_behind)
-    return _threshold_search(by_rate.runs, by_worth.runs, known, ranks)
+    index = situation.index
+    return idle_nodes(by_rate.runs, index.idle_by_worth.runs, known, bounds, alone=not index.free_nodes)
 
 
 def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]) -> Iterator[Bounded]:
@@ -153,7 +148,7 @@ def _threshold_search(
     seen = set(known)
     ready: list[Bounded] = []
     beyond, bound_on, alone = ranks.beyond, ranks.on, by_other is None
-    rates, others, count = _Cursor(by_rate), _Cursor(by_other or ()), 1
+    rates, others, count = Cursor(by_rate), Cursor(by_other or ()), 1
     reached = beyond(-rates.reached, others.reached)
     while True:
         if alone:
@@ -161,7 +156,7 @@ def _threshold_search(
         while ready and ready[0][0] <= reached:
             yield heapq.heappop(ready)
         yield reached, NOBODY
-        faster, reached = _next_reached(rates, others, count, beyond, alone=alone)
+        faster, reached = next_reached(rates, others, count, beyond, alone=alone)
         rows = faster.read(count)
         if not rows:
             break
@@ -172,18 +167,7 @@ def _threshold_search(
         yield heapq.heappop(ready)
 
 
-def _next_reached(
-    rates: _Cursor, others: _Cursor, count: int, beyond: Callable[[float, float], Rank], *, alone: bool
-) -> tuple[_Cursor, Rank]:
-    """Return the list to read `count` rows of, and the rank that no node behind them beats."""
-    by_rate = beyond(-rates.ahead(count), others.reached)
-    if alone:
-        return rates, by_rate
-    by_other = beyond(-rates.reached, others.ahead(count))
-    return (others, by_other) if by_other[_SECONDS] > by_rate[_SECONDS] else (rates, by_rate)
-
-
-def _skipped_behind(rates: _Cursor, ranks: _Ranks, reached: Rank) -> Rank:
+def _skipped_behind(rates: Cursor, ranks: _Ranks, reached: Rank) -> Rank:
     """Pass nodes of a list that tie with the best one at most; return what is reached then.
 
     Of nodes with the same rate the ids ascend: the first of equal ones wins.
@@ -192,63 +176,3 @@ def _skipped_behind(rates: _Cursor, ranks: _Ranks, reached: Rank) -> Rank:
         rates.skip_equal()
         reached = ranks.beyond(-rates.reached, 0.0)
     return reached
-
-
-class _Cursor:
-    """How far a list has been read; its runs are read where they lie."""
-
-    __slots__ = ("_at", "_buffer", "_later", "_runs", "reached")
-
-    def __init__(self, runs: Runs) -> None:
-        self._runs = runs
-        self._later = 1
-        """The first run not read yet."""
-        self._buffer = runs[0] if runs else ()
-        self._at = 0
-        self.reached = self._buffer[0][0] if self._buffer else 0.0
-        """The number of the next row, which no later one is below."""
-
-    @property
-    def rows_left(self) -> bool:
-        """Tell whether there is a next row."""
-        return self._has(1)
-
-    @property
-    def next_id(self) -> NodeId:
-        """The next row's node; IndexError where there is none."""
-        return self._buffer[self._at][1]
-
-    def skip_equal(self) -> None:
-        """Go on to the first row with another number."""
-        reached = self.reached
-        while self._has(1) and self._buffer[self._at][0] == reached:
-            self._at += 1
-        self.read(0)
-
-    def ahead(self, count: int) -> float:
-        """Return what would be reached `count` rows further; what is reached now where the list ends."""
-        if self._at + count < len(self._buffer) or self._has(count + 1):
-            return self._buffer[self._at + count][0]
-        return self._buffer[-1][0] if self._at < len(self._buffer) else self.reached
-
-    def read(self, count: int) -> Run:
-        """Return the next rows, at most `count`."""
-        if self._at + count >= len(self._buffer):
-            self._has(count + 1)
-        rows = self._buffer[self._at : self._at + count]
-        self._at += len(rows)
-        if self._at < len(self._buffer):
-            self.reached = self._buffer[self._at][0]
-        elif rows:
-            self.reached = rows[-1][0]
-        return rows
-
-    def _has(self, count: int) -> bool:
-        """Tell whether there are so many more rows, which are in the buffer then."""
-        while self._at + count > len(self._buffer):
-            if self._later >= len(self._runs):
-                return False
-            self._buffer = (*self._buffer[self._at :], *self._runs[self._later])
-            self._at = 0
-            self._later += 1
-        return True

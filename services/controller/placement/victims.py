@@ -6,10 +6,8 @@ is looked up again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.moves import move_seconds
 from services.controller.cluster_view.traits import Trait, worth_seconds
 from services.controller.cluster_view.view import Node, Reservation
@@ -21,13 +19,11 @@ MAX_VICTIMS_CONSIDERED = 16
 """Replicas of one node looked at, the cheapest first: hosts have at most sixteen devices."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Victim:
-    """A replica that could go, and what that costs.
+class Victim(NamedTuple):
+    """A replica that could go, and what that costs; a tuple, because every decision makes a dozen.
 
     Attributes:
         reservation: Which.
-        name: Its model.
         wait_seconds: Until its slots are free, at least.
         disturbance_seconds: What it costs others, at least.
         moves: It would have to be moved.
@@ -36,15 +32,20 @@ class Victim:
     """
 
     reservation: Reservation
-    name: ModelName
     wait_seconds: float
     disturbance_seconds: float
     moves: bool = False
     move_seconds: float = 0.0
     drains: bool = False
 
+    @property
+    def name(self) -> ModelName:
+        """Its model."""
+        return self.reservation.model
 
-make_victim = maker_of(Victim)
+
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call that names its fields."""
 
 
 class Destinations(Protocol):
@@ -67,73 +68,65 @@ class Destinations(Protocol):
 
 
 def victims_on(situation: Situation, node: Node, destinations: Destinations) -> list[Victim]:
-    """Return the replicas of a node that could go now, least disturbed first, with bounds of the cost."""
-    policy, own = situation.policy, situation.model.name
+    """Return the replicas of a node that could go now, with bounds of the cost; of many the cheapest ones."""
+    policy, now_seconds, own = situation.policy, situation.now_seconds, situation.model.name
+    residency_seconds = policy.minimum_residency_seconds
     may_disturb_busy = policy.may_migrate or situation.waited_too_long
     found: list[Victim] = []
     for trait in situation.index.summaries[node.node_id].traits:
-        name = trait.reservation.model
-        if name == own:
+        reservation, ready_seconds = trait.reservation, trait.settled_at_seconds
+        if (
+            reservation.model == own
+            or ready_seconds is None
+            or ready_seconds + residency_seconds > now_seconds  # `has_stayed`, written out
+        ):
             continue
         if trait.worth_key is not None:
             if idle_may_go(situation, trait):
-                seconds = worth_seconds(trait.worth_key[0], situation.now_seconds)
-                found.append(
-                    make_victim(
-                        reservation=trait.reservation,
-                        name=name,
-                        wait_seconds=policy.stop_seconds,
-                        disturbance_seconds=seconds,
-                    )
-                )
-        elif (
-            trait.busy is not None
-            and may_disturb_busy
-            and _has_stayed(situation, trait, policy.minimum_residency_seconds)
-        ):
-            tokens = node.replicas[trait.reservation.replica_id].context_tokens
-            victim = _busy_victim(situation, trait, tokens, trait.busy, destinations)
-            if victim is not None:
-                found.append(victim)
-    found.sort(key=_by_disturbance)
-    return found[:MAX_VICTIMS_CONSIDERED]
+                seconds = worth_seconds(trait.worth_key[0], now_seconds)
+                said = (reservation, policy.stop_seconds, seconds, False, 0.0, False)
+                found.append(_new_tuple(Victim, said))
+        elif trait.busy is None or not may_disturb_busy:
+            pass
+        elif policy.may_migrate:
+            busy = (node.replicas[reservation.replica_id].context_tokens, trait.busy)
+            found.append(_mover(situation, reservation, busy, destinations))
+        elif has_stayed(situation, trait, policy.waiting_bound_seconds):
+            seconds = policy.drain_grace_seconds
+            found.append(_new_tuple(Victim, (reservation, seconds, seconds, False, 0.0, True)))
+    if len(found) > MAX_VICTIMS_CONSIDERED:
+        found.sort(key=_by_disturbance)
+        del found[MAX_VICTIMS_CONSIDERED:]
+    return found
 
 
 def _by_disturbance(victim: Victim) -> tuple[float, ReplicaId]:
     return victim.disturbance_seconds, victim.reservation.replica_id
 
 
-def _busy_victim(
-    situation: Situation, trait: Trait, tokens: int, byte_count: int, destinations: Destinations
-) -> Victim | None:
-    """Return how a replica that serves sessions could go: moved, or drained after the bound; None = not.
+def _mover(
+    situation: Situation, reservation: Reservation, busy: tuple[int, int], destinations: Destinations
+) -> Victim:
+    """Return how a replica that serves sessions could be moved.
 
     A move holds two places until its destination is ready. Where the model lacks more replicas than this one
     that time is another one's wait, and counts.
+
+    Args:
+        situation: What the decision is about.
+        reservation: Whose sessions move.
+        busy: Their tokens, and the bytes that a start elsewhere copies to each device.
+        destinations: Where it could move to.
     """
-    policy, name = situation.policy, trait.reservation.model
-    if policy.may_migrate:
-        seconds = move_seconds(situation.view, name, tokens, policy)
-        held_seconds = destinations.swiftest_seconds(name) if situation.lacking > 1 else 0.0
-        start_seconds = held_seconds or destinations.copied_seconds(byte_count)  # its model is not looked up
-        return make_victim(
-            reservation=trait.reservation,
-            name=name,
-            wait_seconds=start_seconds + seconds,
-            disturbance_seconds=seconds + held_seconds,
-            moves=True,
-            move_seconds=seconds,
-        )
-    if not _has_stayed(situation, trait, policy.waiting_bound_seconds):
-        return None
-    seconds = policy.drain_grace_seconds
-    return make_victim(
-        reservation=trait.reservation,
-        name=name,
-        wait_seconds=seconds,
-        disturbance_seconds=seconds,
-        drains=True,
-    )
+    view, policy, (tokens, byte_count) = situation.view, situation.policy, busy
+    if view.moves:
+        seconds = move_seconds(view, reservation.model, tokens, policy)
+    else:
+        seconds = policy.move_seconds_per_token * tokens + policy.move_seconds
+    held_seconds = destinations.swiftest_seconds(reservation.model) if situation.lacking > 1 else 0.0
+    start_seconds = held_seconds or destinations.copied_seconds(byte_count)  # its model is not looked up
+    said = (reservation, start_seconds + seconds, seconds + held_seconds, True, seconds, False)
+    return _new_tuple(Victim, said)
 
 
 def idle_may_go(situation: Situation, trait: Trait) -> bool:
@@ -142,11 +135,11 @@ def idle_may_go(situation: Situation, trait: Trait) -> bool:
         trait.worth_key is not None
         and trait.reservation.moving_to is None
         and trait.reservation.model not in situation.view.demands
-        and _has_stayed(situation, trait, situation.policy.minimum_residency_seconds)
+        and has_stayed(situation, trait, situation.policy.minimum_residency_seconds)
     )
 
 
-def _has_stayed(situation: Situation, trait: Trait, seconds: float) -> bool:
+def has_stayed(situation: Situation, trait: Trait, seconds: float) -> bool:
     """Tell whether a replica became ready so long ago; one whose weights are still on their way has not."""
     ready_seconds = trait.settled_at_seconds
     return ready_seconds is not None and ready_seconds + seconds <= situation.now_seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from math import inf
 from typing import Any
 
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from services.controller.cluster_view.fold import fold
 from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.traits import worth_seconds
 from services.controller.cluster_view.view import Device, Held, Model, Node, Policy, Pool, Stage, View
+from services.controller.placement.bounds import NOBODY_IS_DEAR, Bounds
 from services.controller.placement.destinations import Destinations
 from services.controller.placement.options import rank
 from services.controller.placement.place import Migrate, Placed, StopIdle, Unplaceable, Wait, place
@@ -175,6 +177,76 @@ def test_among_nodes_that_tie_the_search_chooses_what_a_look_at_every_node_choos
     scanned = place(view, ModelName("m0"), NOW_SECONDS, POLICY, exhaustive=True)
 
     assert choice(searched) == choice(scanned)
+
+
+DRAWN = st.lists(
+    st.tuples(st.sampled_from((0.8, 1.0, 1.3)), st.floats(3, 250), st.sampled_from("innb")),
+    min_size=8,
+    max_size=40,
+)
+"""Of full nodes the rate in GB/s, for how long their replica is idle, and what it is: idle, new, busy."""
+
+
+@settings(max_examples=15, deadline=None)
+@given(DRAWN, st.integers(0, 9))
+def test_of_many_full_nodes_the_search_chooses_what_a_look_at_every_node_chooses(
+    drawn: list[tuple[float, float, str]], free: int
+) -> None:
+    """Some of the idle replicas may not go yet, so that a bound is not held; one slot may be free."""
+    view = full(drawn, free=free)
+
+    searched = place(view, ModelName("m0"), NOW_SECONDS, POLICY)
+    scanned = place(view, ModelName("m0"), NOW_SECONDS, POLICY, exhaustive=True)
+
+    assert choice(searched) == choice(scanned)
+
+
+@settings(max_examples=15, deadline=None)
+@given(DRAWN, st.floats(4, 12), st.booleans())
+def test_only_nodes_that_cost_more_are_put_aside(
+    drawn: list[tuple[float, float, str]], most_seconds: float, on_slow_devices: object
+) -> None:
+    view = full(drawn, device_gigabytes=0.9 if on_slow_devices else 0.0)
+    situation = situation_of(view, ModelName("m0"), NOW_SECONDS, POLICY)
+    bounds, by_worth = Bounds(situation, situation.wanted, may_disturb=True), situation.index.idle_by_worth
+    aside: list[NodeId] = []
+
+    for place_of, row in enumerate(by_worth):
+        slower = list(by_worth)[place_of:]
+        fastest = max(situation.index.summaries[node_id].rates[0] for _, node_id in slower)
+        dear = bounds.dear_idle(fastest, row[0], most_seconds)
+        bounds.idle_on((row,), set(), dear, aside, inf)
+    found = bounds.idle_on([(0.0, node_id) for node_id in aside], set(), NOBODY_IS_DEAR, [], inf)
+
+    assert all(rank[4] > most_seconds for rank, _ in found)
+
+
+def full(drawn: list[tuple[float, float, str]], *, free: int = 0, device_gigabytes: float = 0.0) -> View:
+    """Return a cluster of such nodes; `free` names one with a free slot, from 1 on; devices or CPUs."""
+    nodes, reservations = [], []
+    for number, (rate, idle_seconds, what) in enumerate(drawn):
+        node, replica_id = alike(f"n{number:02}", rate + number / 1000, 1), f"r{number:02}"
+        replica = a_replica(
+            replica_id,
+            f"m{1 + number % 5}",
+            sessions=1 if what == "b" else 0,
+            idle_since_seconds=None if what == "b" else NOW_SECONDS - idle_seconds,
+            ready_since_seconds=NOW_SECONDS - (1 if what == "n" else 500),
+        )
+        if number == free - 1:
+            nodes.append(node)
+            continue
+        if device_gigabytes:
+            slot = Device(index=0, kind="cuda", memory_bytes=80 * GB)
+            stages = {**node.stages, "device": Stage(bytes_per_second=device_gigabytes * GB)}
+            node = replace(node, devices=(slot,), stages=stages)
+        nodes.append(replace(node, replicas={replica.replica_id: replica}))
+        reservations.append(a_reservation(replica_id, replica.model, node.node_id))
+    return a_view(
+        models=tuple(a_model(name, file_bytes=8 * GB, max_replicas=99) for name in MODELS),
+        nodes=tuple(nodes),
+        reservations=tuple(reservations),
+    )
 
 
 def alike(node_id: str, gigabytes_per_second: float, slots: int) -> Node:
