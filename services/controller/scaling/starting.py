@@ -182,7 +182,9 @@ def _queues(planner: Planner, name: ModelName) -> bool:
 
 def _waiting_since_seconds(planner: Planner, name: ModelName) -> float | None:
     """Return since when sessions wait for a place in a ready replica's batch; None = none does."""
-    since = [replica.waiting_since_seconds for replica in _with_a_queue(planner, name)]
+    if not planner.index.tallies.get(name, EMPTY).waiting:
+        return None
+    since = [replica.waiting_since_seconds for replica in _ready(planner, name)]
     return min((moment for moment in since if moment is not None), default=None)
 
 
@@ -191,24 +193,21 @@ def _longest_since_seconds(planner: Planner, name: ModelName) -> float | None:
 
     Where no agent tells it is since when some have been seen to wait in that batch; None = none does.
     """
+    if not planner.index.tallies.get(name, EMPTY).waiting:
+        return None
     since = []
-    for replica in _with_a_queue(planner, name):
+    for replica in _ready(planner, name):
         told_seconds, seen_seconds = replica.longest_since_seconds, replica.waiting_since_seconds
         since.append(seen_seconds if told_seconds is None else told_seconds)
     return min((moment for moment in since if moment is not None), default=None)
 
 
-def _with_a_queue(planner: Planner, name: ModelName) -> Iterable[Replica]:
-    """Return the ready replicas of a model in which sessions wait for a place in the batch."""
-    if not planner.index.tallies.get(name, EMPTY).waiting:
-        return ()
-    return (
+def _ready(planner: Planner, name: ModelName) -> list[Replica]:
+    return [
         found.replica
         for found in planner.members_of(name)
-        if found.standing is Standing.READY
-        and found.replica is not None
-        and found.replica.waiting_since_seconds is not None
-    )
+        if found.standing is Standing.READY and found.replica is not None
+    ]
 
 
 def _is_expected(planner: Planner, model: Model) -> bool:

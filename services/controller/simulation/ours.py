@@ -59,6 +59,7 @@ from services.controller.simulation.world import World
 from stoker.ids import ModelName, NodeId, ReplicaId
 
 _make_node, _make_stage, _make_load_reported = maker_of(Node), maker_of(Stage), maker_of(LoadReported)
+_make_demanded = maker_of(Demanded)
 _NEVER_SECONDS = 1e12
 _NONE: Mapping[SimReplica, None] = {}
 _Standing = tuple[int, tuple[tuple[SimReplica, Standing], ...]]
@@ -365,7 +366,7 @@ def _queued_bytes(node: SimNode, world: World) -> dict[str, int]:
 
 def _demanded(session: Session, now_seconds: float) -> Demanded:
     """Return what a session's gateway says when it asks for a replica."""
-    return Demanded(
+    return _make_demanded(
         model=session.request.model,
         now_seconds=now_seconds,
         waited_seconds=now_seconds - session.began_to_wait_seconds,
