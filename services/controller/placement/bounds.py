@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import exp, inf, log
 
 from services.controller.cluster_view.estimate import (
@@ -227,14 +227,16 @@ class Bounds:
             least_rate = self._device_bytes / for_load
         return most_key, least_rate * ROUNDING
 
-    def all_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> Iterator[Bounded]:
-        """Yield the bounds of nodes not seen yet that are not out."""
+    def all_on(self, rows: Iterable[tuple[float, NodeId]], seen: set[NodeId]) -> list[Bounded]:
+        """Return the bounds of nodes not seen yet that are not out."""
+        found: list[Bounded] = []
         for _, node_id in rows:
             if node_id not in seen:
                 seen.add(node_id)
                 bound = self.on(node_id)
                 if bound is not None:
-                    yield bound, node_id
+                    found.append((bound, node_id))
+        return found
 
     def is_behind(self, bound: Rank, node_id: NodeId) -> bool:
         """Tell whether a node at most ties with the best one, and its id comes later."""
@@ -265,9 +267,9 @@ class Bounds:
         seconds = (self._stop_seconds + self._weight * worth + start_seconds) * ROUNDING
         return (int(seconds / self.tie_seconds), 1, worth * ROUNDING, 0, seconds, "")
 
-    def busy_beyond(self, rate: float) -> Rank:
+    def busy_beyond(self, rate: float, worker_seconds: float) -> Rank:
         """Return the rank that nodes with no more than this rate, and busy replicas, can't beat."""
-        return self._rank(self._least_start(rate, 0.0), victims=1)
+        return self._rank(self._least_start(rate, worker_seconds), victims=1)
 
     def least_free(self) -> Rank | None:
         """Return the rank that no free node without any of the checkpoint beats; None = there is none."""

@@ -51,14 +51,21 @@ class Cursor:
 
     def ahead(self, count: int) -> float:
         """Return what would be reached `count` rows further; what is reached now where the list ends."""
-        if self._at + count < len(self._buffer) or self._has(count + 1):
+        at, buffer = self._at + count, self._buffer
+        if at < len(buffer):
+            return buffer[at][0]
+        if self._has(count + 1):
             return self._buffer[self._at + count][0]
         return self._buffer[-1][0] if self._at < len(self._buffer) else self.reached
 
     def read(self, count: int) -> Run:
         """Return the next rows, at most `count`."""
-        if self._at + count >= len(self._buffer):
-            self._has(count + 1)
+        at, buffer = self._at, self._buffer
+        if at + count < len(buffer):
+            self._at = at + count
+            self.reached = buffer[at + count][0]
+            return buffer[at : at + count]
+        self._has(count + 1)
         rows = self._buffer[self._at : self._at + count]
         self._at += len(rows)
         if self._at < len(self._buffer):
@@ -79,7 +86,7 @@ class Cursor:
 
 
 def next_reached(
-    rates: Cursor, others: Cursor, count: int, beyond: Callable[[float, float], Rank], *, alone: bool
+    rates: Cursor, others: Cursor, count: int, beyond: Callable[[float, float], Rank]
 ) -> tuple[Cursor, Rank]:
     """Return the list to read `count` rows of, and the rank that no node behind them beats.
 
@@ -88,10 +95,7 @@ def next_reached(
         others: The same ones by another number that costs.
         count: Rows that are read next.
         beyond: Returns the rank that nodes of at most a rate, and no less of the other number, can't beat.
-        alone: There are no others.
     """
     by_rate = beyond(-rates.ahead(count), others.reached)
-    if alone:
-        return rates, by_rate
     by_other = beyond(-rates.reached, others.ahead(count))
     return (others, by_other) if by_other[_SECONDS] > by_rate[_SECONDS] else (rates, by_rate)

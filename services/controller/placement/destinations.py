@@ -5,18 +5,19 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from functools import cached_property
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from services.controller.cluster_view.estimate import device_bytes
 from services.controller.placement.bounds import NOBODY, Bounded, Bounds
 from services.controller.placement.options import Option, Rank, free_option, rank
 from services.controller.placement.rates import ROUNDING, copy_seconds, swiftest_source
-from services.controller.placement.room import Situation, can_ever, wanted_of
+from services.controller.placement.room import Situation, Wanted, can_ever, wanted_of
 from services.controller.placement.streams import free_among, free_streams, known_nodes
 from stoker.ids import ModelName, NodeId
 
+_Everybody = tuple[AbstractSet[NodeId], list[Bounded], Rank | None]
+"""Free nodes known to be special for a model, their bounds, and the rank that no other one beats."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -27,6 +28,7 @@ class Destinations:
     def __init__(self, situation: Situation) -> None:
         self._situation = situation
         self._copied: dict[int, float] = {}
+        self._floors: dict[ModelName, _Floor] = {}
         self._elsewhere: dict[ModelName, _Elsewhere] = {}
 
     def copied_seconds(self, byte_count: int) -> float:
@@ -38,11 +40,12 @@ class Destinations:
 
     def swiftest_seconds(self, name: ModelName) -> float:
         """Return what starting the model takes at least, were there a free node with all of it in memory."""
-        return self._of(name).swiftest_seconds
+        return self._floor_of(name).swiftest_seconds
 
     def floor_seconds(self, name: ModelName) -> float | None:
         """Return what no start on free slots is quicker than, without a look at nodes; None = nowhere."""
-        return self._of(name).floor_seconds
+        floor = self._floor_of(name)
+        return floor.swiftest_seconds * ROUNDING if floor.near else floor.far_seconds
 
     def least_seconds(self, name: ModelName) -> float | None:
         """Return what starting the model on free slots takes at least, anywhere; None = nowhere."""
@@ -55,79 +58,85 @@ class Destinations:
     def _of(self, name: ModelName) -> _Elsewhere:
         found = self._elsewhere.get(name)
         if found is None:
-            found = self._elsewhere[name] = _Elsewhere(self._situation, name)
+            found = self._elsewhere[name] = _Elsewhere(self._situation, self._floor_of(name))
         return found
+
+    def _floor_of(self, name: ModelName) -> _Floor:
+        floor = self._floors.get(name)
+        if floor is None:
+            floor = self._floors[name] = _floor_of(self._situation, name)
+        return floor
+
+
+class _Floor(NamedTuple):
+    """What is known of a model's starts on free slots before any of the nodes was looked at.
+
+    Attributes:
+        wanted: What a start takes.
+        near: Nodes with free slots that have some of it in memory.
+        swiftest_seconds: What a start takes at least, were one of those to have all of it.
+        far_seconds: What it takes at least on any other node with free slots; None = nobody has any.
+    """
+
+    wanted: Wanted
+    near: AbstractSet[NodeId]
+    swiftest_seconds: float
+    far_seconds: float | None
+
+
+def _floor_of(situation: Situation, name: ModelName) -> _Floor:
+    index = situation.index
+    wanted = wanted_of(situation.view, index, name)
+    model, parts, byte_count = wanted.model, wanted.parts, device_bytes(wanted.model)
+    far_seconds, source = None, swiftest_source(index)
+    if source is not None:
+        rate, worker_seconds = source
+        far_seconds = parts.start_seconds(worker_seconds, byte_count / rate) * ROUNDING
+    return _Floor(
+        wanted,
+        free_among(index, index.in_memory.get(model.checkpoint)),
+        parts.start_seconds(0.0, copy_seconds(index, byte_count)),
+        far_seconds,
+    )
 
 
 class _Elsewhere:
-    """Where one model could be started on free slots; what was not asked for is not worked out.
+    """Where one model could be started on free slots.
 
-    Nodes that have some of it in memory are *near*. Mostly one of those with free slots is the quickest, and
-    the others, more of whom have it on their disks, are not even listed.
+    Mostly one of the nodes that have it in memory is the quickest: the others, more of whom have it on their
+    disks, are not even listed then.
     """
 
-    def __init__(self, situation: Situation, name: ModelName) -> None:
+    def __init__(self, situation: Situation, floor: _Floor) -> None:
         self._situation = situation
-        self._wanted = wanted_of(situation.view, situation.index, name)
+        self._wanted = floor.wanted
+        self._bounds = Bounds(situation, floor.wanted, may_disturb=False)
+        is_anywhere = not floor.wanted.model.required_labels
+        self._near = self._bounds.free_on(floor.near) if floor.near and is_anywhere else []
+        self._far_seconds = floor.far_seconds or 0.0
+        self._everybody: _Everybody | None = None
         self._options: tuple[Option, ...] = ()
         self._count = 0
-
-    @cached_property
-    def swiftest_seconds(self) -> float:
-        """What a start takes at least, were there a free node with all of it in memory."""
-        copying = copy_seconds(self._situation.index, device_bytes(self._wanted.model))
-        return self._wanted.parts.start_seconds(0.0, copying)
-
-    @cached_property
-    def floor_seconds(self) -> float | None:
-        """What no start is quicker than, without a look at nodes; None = there is no free slot."""
-        return self.swiftest_seconds * ROUNDING if self._near else self._far_seconds
-
-    @cached_property
-    def least_seconds(self) -> float | None:
+        self.least_seconds = self._least_seconds()
         """What a start takes at least; None = there is no place for one."""
-        if self._near_bounded:
-            near_seconds = min([rank[_SECONDS] for rank, _ in self._near_bounded])
-            if self._far_seconds is None or near_seconds <= self._far_seconds:
+
+    def _least_seconds(self) -> float | None:
+        if self._near:
+            near_seconds = min([rank[_SECONDS] for rank, _ in self._near])
+            if near_seconds <= self._far_seconds:
                 return near_seconds
-        _, bounded, others = self._everybody
+        _, bounded, others = self._all()
         least = [rank[_SECONDS] for rank, _ in bounded]
         if others is not None:
             least.append(others[_SECONDS])
         return min(least, default=None)
 
-    @cached_property
-    def _far_seconds(self) -> float | None:
-        """What a start takes at least on a free node that is not near; None = there is no free node."""
-        found = swiftest_source(self._situation.index)
-        if found is None:
-            return None
-        rate, worker_seconds = found
-        load = device_bytes(self._wanted.model) / rate
-        return self._wanted.parts.start_seconds(worker_seconds, load) * ROUNDING
-
-    @cached_property
-    def _near(self) -> set[NodeId]:
-        """The near nodes with free slots."""
-        index = self._situation.index
-        return free_among(index, index.in_memory.get(self._wanted.model.checkpoint))
-
-    @cached_property
-    def _bounds(self) -> Bounds:
-        return Bounds(self._situation, self._wanted, may_disturb=False)
-
-    @cached_property
-    def _near_bounded(self) -> list[Bounded]:
-        if not self._near or self._wanted.model.required_labels:
-            return []
-        return self._bounds.free_on(self._near)
-
-    @cached_property
-    def _everybody(self) -> tuple[AbstractSet[NodeId], list[Bounded], Rank | None]:
-        """Free nodes known to be special for the model, their bounds, and the rank that no other beats."""
-        known = known_nodes(self._situation, self._wanted, free=True)
-        bounded = self._bounds.free_on(known) if known else []
-        return known, bounded, self._bounds.least_free()
+    def _all(self) -> _Everybody:
+        if self._everybody is None:
+            known = known_nodes(self._situation, self._wanted, free=True)
+            bounded = self._bounds.free_on(known) if known else []
+            self._everybody = known, bounded, self._bounds.least_free()
+        return self._everybody
 
     def best(self, not_on: NodeId, count: int) -> tuple[Option, ...]:
         """Return the best ways that disturb nobody, on nodes other than `not_on`, at most `count`."""
@@ -161,14 +170,14 @@ class _Elsewhere:
 
         Those that have it near come first as long as no other can beat them, then those that hold it.
         """
-        far_seconds, preferred = self._far_seconds or 0.0, len(self._wanted.model.preferred_labels)
+        far_seconds, preferred = self._far_seconds, len(self._wanted.model.preferred_labels)
         far: Rank = (int(far_seconds / self._bounds.tie_seconds), 0, 0.0, -preferred, far_seconds, "")
-        for bounded in self._near_bounded:
+        for bounded in self._near:
             if bounded[0] > far:
                 break
             yield bounded
         yield far, NOBODY
-        known, everybody, others = self._everybody
+        known, everybody, others = self._all()
         if others is None:
             yield from everybody
             return

@@ -20,8 +20,8 @@ from services.controller.placement.options import Rank
 from services.controller.placement.rates import ROUNDING
 from stoker.ids import NodeId
 
-MOST_ROWS = 8
-"""Rows of a list read between two looks at what those that follow cost at least."""
+MOST_ROWS, MOST_ROWS_ALONE = 8, 32
+"""Rows of a list read between two looks at what those that follow cost at least; more where most are dear."""
 _END: Final[Rank] = (maxsize, 0, 0.0, 0, inf, "")
 """The rank of what comes after everything."""
 _SECONDS: Final = 4
@@ -46,7 +46,8 @@ def idle_nodes(
     aside: list[NodeId] = []
     aside_seconds, aside_rank = inf, _END  # those put aside cost more, and don't beat this rank
     beyond = bounds.idle_beyond
-    rates, worths, count = Cursor(by_rate), Cursor(by_worth), 1
+    rates, worths = Cursor(by_rate), Cursor(by_worth)
+    count, most_rows = (4, MOST_ROWS_ALONE) if alone else (1, MOST_ROWS)
     reached = beyond(-rates.reached, worths.reached)
     while True:
         certain = min(reached, aside_rank)
@@ -65,7 +66,7 @@ def idle_nodes(
         if ready and limit_seconds == inf:
             most_seconds = ready[0][0][_SECONDS] / ROUNDING**2 + bounds.tie_seconds
         dear = bounds.dear_idle(-rates.reached, worths.reached, most_seconds)
-        faster, reached = next_reached(rates, worths, count, beyond, alone=False)
+        faster, reached = next_reached(rates, worths, count, beyond)
         rows = faster.read(count)
         if not rows:
             reached = _END
@@ -76,4 +77,4 @@ def idle_nodes(
         if aside and most_seconds < aside_seconds:
             aside_seconds = most_seconds
             aside_rank = (int(most_seconds / bounds.tie_seconds), int(alone), 0.0, 0, 0.0, "")
-        count = min(2 * count, MOST_ROWS)
+        count = min(2 * count, most_rows)

@@ -177,7 +177,7 @@ def _some_node_fits(situation: Situation) -> bool:
     wanted, index, nodes = situation.wanted, situation.index, situation.view.nodes
     required = wanted.model.required_labels
     if not required:
-        return any(wanted.slots_that_fit(shape) for shape in index.shapes)
+        return any(map(wanted.slots_that_fit, index.shapes))
     carriers = min((tuple(index.labelled.get(label, ())) for label in required), key=len)
     return any(can_ever(wanted, nodes[node_id], index.summaries[node_id]) for node_id in carriers)
 

@@ -20,12 +20,11 @@ import heapq
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import NamedTuple
 
 from services.controller.cluster_view.groups import Members
 from services.controller.cluster_view.index import Index
 from services.controller.placement.bounds import NOBODY, Bounded, Bounds
-from services.controller.placement.cursor import Cursor, Run, Runs, next_reached
+from services.controller.placement.cursor import Cursor, Runs, next_reached
 from services.controller.placement.idle import idle_nodes
 from services.controller.placement.options import Rank
 from services.controller.placement.rates import rungs_of
@@ -86,9 +85,10 @@ def free_among(index: Index, nodes: Members) -> set[NodeId]:
 def _free_streams(
     situation: Situation, bounds: Bounds, known: AbstractSet[NodeId]
 ) -> list[Iterator[Bounded]]:
-    ranks = _Ranks(bounds.beyond, bounds.all_on, bounds.is_behind)
     return [
-        _threshold_search(by_rate.runs, None if by_worker is None else by_worker.runs, known, ranks)
+        _one_list(by_rate.runs, known, bounds, bounds.beyond)
+        if by_worker is None
+        else _two_lists(by_rate.runs, by_worker.runs, known, bounds)
         for by_rate, by_worker in rungs_of(situation.index, bounds.wanted)
     ]
 
@@ -109,70 +109,73 @@ def _busy_stream(situation: Situation, bounds: Bounds, known: AbstractSet[NodeId
     if policy.may_migrate and not index.free:
         return iter(())  # nowhere to move to
 
-    def beyond(rate: float, _: float) -> Rank:
-        return bounds.busy_beyond(rate)
-
     candidates = tuple(islice(by_rate, policy.migration_candidates))
-    return _threshold_search((candidates,), None, known, _Ranks(beyond, bounds.all_on, bounds.is_behind))
+    return _one_list((candidates,), known, bounds, bounds.busy_beyond)
 
 
-class _Ranks(NamedTuple):
-    """What a threshold search orders nodes by.
-
-    Attributes:
-        beyond: The rank that nodes behind both cursors can't beat.
-        on: Yields the nodes of some rows that were not seen yet, with the rank that each can't beat; without
-            those that are out.
-        is_behind: Tells whether a node of a rank ties with the best one at most, and loses that by its id.
-    """
-
-    beyond: Callable[[float, float], Rank]
-    on: Callable[[Run, set[NodeId]], Iterator[Bounded]]
-    is_behind: Callable[[Rank, NodeId], bool]
-
-
-def _threshold_search(
-    by_rate: Runs,
-    by_other: Runs | None,
-    known: AbstractSet[NodeId],
-    ranks: _Ranks,
+def _one_list(
+    by_rate: Runs, known: AbstractSet[NodeId], bounds: Bounds, beyond: Callable[[float, float], Rank]
 ) -> Iterator[Bounded]:
-    """Yield nodes of two lists by their own bounds, reading each list only as far as that takes.
+    """Yield nodes of a list by their own bounds, reading it only as far as that takes.
 
     Args:
         by_rate: Nodes by negative rate.
-        by_other: The same nodes by another number that costs; None = it is 0 for all of them.
         known: Nodes to leave out, for another stream has them.
-        ranks: What they are ordered by.
+        bounds: What they cost at least.
+        beyond: Returns the rank that nodes of at most a rate can't beat.
     """
     seen = set(known)
     ready: list[Bounded] = []
-    beyond, bound_on, alone = ranks.beyond, ranks.on, by_other is None
-    rates, others, count = Cursor(by_rate), Cursor(by_other or ()), 1
-    reached = beyond(-rates.reached, others.reached)
+    rates, count = Cursor(by_rate), 1
+    reached = beyond(-rates.reached, 0.0)
     while True:
-        if alone:
-            reached = _skipped_behind(rates, ranks, reached)
+        reached = _skipped_behind(rates, bounds, beyond, reached)
         while ready and ready[0][0] <= reached:
             yield heapq.heappop(ready)
         yield reached, NOBODY
-        faster, reached = next_reached(rates, others, count, beyond, alone=alone)
-        rows = faster.read(count)
+        rows = rates.read(count)
         if not rows:
             break
-        for bounded in bound_on(rows, seen):
+        reached = beyond(-rates.reached, 0.0)
+        for bounded in bounds.all_on(rows, seen):
             heapq.heappush(ready, bounded)
         count = min(2 * count, MOST_ROWS)
     while ready:
         yield heapq.heappop(ready)
 
 
-def _skipped_behind(rates: Cursor, ranks: _Ranks, reached: Rank) -> Rank:
+def _two_lists(
+    by_rate: Runs, by_worker: Runs, known: AbstractSet[NodeId], bounds: Bounds
+) -> Iterator[Bounded]:
+    """Yield the same of free nodes that are also listed by the time that a worker takes."""
+    seen = set(known)
+    ready: list[Bounded] = []
+    beyond = bounds.beyond
+    rates, workers, count = Cursor(by_rate), Cursor(by_worker), 1
+    reached = beyond(-rates.reached, workers.reached)
+    while True:
+        while ready and ready[0][0] <= reached:
+            yield heapq.heappop(ready)
+        yield reached, NOBODY
+        faster, reached = next_reached(rates, workers, count, beyond)
+        rows = faster.read(count)
+        if not rows:
+            break
+        for bounded in bounds.all_on(rows, seen):
+            heapq.heappush(ready, bounded)
+        count = min(2 * count, MOST_ROWS)
+    while ready:
+        yield heapq.heappop(ready)
+
+
+def _skipped_behind(
+    rates: Cursor, bounds: Bounds, beyond: Callable[[float, float], Rank], reached: Rank
+) -> Rank:
     """Pass nodes of a list that tie with the best one at most; return what is reached then.
 
     Of nodes with the same rate the ids ascend: the first of equal ones wins.
     """
-    while rates.rows_left and ranks.is_behind(reached, rates.next_id):
+    while bounds.best is not None and rates.rows_left and bounds.is_behind(reached, rates.next_id):
         rates.skip_equal()
-        reached = ranks.beyond(-rates.reached, 0.0)
+        reached = beyond(-rates.reached, 0.0)
     return reached
