@@ -113,7 +113,9 @@ def _far_weights(
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors on the CPU, by their names in the file; blocks.
+    """Return an adapter's tensors on the CPU, by their names in the file, copied; blocks.
+
+    They are small, and used for as long as the base is: a mapped file that is written to would change them.
 
     Raises:
         LoadFailed: The file is gone, was cut or changed, or the disk can't read it.
@@ -124,6 +126,6 @@ def adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {
         name: shaped(
             raw[start + entry.begin : start + entry.end], dtype=entry.dtype, shape=entry.shape, name=name
-        )
+        ).clone()
         for name, entry in adapter.entries.items()
     }

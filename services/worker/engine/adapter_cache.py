@@ -153,13 +153,11 @@ class AdapterCache:
                 "that a store says where it is"
             )
         adapter = open_adapter(folder)
-        if wanted.revision and adapter.revision != wanted.revision:
-            raise CheckpointInvalid(
-                f"adapter {wanted.name} at {wanted.uri} was changed since it was deployed (revision "
-                f"{adapter.revision}, deployed was {wanted.revision}); deploy the model again"
-            )
+        _refuse_changed(wanted, adapter.revision)
         self._take_in(wanted, entry, adapter)
-        modules = fitted(self._model, adapter, adapter_tensors(adapter))
+        tensors = adapter_tensors(adapter)
+        _refuse_changed(wanted, open_adapter(folder).revision)  # while it was copied
+        modules = fitted(self._model, adapter, tensors)
         return AdapterWeights(name=wanted.name, uri=wanted.uri, revision=adapter.revision, modules=modules)
 
     def _fetched(self, wanted: AdapterSpec, entry: _Entry) -> AdapterWeights:
@@ -223,6 +221,14 @@ class AdapterCache:
             if self._entries.get(key_of(wanted)) is entry:
                 del self._entries[key_of(wanted)]
         entry.weights.set_exception(error)
+
+
+def _refuse_changed(wanted: AdapterSpec, revision: str) -> None:
+    if wanted.revision and revision != wanted.revision:
+        raise CheckpointInvalid(
+            f"adapter {wanted.name} at {wanted.uri} was changed since it was deployed (revision {revision}, "
+            f"deployed was {wanted.revision}); deploy the model again"
+        )
 
 
 def key_of(wanted: AdapterSpec) -> Key:

@@ -141,6 +141,19 @@ def test_an_adapter_larger_than_the_bound_does_not_fit(cache_of, tmp_path) -> No
         cache_of(max_bytes=100).lease(lora(tmp_path / "a")).result(10)
 
 
+def test_an_adapter_in_memory_stays_what_it_was_whatever_becomes_of_its_file(cache_of, tmp_path) -> None:
+    cache, wanted = cache_of(), lora(tmp_path / "a")
+    weights = cache.lease(wanted).result(10).modules["model.layers.0.self_attn.q_proj"].a_RI
+    before = weights.clone()
+    with (tmp_path / "a" / "adapter_model.safetensors").open("r+b") as file:
+        content = file.read()
+        file.seek(0)
+        file.write(bytes(len(content)))
+        file.truncate(64)
+
+    assert torch.equal(weights, before)
+
+
 def test_an_adapter_that_was_changed_since_it_was_deployed_is_refused(cache_of, tmp_path) -> None:
     wanted = lora(tmp_path / "a")
     wanted.revision = "0" * 32
