@@ -16,7 +16,7 @@ from typing import Protocol
 from services.store.integrity.digests import ChunkDamaged, Damage, FileDigests, PartCheck, damaged
 from services.store.reading.chunk_source import ChunkSource, fill_run
 from stoker.checkpoint.reading import ReadPart
-from stoker.errors import LoadFailed
+from stoker.errors import LoadFailed, PeerError
 
 
 class Tier(IntEnum):
@@ -49,13 +49,16 @@ class FarFile:
 class OpenFile(Protocol):
     """A tier that may have a file: how it plugs into the chain."""
 
-    def __call__(self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int) -> ChunkSource | None:
+    def __call__(
+        self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int, gives_way: bool = False
+    ) -> ChunkSource | None:
         """Return a source for `file`, or None when this tier can't have it; must not block.
 
         Args:
             file: Which.
             origin: Where this store's share of the bytes comes from; stays the caller's to close.
             chunk_bytes: Of a pool chunk.
+            gives_way: Another load of the file may take it over; reads raise `GaveWay` then.
         """
 
 
@@ -76,6 +79,10 @@ class Link:
 
 class NotHere(LoadFailed):
     """A source doesn't have these bytes, as it may well be: the next one is asked and nobody is told."""
+
+
+class GaveWay(PeerError):
+    """Another load has taken over what this one was doing, or it was ended: no source is asked any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from services.store.reading.chunk_source import ChunkSource
@@ -47,6 +48,9 @@ class FarWeights(Protocol):
             on_disk: For a file that is whole on this host by now.
             chunk_bytes: Of a pool chunk.
         """
+
+    def locate(self, file: CheckpointFile) -> Path:
+        """Return where a file lies on this host's disk now: `file.path` may be where it lay on its way."""
 
     def disk_bytes(self) -> int:
         """Return the bytes of weights that this host's disk has."""

@@ -1,8 +1,10 @@
 """Remote checkpoints brought to the disk cache without passing through the pool.
 
 A pull has its own few threads and buffers, so that it takes neither chunks from models nor the far lane from
-loads. Whoever asks for the same checkpoint meanwhile joins it. A load of the same checkpoint goes first: the
-pull waits until that has ended and fetches what is still missing then, so the origin is read once.
+loads. Whoever asks for the same checkpoint meanwhile joins it, and stores that pull it at the same time share
+the work as loads do: what has landed here is sent to them from the disk. A load of the same checkpoint goes
+first and takes over what other stores are told: the pull ends the runs it has begun, waits until the load is
+done and fetches what is still missing then, so the origin is read once.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ import mmap
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from services.store import metrics
 from services.store.catalog import Catalog, CatalogEntry
-from services.store.chain import run_chunks
+from services.store.chain import GaveWay, run_chunks
 from services.store.disk_cache.partial import PartialCheckpoint
+from services.store.far_weights import OpenedFile
 from services.store.loads import Loads
 from services.store.reading.bandwidth import Moved, moved_by_tier
 from services.store.reading.chunk_source import ChunkSource, fill_run
 from services.store.reading.pace import Pace
 from services.store.remote.checkpoint import RemoteCheckpoint
+from services.store.sharing import Sharing
 from stoker import log
 from stoker.checkpoint.index import CheckpointFile
 from stoker.checkpoint.reading import ReadPart
@@ -56,8 +61,10 @@ class Pull:
         entry: What comes.
         far: The same as its sources.
         partial: Where it lands.
+        gives_way: Set while a load of the checkpoint wants to run.
         parts: What was moved so far.
         further: Set whenever it got further or ended.
+        sources: Of the runs under way; closing one ends its waiting for other stores.
         done: Done when all is on disk.
     """
 
@@ -65,8 +72,10 @@ class Pull:
     far: RemoteCheckpoint
     partial: PartialCheckpoint
     done: asyncio.Future[None]
+    gives_way: threading.Event = field(default_factory=threading.Event)
     parts: list[ReadPart] = field(default_factory=list)
     further: set[asyncio.Event] = field(default_factory=set)
+    sources: tuple[ChunkSource, ...] = ()
 
     @property
     def moved(self) -> tuple[Moved, ...]:
@@ -77,8 +86,19 @@ class Pull:
 class Pulls:
     """All pulls; used from the event loop."""
 
-    def __init__(self, catalog: Catalog, loads: Loads, *, pace: Pace, clock: Clock) -> None:
-        """Args: catalog: opens checkpoints. loads: go first. pace: of its tiers. clock: for progress."""
+    def __init__(
+        self, catalog: Catalog, loads: Loads, *, pace: Pace, clock: Clock, sharing: Sharing | None = None
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            catalog: Opens checkpoints.
+            loads: Go first.
+            pace: Of its tiers.
+            clock: For progress.
+            sharing: Gives what has landed to other stores.
+        """
+        self._sharing = sharing
         self._catalog = catalog
         self._loads = loads
         self._pace = pace
@@ -121,6 +141,9 @@ class Pulls:
     async def close(self) -> None:
         """End running pulls after the ranges in flight."""
         self._stopped.set()
+        for pull in self._pulls.values():
+            for source in pull.sources:
+                source.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -151,7 +174,8 @@ class Pulls:
             while not self._stopped.is_set() and (runs := self._missing(pull)):
                 if not await self._waited_for_load(pull.entry):
                     pull.partial.resume()
-                    await asyncio.to_thread(self._fetch, pull, runs[:BATCH_RUNS])
+                    async with self._watched(pull):
+                        await asyncio.to_thread(self._fetch, pull, runs[:BATCH_RUNS])
                     _check_landing(pull)
             await asyncio.to_thread(pull.partial.finish_if_covered)
             _check_landing(pull)
@@ -172,14 +196,34 @@ class Pulls:
         """Wait while a load of the checkpoint is under way or landing; tell whether there was one."""
         waited = False
         with self._loads.changes.watched() as changed:
-            while any(
-                each.entry.identity == entry.identity and (each.reads_left or each.landings_left)
-                for each in self._loads.residents()
-            ):
+            while self._is_loaded(entry):
                 waited = True
                 await changed.wait()
                 changed.clear()
         return waited
+
+    def _is_loaded(self, entry: CatalogEntry) -> bool:
+        return any(
+            each.entry.identity == entry.identity and (each.reads_left or each.landings_left)
+            for each in self._loads.residents()
+        )
+
+    @asynccontextmanager
+    async def _watched(self, pull: Pull) -> AsyncIterator[None]:
+        """Tell a pull's threads when a load of its checkpoint begins."""
+        watching = asyncio.create_task(self._watch(pull), name=f"loads of {pull.entry.uri}")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            pull.gives_way.clear()
+
+    async def _watch(self, pull: Pull) -> None:
+        with self._loads.changes.watched() as changed:
+            while not self._is_loaded(pull.entry):
+                await changed.wait()
+                changed.clear()
+        pull.gives_way.set()
 
     def _missing(self, pull: Pull) -> list[Run]:
         chunk_bytes = self._loads.arena.chunk_bytes
@@ -193,26 +237,55 @@ class Pulls:
         return runs
 
     def _fetch(self, pull: Pull, runs: list[Run]) -> None:
-        """Bring some runs to the disk; blocks."""
-        with ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="pull") as threads:
-            for _ in threads.map(lambda run: self._bring(pull, run), runs):
-                if self._stopped.is_set():
-                    threads.shutdown(wait=True, cancel_futures=True)
-                    return
-
-    def _bring(self, pull: Pull, run: Run) -> None:
+        """Bring some runs to the disk; blocks. Each file is opened once: whoever pulls it shares chunks."""
         chunk_bytes = self._loads.arena.chunk_bytes
-        opened = pull.far.open(run.file, _not_here, chunk_bytes=chunk_bytes)
+        with ExitStack() as stack:
+            opened: dict[str, OpenedFile] = {}
+            for file in {run.file.name: run.file for run in runs}.values():
+                far = pull.far.open(file, _not_here, chunk_bytes=chunk_bytes, gives_way=True)
+                stack.callback(far.source.close)
+                opened[file.name] = far
+                self._share_what_is_there(pull, file)
+            pull.sources = tuple(each.source for each in opened.values())
+            with ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="pull") as threads:
+                for _ in threads.map(lambda run: self._bring(pull, run, opened[run.file.name]), runs):
+                    if self._is_interrupted(pull):
+                        threads.shutdown(wait=True, cancel_futures=True)
+                        return
+
+    def _is_interrupted(self, pull: Pull) -> bool:
+        return self._stopped.is_set() or pull.gives_way.is_set()
+
+    def _bring(self, pull: Pull, run: Run, opened: OpenedFile) -> None:
+        if self._is_interrupted(pull):
+            return
+        chunk_bytes = self._loads.arena.chunk_bytes
         buffer = mmap.mmap(-1, -(-run.length // chunk_bytes) * chunk_bytes)  # on a page's boundary
         memory = memoryview(buffer)
+        chunks = [memory[at : at + chunk_bytes] for at in range(0, len(memory), chunk_bytes)]
         try:
-            chunks = [memory[at : at + chunk_bytes] for at in range(0, len(memory), chunk_bytes)]
             parts = self._pace.hold(fill_run(opened.source, chunks, offset=run.offset, length=run.length))
-            if opened.land is not None:
-                opened.land(chunks, run.offset, run.length)
-        finally:
-            opened.source.close()
+        except GaveWay:
+            return
+        if opened.land is not None:
+            opened.land(chunks, run.offset, run.length)
+        self._share(pull, run.file, range(run.offset, run.offset + run.length, chunk_bytes))
         self._loop.call_soon_threadsafe(self._moved, pull, parts)
+
+    def _share_what_is_there(self, pull: Pull, file: CheckpointFile) -> None:
+        self._share(pull, file, range(0, file.size_bytes, self._loads.arena.chunk_bytes))
+
+    def _share(self, pull: Pull, file: CheckpointFile, offsets: range) -> None:
+        """Give other stores those chunks of a file, by their offsets, that are on the disk."""
+        if self._sharing is None:
+            return
+        bits = 0
+        for offset in offsets:
+            end = min(offset + offsets.step, file.size_bytes)
+            if pull.partial.has(file.name, offset, end):
+                bits |= 1 << offset // offsets.step
+        revision = pull.entry.index.revision
+        self._sharing.landed(revision, file, bits, lambda: pull.far.locate(file))
 
     def _moved(self, pull: Pull, parts: list[ReadPart]) -> None:
         pull.parts += parts

@@ -77,13 +77,14 @@ class StoreService:
         )
         self._pace = pace = Pace(settings.paced_bytes_per_second)
         self._catalog = catalog = Catalog(allowed_roots=settings.allowed_roots, remote=tiers.remote)
-        self._loads = loads = self._new_loads(arena, counters, tiers, pace)
+        sharing = None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes)
+        self._loads = loads = self._new_loads(arena, counters, tiers, pace, sharing)
         self._probe = probe = DiskProbe(
             loads, pace, byte_count=settings.probe_bytes, threads=settings.read_threads
         )
         metrics.PAGE_BYTES.set(arena.page_bytes)
         self._server = server = rpc.Server([SERVICE_NAME])
-        self._pulls = pulls = Pulls(catalog, loads, pace=pace, clock=self._clock)
+        self._pulls = pulls = Pulls(catalog, loads, pace=pace, clock=self._clock, sharing=sharing)
         service = CheckpointStoreService(
             catalog=catalog,
             loads=loads,
@@ -123,9 +124,11 @@ class StoreService:
             attach_socket=str(folder.socket_path),
         )
 
-    def _new_loads(self, arena: Arena, counters: ReadyCounters, tiers: Tiers, pace: Pace) -> Loads:
+    def _new_loads(
+        self, arena: Arena, counters: ReadyCounters, tiers: Tiers, pace: Pace, sharing: Sharing | None
+    ) -> Loads:
         """Return what brings checkpoints into the pool, over all tiers that the settings name."""
-        settings, peers = self._settings, self._peers
+        settings = self._settings
         return Loads(
             arena,
             counters,
@@ -140,7 +143,7 @@ class StoreService:
                 Lane.LANDING: settings.landing_threads,
             },
             clock=self._clock,
-            sharing=None if peers is None else Sharing(peers.exchange, chunk_bytes=arena.chunk_bytes),
+            sharing=sharing,
             pace=pace,
         )
 

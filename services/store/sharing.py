@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 
 from services.store.catalog import CatalogEntry
 from services.store.peers.exchange import Exchange
@@ -15,10 +17,11 @@ from services.store.peers.shared_file import DiskCopy
 from services.store.peers.wire import FileIdentity
 from services.store.pool.resident import Resident
 from services.store.reading.read_queue import ChunkRead
+from stoker.checkpoint.index import CheckpointFile
 
 
 class Sharing:
-    """Between the loads and the exchange; used from the event loop only."""
+    """Between loads, pulls and the exchange; used from the event loop only, `landed` from any thread."""
 
     def __init__(self, exchange: Exchange, *, chunk_bytes: int) -> None:
         """Args: exchange: where peers find chunks. chunk_bytes: of the pool."""
@@ -31,6 +34,13 @@ class Sharing:
         identity = self._identity(resident, read.file)
         for number, chunk in enumerate(read.chunks):
             self._exchange.put(identity, resident.key, read.index + number, chunk)
+
+    def landed(self, revision: str, file: CheckpointFile, bits: int, locate: Callable[[], Path]) -> None:
+        """Share chunks of a file that have arrived on this host's disk alone; see `Exchange.landed`."""
+        identity = FileIdentity(
+            revision=revision, name=file.name, size_bytes=file.size_bytes, chunk_bytes=self._chunk_bytes
+        )
+        self._exchange.landed(identity, bits, locate)
 
     def withdrawn(self, resident: Resident, idle: Callable[[], None]) -> bool:
         """Share a resident no more; True when none of its chunks is being sent.
@@ -76,5 +86,9 @@ def disk_copy(entries: Iterable[CatalogEntry], identity: FileIdentity) -> DiskCo
             continue
         for file in entry.index.files:
             if (file.name, file.size_bytes) == (identity.name, identity.size_bytes) and file.chunk_digests:
-                return DiskCopy(path=file.path, have=(1 << identity.chunks) - 1)
+                return DiskCopy(locate=partial(_place, entry, file), have=(1 << identity.chunks) - 1)
     return None
+
+
+def _place(entry: CatalogEntry, file: CheckpointFile) -> Path:
+    return file.path if entry.far is None else entry.far.locate(file)

@@ -93,7 +93,8 @@ class HubOrigin:
             return OriginRefused(f"{self._uri}: the hub answers {status}")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return OriginRefused(f"{self._uri}: HF_HUB_OFFLINE is set for the store")
-        return Broken(f"{self._uri}: the hub cannot be asked: {type(error).__name__}")
+        endpoint = self._hub.constants.ENDPOINT
+        return Broken(f"{self._uri}: the hub at {endpoint} cannot be asked: {type(error).__name__}: {error}")
 
 
 def _import_hub() -> Any:

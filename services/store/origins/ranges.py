@@ -125,7 +125,8 @@ class Ranges:
         )
         if seconds is None:
             raise PeerError(
-                f"{error.message} (tried {failures} times in a row)",
+                f"{error.message} (tried {failures} times in a row); check that the store's host reaches it, "
+                "or try again later",
                 retry_after_seconds=error.retry_after_seconds or self._retry.most_seconds,
             ) from error
         if self._stopped.wait(seconds):

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from services.store.peers.arriving import Arriving
-from services.store.peers.shared_file import Borrowed, DiskCopy, SharedFile
+from services.store.peers.shared_file import Borrowed, DiskCopy, Loader, SharedFile
 from services.store.peers.swarm import FileSwarm
 from services.store.peers.wire import FileId, FileIdentity, State, StoreId
 from stoker.checkpoint.digests import digest
@@ -58,17 +59,29 @@ class Exchange:
 
     # --- this store's own loads ---
 
-    def join(self, identity: FileIdentity, *, run_chunks: int = 1) -> FileSwarm | None:
+    def join(
+        self, identity: FileIdentity, *, run_chunks: int = 1, loader: Loader | None = None
+    ) -> FileSwarm | None:
         """Begin to load a file together with others; None when another load has it, or too many do.
 
         Args:
             identity: Which.
             run_chunks: Chunks that are read together; the same in every store.
+            loader: Who begins; it goes on with what one that gives way has begun.
         """
+        loader = loader or Loader()
         with self.changed:
             file = self._file(identity)
-            if file is None or file.swarm is not None or file.holder is not None:
+            if file is None or file.holder is not None:
                 return None
+            if file.swarm is not None:
+                if file.loader is None or not file.loader.gives_way or loader.gives_way:
+                    return None
+                file.loader.over.set()
+                file.loader = loader
+                self.changed.notify_all()
+                return file.swarm
+            file.loader = loader
             now_seconds = self.now()
             file.swarm = swarm = FileSwarm(
                 me=self.me, chunks=identity.chunks, joined_seconds=now_seconds, run_chunks=run_chunks
@@ -80,13 +93,18 @@ class Exchange:
         self._tell(identity.file_id)
         return swarm
 
-    def leave(self, file_id: FileId) -> None:
-        """End a load, however it ended; chunks that arrived stay shared until `withdraw`."""
+    def leave(self, file_id: FileId, loader: Loader | None = None) -> None:
+        """End a load, however it ended; chunks that arrived stay shared until `withdraw`.
+
+        Args:
+            file_id: Of which file.
+            loader: Whose; one that has given way ends nothing. None = whoever has it.
+        """
         with self.changed:
             file = self._files.get(file_id)
-            if file is None or file.swarm is None:
+            if file is None or file.swarm is None or loader not in {None, file.loader}:
                 return
-            file.swarm = None
+            file.swarm = file.loader = None
             file.end_arriving()
             self._forget_unneeded(file)
             self.changed.notify_all()
@@ -131,6 +149,28 @@ class Exchange:
             if file.swarm is not None:
                 file.swarm.arrived(index)
                 self.changed.notify_all()
+        self._tell(identity.file_id)
+
+    def landed(self, identity: FileIdentity, bits: int, locate: Callable[[], Path]) -> None:
+        """Share chunks that have arrived, checked, on this host's disk and not in the pool.
+
+        Args:
+            identity: Of their file; only one that is being loaded is shared so.
+            bits: Which chunks.
+            locate: Tells where the file lies now.
+        """
+        with self.changed:
+            file = self._files.get(identity.file_id)
+            if file is None or file.swarm is None:
+                return
+            before = 0 if file.copy is None else file.copy.have
+            file.copy = DiskCopy(locate=locate, have=before | bits)
+            for index in range(identity.chunks):
+                if bits >> index & 1:
+                    if (arriving := file.arriving.pop(index, None)) is not None:
+                        arriving.end(whole=True)
+                    file.swarm.arrived(index)
+            self.changed.notify_all()
         self._tell(identity.file_id)
 
     def withdraw(self, file_id: FileId, holder: int, idle: Callable[[], None]) -> bool:

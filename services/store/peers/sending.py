@@ -109,7 +109,7 @@ class Sender:
 
     def _send_file(self, request: Request, chunk: Borrowed, copy: DiskCopy) -> None:
         try:
-            descriptor = open_regular(copy.path)
+            descriptor = open_regular(copy.locate())
         except (OSError, StokerError) as error:
             self._refuse(f"its file on disk cannot be read: {error}")
             return

@@ -12,7 +12,7 @@ from services.store.peers.fetching import PeerConnections
 from services.store.peers.limits import Limits
 from services.store.peers.links import Links
 from services.store.peers.server import PeerServer
-from services.store.peers.shared_file import DiskCopy
+from services.store.peers.shared_file import DiskCopy, Loader
 from services.store.peers.source import SwarmSource
 from services.store.peers.wire import MAX_CHUNK_BYTES, MAX_CHUNKS, FileIdentity, StoreId
 from services.store.reading.chunk_source import ChunkSource
@@ -81,13 +81,16 @@ class Peers:
         """
         self._links.set_peers(self._static | frozenset(map(parse_address, peers)))
 
-    def source(self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int) -> ChunkSource | None:
+    def source(
+        self, file: FarFile, origin: ChunkSource, *, chunk_bytes: int, gives_way: bool = False
+    ) -> ChunkSource | None:
         """Return a source that shares the work with other stores that load `file`; does not block.
 
         Args:
             file: Which.
             origin: Where its bytes are, for this store's share; closed by the caller.
             chunk_bytes: Of the pool.
+            gives_way: Another load of the file takes it over; reads raise `GaveWay` then.
 
         Returns:
             None where there is nothing to share: an empty file, one in too many chunks, or one that another
@@ -100,7 +103,8 @@ class Peers:
         identity = FileIdentity(
             revision=file.revision, name=file.name, size_bytes=file.size_bytes, chunk_bytes=chunk_bytes
         )
-        swarm = self.exchange.join(identity, run_chunks=run_chunks(file, chunk_bytes))
+        loader = Loader(gives_way=gives_way)
+        swarm = self.exchange.join(identity, run_chunks=run_chunks(file, chunk_bytes), loader=loader)
         if swarm is None:
             return None
         return SwarmSource(
@@ -108,6 +112,7 @@ class Peers:
             swarm,
             origin,
             file.digests,
+            loader=loader,
             exchange=self.exchange,
             connections=self._connections,
             limits=self._limits,

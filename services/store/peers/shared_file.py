@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,25 @@ class DiskCopy:
     """A file of this host that peers may have, without it being in the pool.
 
     Attributes:
-        path: Where it lies; its size is the identity's.
+        locate: Tells where it lies now: a copy under way moves when it is whole. Its size is the identity's.
         have: Bits of the chunks that are there and right.
     """
 
-    path: Path
+    locate: Callable[[], Path]
     have: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Loader:
+    """A load of this store that has a file's swarm; of several only one has.
+
+    Attributes:
+        gives_way: Another load takes the swarm over: this one was asked for by nobody who waits to run.
+        over: Set when it has ended, or has given way: its threads wait for peers no longer.
+    """
+
+    gives_way: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +69,7 @@ class SharedFile:
         digests: Of those, where one was asked for.
         copy: On this host's disk.
         swarm: Set while this store is loading it.
+        loader: Who has the swarm.
         loading_peers: Who asked for it because they load it, for a load that begins later.
         subscribers: Who is told of its state; loading or not.
         borrowed: Chunks of the pool that are being sent.
@@ -68,6 +83,7 @@ class SharedFile:
     digests: dict[int, bytes] = field(default_factory=dict)
     copy: DiskCopy | None = None
     swarm: FileSwarm | None = None
+    loader: Loader | None = None
     loading_peers: set[StoreId] = field(default_factory=set)
     subscribers: int = 0
     borrowed: int = 0

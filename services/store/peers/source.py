@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from services.store.chain import GaveWay
 from services.store.integrity.digests import Damage, FileDigests, PartCheck, check_chunk, damaged
 from services.store.peers import metrics
 from services.store.peers.arriving import Arriving
 from services.store.peers.exchange import Exchange, raw_digest
 from services.store.peers.fetching import Fault, FetchFailed, PeerConnections
 from services.store.peers.limits import Limits
+from services.store.peers.shared_file import Loader
 from services.store.peers.swarm import Choice, FileSwarm
 from services.store.peers.wire import FileIdentity, StoreId
 from services.store.reading.chunk_source import ChunkSource, reads_gradually
@@ -52,6 +53,7 @@ class SwarmSource:
         origin: ChunkSource,
         digests: FileDigests | None,
         *,
+        loader: Loader,
         exchange: Exchange,
         connections: PeerConnections,
         limits: Limits,
@@ -63,6 +65,7 @@ class SwarmSource:
             swarm: Its decisions; guarded by the exchange's lock.
             origin: Where first copies come from; stays open when this is closed.
             digests: What its bytes must have; None = peers' own digests are believed.
+            loader: That has the swarm.
             exchange: What is shared.
             connections: To peers.
             limits: How long a peer is not asked again.
@@ -74,7 +77,7 @@ class SwarmSource:
         self._exchange = exchange
         self._connections = connections
         self._limits = limits
-        self._closed = threading.Event()
+        self._loader = loader
         self._wanted: set[int] = set()
         self._granted: dict[int, Choice] = {}
 
@@ -109,9 +112,8 @@ class SwarmSource:
 
     def close(self) -> None:
         """See `ChunkSource`; the origin stays open."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._exchange.leave(self._identity.file_id)
+        self._loader.over.set()
+        self._exchange.leave(self._identity.file_id, self._loader)
 
     def _choose(self, index: int) -> Choice:
         """Wait for this chunk's turn among all that threads want now; a turn may come to another thread."""
@@ -120,7 +122,9 @@ class SwarmSource:
             self._wanted.add(index)
             try:
                 while (choice := self._granted.pop(index, None)) is None:
-                    if self._closed.is_set() or exchange.closed:
+                    if self._loader.over.is_set():
+                        raise GaveWay(f"{self.name} are read by another load of this store from now on")
+                    if exchange.closed:
                         raise LoadFailed(f"{self.name}: the store is being stopped")
                     self._grant(index)
             finally:

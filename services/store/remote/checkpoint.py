@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from services.store import metrics
 from services.store.chain import Chain, FarFile, Link, OpenFile, Refusal, Tier, run_chunks
@@ -55,6 +56,11 @@ class RemoteCheckpoint:
         """See `FarWeights`."""
         return self.cached is not None and self.cached.whole
 
+    def locate(self, file: CheckpointFile) -> Path:
+        """See `FarWeights`."""
+        partial = None if self.cached is None else self.cached.partial
+        return file.path if partial is None else partial.folder / file.name
+
     def disk_bytes(self) -> int:
         """See `FarWeights`."""
         cached = self.cached
@@ -62,13 +68,15 @@ class RemoteCheckpoint:
             return 0
         return cached.size_bytes if cached.partial is None else cached.partial.bytes_there()
 
-    def open(self, file: CheckpointFile, on_disk: OpenOnDisk, *, chunk_bytes: int) -> OpenedFile:
-        """See `FarWeights`."""
+    def open(
+        self, file: CheckpointFile, on_disk: OpenOnDisk, *, chunk_bytes: int, gives_way: bool = False
+    ) -> OpenedFile:
+        """See `FarWeights`; one that gives way raises `GaveWay` when another load takes the file over."""
         far = self.far_file(file)
         origin = OriginSource(self.ranges, self.record.files[file.name])
         links = [Link(tier=Tier.ORIGIN, source=origin)]
         if self._peers is not None and not self.whole:
-            peer = self._peers(far, origin, chunk_bytes=chunk_bytes)
+            peer = self._peers(far, origin, chunk_bytes=chunk_bytes, gives_way=gives_way)
             links += [] if peer is None else [Link(tier=Tier.PEER, source=peer)]
         on_this_host = self._on_this_host(file, on_disk)
         if on_this_host is not None:

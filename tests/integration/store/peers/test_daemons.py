@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from stoker.checkpoint.convert import convert
 from stoker.cli.free_ports import free_ports
 from stoker.units import KIB, MIB
 from stoker.v1 import checkpoint_store_pb2 as pb
@@ -55,9 +56,29 @@ def test_a_daemon_that_is_killed_half_way_is_replaced_and_nobody_starts_again(tm
     assert sum(tier.get("remote", 0) for tier in tiers) < 1.5 * size
 
 
+def test_three_daemons_that_pull_one_checkpoint_to_their_disks_read_its_origin_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("stoker.checkpoint.content.CHUNK_BYTES", 256 * KIB)
+    folder = tmp_path / "model"  # with digests: who has all of it serves the others
+    convert(write_checkpoint(tmp_path / "source", size=2 * MIB), folder)
+    size = (folder / "model.safetensors").stat().st_size
+    pulls = []
+    with three_daemons(tmp_path, cached=True) as daemons, ThreadPoolExecutor(3) as threads:
+        with origin_server(folder) as at_once:
+            pulls.append(list(threads.map(lambda daemon: pull(daemon, at_once.url), daemons)))
+        with origin_server(folder) as one_by_one:
+            pulls.append([pull(daemon, one_by_one.url) for daemon in daemons])
+        copies = [path.read_bytes() for path in tmp_path.glob("cache-*/checkpoints/*/model.safetensors")]
+
+    assert copies == [(folder / "model.safetensors").read_bytes()] * 6
+    for replies in pulls:
+        tiers = [{each.tier: each.bytes for each in reply.transfers} for reply in replies]
+        assert [sum(tier.values()) for tier in tiers] == [size] * 3
+        assert sum(tier.get("remote", 0) for tier in tiers) < 2 * size  # as above
+
+
 @contextmanager
-def three_daemons(folder: Path) -> Iterator[list[Daemon]]:
-    """Daemons that are linked to each other."""
+def three_daemons(folder: Path, *, cached: bool = False) -> Iterator[list[Daemon]]:
+    """Daemons that are linked to each other, with a disk cache or without."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     listed = "[" + ",".join(f'"{address}"' for address in addresses) + "]"
     with ExitStack() as stack:
@@ -69,6 +90,7 @@ def three_daemons(folder: Path) -> Iterator[list[Daemon]]:
                     chunk_bytes=256 * KIB,
                     peer_address=address,
                     peers=listed,
+                    **({"cache_dir": folder / f"cache-{number}"} if cached else {}),
                 )
             )
             for number, address in enumerate(addresses)
@@ -90,3 +112,9 @@ def prefetch(daemon, uri: str) -> pb.PrefetchResponse:
     """Load a checkpoint with a daemon."""
     with daemon.stub() as stub:
         return stub.Prefetch(pb.PrefetchRequest(uri=uri), timeout=120)
+
+
+def pull(daemon, uri: str) -> pb.PullProgress:
+    """Bring a checkpoint to a daemon's disk; returns what it says at the end."""
+    with daemon.stub() as stub:
+        return list(stub.Pull(pb.PullRequest(uri=uri), timeout=120))[-1]

@@ -361,7 +361,7 @@ async def test_a_file_on_disk_is_sent_without_being_in_the_pool(tmp_path):
             first, second = await made.start(2)
             everything = (1 << made.identity.chunks) - 1
             first.peers.exchange._find_on_disk = lambda _, at=path, have=everything: DiskCopy(
-                path=at, have=have
+                locate=lambda: at, have=have
             )
             await made.load(second)
 

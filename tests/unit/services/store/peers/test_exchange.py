@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.store.peers.exchange import Exchange, raw_digest
-from services.store.peers.shared_file import DiskCopy
+from services.store.peers.shared_file import DiskCopy, Loader
 from services.store.peers.wire import FileIdentity, State, StoreId
 
 FILE = FileIdentity(revision="r1", name="model.safetensors", size_bytes=100, chunk_bytes=32)
@@ -134,7 +134,7 @@ def test_listeners_hear_of_chunks_that_arrive():
 
 
 def test_a_file_on_disk_is_offered_to_those_who_ask():
-    copy = DiskCopy(path=Path("/models/a/model.safetensors"), have=0b0101)
+    copy = DiskCopy(locate=lambda: Path("/models/a/model.safetensors"), have=0b0101)
     made = exchange(copy)
 
     assert made.subscribe(PEER, FILE, loading=True) == state(loading=False, have=0b0101)
@@ -142,6 +142,43 @@ def test_a_file_on_disk_is_offered_to_those_who_ask():
         assert (chunk.copy, chunk.memory, chunk.offset, chunk.length) == (copy, None, 64, 32)
     with made.borrow(FILE.file_id, 1) as chunk:
         assert chunk is None
+
+
+def test_a_load_takes_over_from_one_that_gives_way_and_goes_on_with_what_it_began():
+    made = exchange()
+    pull, load = Loader(gives_way=True), Loader()
+    begun = made.join(FILE, loader=pull)
+    taken_over = made.join(FILE, loader=load)
+    made.leave(FILE.file_id, pull)
+
+    assert taken_over is begun
+    assert pull.over.is_set()
+    assert made.state(FILE.file_id).loading
+    assert made.join(FILE, loader=Loader(gives_way=True)) is None
+    made.leave(FILE.file_id, load)
+    assert made.state(FILE.file_id) is None
+
+
+def test_what_landed_on_disk_alone_is_offered_and_whoever_gets_it_as_it_comes_is_told_it_is_whole():
+    made = exchange()
+    made.subscribe(PEER, FILE, loading=False)
+    made.join(FILE, loader=Loader(gives_way=True))
+    arriving = made.begin(FILE.file_id, 2, memoryview(bytearray(32)))
+    made.landed(FILE, 0b0101, lambda: Path("/cache/model.safetensors"))
+
+    assert arriving.after(0, seconds=0.0) == (32, True)
+    assert made.state(FILE.file_id) == state(loading=True, have=0b0101)
+    with made.borrow(FILE.file_id, 2) as chunk:
+        assert chunk.copy.locate() == Path("/cache/model.safetensors")
+    made.leave(FILE.file_id)
+    assert made.state(FILE.file_id) == state(loading=False, have=0b0101)
+
+
+def test_what_landed_of_a_file_that_nobody_loads_is_not_kept_in_mind():
+    made = exchange()
+    made.landed(FILE, 0b1, lambda: Path("/cache/model.safetensors"))
+
+    assert made.state(FILE.file_id) is None
 
 
 def test_a_file_nobody_cares_for_is_forgotten():
