@@ -29,7 +29,7 @@ from services.controller.cluster_view.events import (
     Reserved,
     SchedulingSet,
 )
-from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.foreseen import Foreseen, fold_foreseen
 from services.controller.cluster_view.reach import touched
 from services.controller.cluster_view.view import Scheduling, View
 from services.controller.decision_log import DecisionLog
@@ -76,6 +76,8 @@ class Cluster:
         self._waiters: dict[ModelName, set[asyncio.Event]] = defaultdict(set)
         self._waiting = 0
         self._ended = False
+        self._foreseen: tuple[Foreseen, ...] = ()
+        """What the last plan has folded already."""
         self._ordered: deque[Migrate | Start] = (
             deque()
         )  # bounded: by calls of operators, and a clearing's moves
@@ -118,6 +120,7 @@ class Cluster:
                 now_seconds = self.clock.now_seconds()
                 settled_seconds = settling.until_seconds(self.view, now_seconds)
                 plan = reconcile(self.view, now_seconds, self.policy)
+                self._foreseen = plan.foreseen
                 for name, decision in plan.decisions:
                     waiting = self._requests.get(name, set())
                     self.decisions.add(name, decision, waiting, self.clock.unix_seconds())
@@ -157,7 +160,7 @@ class Cluster:
         names: set[ModelName] = set()
         for event in events:
             names |= touched(self.view, event)
-            self.view = fold(self.view, event)
+            self.view = fold_foreseen(self.view, event, self._foreseen)
         self.routes.refresh(self.view, self.records, names, now_seconds)
         for name in names & self._waiters.keys():
             for waiter in self._waiters[name]:

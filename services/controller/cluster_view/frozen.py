@@ -76,13 +76,14 @@ def changed(value: T, **changes: object) -> T:
     Raises:
         AttributeError: It has no such field.
     """
-    cls = type(value)
-    draft = copier_of(cls)(value)
-    for name, now in changes.items():
-        setattr(draft, name, now)
-    draft.__class__ = cls
-    known: T = draft
-    return known
+    copy: T = _amender(type(value), *changes)(value, *changes.values())
+    return copy
+
+
+@lru_cache(maxsize=1024)
+def _amender(cls: type[T], *names: str) -> Callable[..., T]:
+    """Return an amender, made once: programs change few combinations of fields."""
+    return amender_of(cls, *names)
 
 
 def draft_of(value: DataclassInstance) -> Any:

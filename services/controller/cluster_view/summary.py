@@ -159,12 +159,33 @@ def summary_of(
         traits = _traits(view, node, reservations, known, was)
         if was is not node and not only_replicas_differ(was, node):
             known = _of_later_report(node, known) if _same_but_for_queues(was, node) else _of_report(node)
-    taken = {device for trait in traits for device in trait.reservation.devices}
-    taken |= known.occupied
-    loading = dict([trait.loading for trait in traits if trait.loading is not None])
+    return _summed(view, node, known, traits)
+
+
+def _summed(view: View, node: Node, known: Summary, traits: tuple[Trait, ...]) -> Summary:
+    """Return a summary with these traits summed up: in one pass, for every event about a node makes one."""
+    taken, reserved = set(known.occupied), set()
+    worth_keys, busy, busy_bytes, settling = [], [], [], []
+    loading: dict[Checkpoint, int] = {}
+    leaving_for, coming, starting_workers = set(), set(), 0
+    for reservation, takes_workers, worth_key, start_bytes, settled_at, whom, reads, leases, _ in traits:
+        taken.update(reservation.devices)
+        reserved.add(reservation.replica_id)
+        starting_workers += takes_workers
+        if worth_key is not None:
+            worth_keys.append(worth_key)
+        if start_bytes is not None:
+            busy.append(reservation.replica_id)
+            busy_bytes.append(start_bytes)
+        if settled_at is not None:
+            settling.append(settled_at)
+        if whom is not None:
+            leaving_for.add(whom)
+        if reads is not None:
+            loading[reads[0]] = reads[1]
+        if leases is not None:
+            coming.add(leases)
     loading_bytes = sum(loading.values())
-    starting_workers = sum([trait.takes_workers for trait in traits])
-    busy = tuple([trait.reservation.replica_id for trait in traits if trait.busy is not None])
     return changed(
         known,
         traits=traits,
@@ -175,14 +196,14 @@ def summary_of(
         starting_workers=starting_workers,
         worker_seconds=worker_wait_seconds(node, starting_workers),
         queued=known.stages_queue or loading_bytes > 0,
-        worth_keys=tuple(sorted([trait.worth_key for trait in traits if trait.worth_key is not None])),
-        busy=busy,
-        busy_tokens=_fewest_tokens(node, busy),
-        busy_bytes=_fewest_bytes(traits),
-        settling=tuple([at for trait in traits if (at := trait.settled_at_seconds) is not None]),
-        leaving_for=tuple(sorted({whom for trait in traits if (whom := trait.leaving_for) is not None})),
-        coming=tuple(sorted({trait.coming for trait in traits if trait.coming is not None})),
-        has_orphans=any(replica_id not in view.reservations for replica_id in node.replicas),
+        worth_keys=tuple(sorted(worth_keys)),
+        busy=tuple(busy),
+        busy_tokens=_fewest_tokens(node, tuple(busy)),
+        busy_bytes=min(busy_bytes, default=0),
+        settling=tuple(settling),
+        leaving_for=tuple(sorted(leaving_for)),
+        coming=tuple(sorted(coming)),
+        has_orphans=any(each not in view.reservations for each in node.replicas.keys() - reserved),
     )
 
 
@@ -243,9 +264,9 @@ def _traits(
     """Return the traits of a node's reservations; those already known of what did not change."""
     before = {id(trait.reservation): trait for trait in known.traits}  # kept alive by their traits
     if was is not node:
-        holds = trait_holds(was, node)
+        holds = trait_holds(was, node, view.models)
         for trait in known.traits:
-            if not holds(trait, view.models.get(trait.reservation.model)):
+            if not holds(trait):
                 del before[id(trait.reservation)]
     return tuple(
         [before.get(id(reservation)) or trait_of(view, node, reservation) for reservation in reservations]

@@ -7,7 +7,7 @@ about one costs the trait of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from services.controller.cluster_view.estimate import (
 )
 from services.controller.cluster_view.fleet import Member, Standing, is_idle, member
 from services.controller.cluster_view.streaming import pool_bytes_on, streams_on
-from services.controller.cluster_view.view import Checkpoint, Model, Node, Reservation, View
+from services.controller.cluster_view.view import Checkpoint, Model, Node, Replica, Reservation, View
 from stoker.ids import ModelName, ReplicaId
 
 ANYBODY = ModelName("")
@@ -84,17 +84,24 @@ def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
     )
 
 
-def trait_holds(was: Node, now: Node) -> Callable[[Trait, Model | None], bool]:
-    """Return what tells of a trait on `was`, and its model, whether it is the same on `now`."""
+def trait_holds(was: Node, now: Node, models: Mapping[ModelName, Model]) -> Callable[[Trait], bool]:
+    """Return what tells of a trait on `was` whether it is the same on `now`, its model among these."""
     same = _read_by_all(was) == _read_by_all(now) and (
         was.pool.total_bytes == now.pool.total_bytes and was.pool.window_bytes == now.pool.window_bytes
     )
     same_device = same and was.stages.get("device") == now.stages.get("device")
     same_stages = same_device and was.stages == now.stages
 
-    def holds(trait: Trait, model: Model | None) -> bool:
-        if not same or not _stands_as_before(was, now, trait.reservation.replica_id):
+    same_bytes = same_stages and was.held is now.held
+    was_replicas, now_replicas = was.replicas, now.replicas
+
+    def holds(trait: Trait) -> bool:
+        replica_id = trait.reservation.replica_id
+        if not same or not _stands_as_before(was_replicas.get(replica_id), now_replicas.get(replica_id)):
             return False
+        if same_bytes:
+            return True
+        model = models.get(trait.reservation.model)
         if model is None:
             return True
         held = now.held.get(model.checkpoint, NOTHING_HELD)
@@ -107,16 +114,15 @@ def trait_holds(was: Node, now: Node) -> Callable[[Trait, Model | None], bool]:
     return holds
 
 
-def _stands_as_before(was: Node, now: Node, replica_id: ReplicaId) -> bool:
+def _stands_as_before(was: Replica | None, now: Replica | None) -> bool:
     """Tell whether of a replica all is as before that its trait reads."""
-    before, after = was.replicas.get(replica_id), now.replicas.get(replica_id)
-    if before is after:
+    if was is now:
         return True
     return (
-        before is not None
-        and after is not None
-        and (before.sessions > 0) == (after.sessions > 0)
-        and _read_of_replica(before) == _read_of_replica(after)
+        was is not None
+        and now is not None
+        and (was.sessions > 0) == (now.sessions > 0)
+        and _read_of_replica(was) == _read_of_replica(now)
     )
 
 

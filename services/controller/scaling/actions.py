@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.controller.cluster_view.estimate import Estimate
 from services.controller.cluster_view.events import (
@@ -16,6 +16,7 @@ from services.controller.cluster_view.events import (
     RoomSettled,
     StartFailed,
 )
+from services.controller.cluster_view.foreseen import Foreseen
 from services.controller.cluster_view.view import Policy, View
 from services.controller.placement.options import Option
 from services.controller.placement.place import Decision
@@ -135,6 +136,8 @@ class Plan:
     next_due_seconds: float | None
     decisions: tuple[tuple[ModelName, Decision], ...] = ()
     """What was decided about each model that wanted a replica, for explanations."""
+    foreseen: tuple[Foreseen, ...] = field(default=(), compare=False, repr=False)
+    """Folds made on the way, for who carries it out."""
 
 
 def backoff_seconds(failures_in_a_row: int, policy: Policy) -> float:

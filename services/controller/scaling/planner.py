@@ -9,6 +9,7 @@ from services.controller.cluster_view.demand import Refusal
 from services.controller.cluster_view.events import Event, RefusalLifted, Refused, RoomSettled, StopOrdered
 from services.controller.cluster_view.fleet import Member, members_of
 from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.foreseen import Foreseen
 from services.controller.cluster_view.index import Index, index_of, indexed
 from services.controller.cluster_view.view import Policy, View
 from services.controller.placement.place import Decision
@@ -25,6 +26,7 @@ class Planner:
         self.policy = policy
         self.actions: list[Action] = []
         self.decisions: list[tuple[ModelName, Decision]] = []
+        self.foreseen: list[Foreseen] = []
         self._due_seconds: float | None = None
         self._members: dict[ModelName, tuple[Member, ...]] = {}
         self._members_view = self.view
@@ -68,7 +70,8 @@ class Planner:
 
     def fold(self, event: Event) -> None:
         """Take an event into this pass's view."""
-        self.view = fold(self.view, event)
+        before, self.view = self.view, fold(self.view, event)
+        self.foreseen.append(Foreseen(before, event, self.view))
 
     def note(self, event: Noted) -> None:
         """Decide that the shell folds this."""

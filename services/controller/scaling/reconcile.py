@@ -62,6 +62,7 @@ def reconcile(view: View, now_seconds: float, policy: Policy) -> Plan:
         actions=tuple(planner.actions),
         next_due_seconds=planner.next_due_seconds,
         decisions=tuple(planner.decisions),
+        foreseen=tuple(planner.foreseen),
     )
 
 
@@ -74,9 +75,10 @@ def _nothing_is_due(view: View, now_seconds: float, policy: Policy) -> Plan | No
     index = view.index
     if index is None or index.orphaned:
         return None
-    next_seconds = index.due.first[0] if index.due.runs else inf
-    if index.last_seen.runs:  # as `check_nodes` has it
-        next_seconds = min(next_seconds, index.last_seen.first[0] + policy.node_timeout_seconds)
+    due, seen = index.due.runs, index.last_seen.runs
+    next_seconds = due[0][0][0] if due else inf
+    if seen:  # as `check_nodes` has it
+        next_seconds = min(next_seconds, seen[0][0][0] + policy.node_timeout_seconds)
     if next_seconds <= now_seconds:
         return None
     return _make_plan(actions=(), next_due_seconds=next_seconds if next_seconds < inf else None)

@@ -28,6 +28,7 @@ from services.controller.cluster_view.events import (
     StopRefused,
 )
 from services.controller.cluster_view.fold import fold
+from services.controller.cluster_view.foreseen import Foreseen, fold_foreseen
 from services.controller.cluster_view.frozen import maker_of
 from services.controller.cluster_view.view import (
     Checkpoint,
@@ -100,6 +101,8 @@ class Ours:
         self._ahead = LookingAhead(limits) if limits is not None else None
         self._levelling = Levelling(levels) if levels is not None else None
         self._view = View()
+        self._foreseen: tuple[Foreseen, ...] = ()
+        """What the plan that is carried out has folded already."""
         self._waiters: Counter[ModelName] = Counter()
         self._queues: dict[ModelName, tuple[int, float, tuple[SimReplica, ...]]] = {}
         """Of models that wait at ready replicas: how many, since when the longest, and at which."""
@@ -134,15 +137,18 @@ class Ours:
             self._tell_waiters(world)
             world.changes.queues.clear()
             plan = reconcile(self._view, world.now, self._policy)
+            self._foreseen = plan.foreseen
             for action in plan.actions:
                 self._act(action, world)
+            self._foreseen = ()
             if not plan.actions:
                 due_seconds = plan.next_due_seconds
                 return None if due_seconds is None or due_seconds >= _NEVER_SECONDS else due_seconds
         raise AssertionError(f"decisions do not settle at {world.now}: {plan.actions[:3]}")
 
     def _fold(self, event: Event) -> None:
-        self._view = fold(self._view, event)
+        foreseen = self._foreseen
+        self._view = fold_foreseen(self._view, event, foreseen) if foreseen else fold(self._view, event)
 
     # --- what happens ---
 

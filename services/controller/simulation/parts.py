@@ -49,6 +49,10 @@ class Session:
         return self.waiting_since_seconds - self.wait_seconds
 
 
+Running = tuple[float, int, int]
+"""Of a session that runs: when it ends, its tokens in and out; each report asks each for how far it is."""
+
+
 @dataclass(slots=True, eq=False)
 class SimReplica:
     """A replica on its devices."""
@@ -62,7 +66,7 @@ class SimReplica:
     token_seconds: float
     """How long one more token takes there."""
     phase: Phase = Phase.STARTING
-    sessions: dict[Session, None] = field(default_factory=dict)
+    sessions: dict[Session, Running] = field(default_factory=dict)
     ready_seconds: float | None = None
     idle_since_seconds: float | None = None
     load: Load | None = None

@@ -106,8 +106,9 @@ class Serving:
             session.first_token_seconds = now_seconds + prefill_seconds
         decode_seconds = replica.token_seconds * (request.output_tokens - session.kept_tokens - 1)
         session.replica = replica
-        self._occupy(replica, session)
-        self._end_at(session, now_seconds + prefill_seconds + decode_seconds)
+        ends_seconds = now_seconds + prefill_seconds + decode_seconds
+        self._occupy(replica, session, ends_seconds)
+        self._end_at(session, ends_seconds)
 
     def move(self, session: Session, target: SimReplica, *, pause_seconds: float) -> None:
         """Have another replica go on with a session, after a pause."""
@@ -115,8 +116,9 @@ class Serving:
             self._leave(session.replica, session)
         session.replica = target
         session.migrations += 1
-        self._occupy(target, session)
-        self._end_at(session, session.ends_seconds + pause_seconds)
+        ends_seconds = session.ends_seconds + pause_seconds
+        self._occupy(target, session, ends_seconds)
+        self._end_at(session, ends_seconds)
 
     def interrupt(self, session: Session, *, keep_tokens: bool) -> None:
         """Take a running session off its replica; it goes on after its last token, or begins again."""
@@ -141,22 +143,21 @@ class Serving:
         """Return how many tokens a replica's sessions have by now together, their prompts included."""
         now_seconds, token_seconds = self._clock.now_seconds, max(1e-9, replica.token_seconds)
         tokens = 0
-        for session in replica.sessions:
-            request = session.request
-            tokens += request.input_tokens
-            if session.first_token_seconds is not None:
-                left_seconds = session.ends_seconds - now_seconds
-                left = int(left_seconds / token_seconds) if left_seconds > 0 else 0
-                if left < request.output_tokens:
-                    tokens += request.output_tokens - left
+        for ends_seconds, input_tokens, output_tokens in replica.sessions.values():
+            tokens += input_tokens
+            left_seconds = ends_seconds - now_seconds
+            left = int(left_seconds / token_seconds) if left_seconds > 0 else 0
+            if left < output_tokens:
+                tokens += output_tokens - left
         return tokens
 
-    def _occupy(self, replica: SimReplica, session: Session) -> None:
+    def _occupy(self, replica: SimReplica, session: Session, ends_seconds: float) -> None:
         if not replica.sessions:
             self._busy(replica, begins=True)
             replica.idle_since_seconds = None
             self.idle.pop(replica, None)
-        replica.sessions[session] = None
+        request = session.request
+        replica.sessions[session] = (ends_seconds, request.input_tokens, request.output_tokens)
         self._changes.replicas[replica] = None
 
     def _leave(self, replica: SimReplica, session: Session) -> None:
