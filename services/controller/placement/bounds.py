@@ -173,7 +173,8 @@ class Bounds:
         """
         origin, file_bytes, beside = self._origin, self._file_bytes, self._beside_seconds
         stop_seconds, weight, faded = self._stop_seconds, self._weight, self._faded
-        summaries, slots, (most_key, least_rate) = self._summaries, self._slots, dear
+        overhead, tie_seconds, slots = self._overhead_seconds, self.tie_seconds, self._slots
+        summaries, (most_key, least_rate) = self._summaries, dear
         found: list[Bounded] = []
         for _, node_id in rows:
             if node_id in seen:
@@ -196,12 +197,10 @@ class Bounds:
                 load = summary.openings[origin] + file_bytes / rate
             worth = exp(min(key - faded, WORTH_LOG_LIMIT))
             cost_seconds = stop_seconds + weight * worth
-            seconds = cost_seconds + summary.worker_seconds + self._overhead_seconds
-            seconds = (seconds + max(load, beside)) * ROUNDING
+            seconds = cost_seconds + summary.worker_seconds + overhead
+            seconds = (seconds + (max(beside, load))) * ROUNDING
             if seconds <= limit_seconds:
-                found.append(
-                    ((int(seconds / self.tie_seconds), 1, worth * ROUNDING, 0, seconds, ""), node_id)
-                )
+                found.append(((int(seconds / tie_seconds), 1, worth * ROUNDING, 0, seconds, ""), node_id))
         return found
 
     def dear_idle(self, rate: float, worth_key: float, most_seconds: float) -> Dear:

@@ -9,10 +9,11 @@ from operator import itemgetter
 from typing import Final, NamedTuple
 
 from services.controller.cluster_view.estimate import device_bytes
+from services.controller.cluster_view.lessons import parts_like
 from services.controller.placement.bounds import NOBODY, Bounded, Bounds
 from services.controller.placement.options import Option, Rank, free_option, rank
 from services.controller.placement.rates import ROUNDING, copy_seconds, swiftest_source
-from services.controller.placement.room import Situation, Wanted, can_ever, wanted_of
+from services.controller.placement.room import Situation, can_ever, wanted_of
 from services.controller.placement.streams import free_among, free_streams, known_nodes
 from stoker.ids import ModelName, NodeId
 
@@ -72,28 +73,27 @@ class _Floor(NamedTuple):
     """What is known of a model's starts on free slots before any of the nodes was looked at.
 
     Attributes:
-        wanted: What a start takes.
+        name: The model.
         near: Nodes with free slots that have some of it in memory.
         swiftest_seconds: What a start takes at least, were one of those to have all of it.
         far_seconds: What it takes at least on any other node with free slots; None = nobody has any.
     """
 
-    wanted: Wanted
+    name: ModelName
     near: AbstractSet[NodeId]
     swiftest_seconds: float
     far_seconds: float | None
 
 
 def _floor_of(situation: Situation, name: ModelName) -> _Floor:
-    index = situation.index
-    wanted = wanted_of(situation.view, index, name)
-    model, parts, byte_count = wanted.model, wanted.parts, device_bytes(wanted.model)
+    index, model = situation.index, situation.view.models[name]
+    parts, byte_count = parts_like(situation.view, model), device_bytes(model)
     far_seconds, source = None, swiftest_source(index)
     if source is not None:
         rate, worker_seconds = source
         far_seconds = parts.start_seconds(worker_seconds, byte_count / rate) * ROUNDING
     return _Floor(
-        wanted,
+        name,
         free_among(index, index.in_memory.get(model.checkpoint)),
         parts.start_seconds(0.0, copy_seconds(index, byte_count)),
         far_seconds,
@@ -109,9 +109,9 @@ class _Elsewhere:
 
     def __init__(self, situation: Situation, floor: _Floor) -> None:
         self._situation = situation
-        self._wanted = floor.wanted
-        self._bounds = Bounds(situation, floor.wanted, may_disturb=False)
-        is_anywhere = not floor.wanted.model.required_labels
+        self._wanted = wanted = wanted_of(situation.view, situation.index, floor.name)
+        self._bounds = Bounds(situation, wanted, may_disturb=False)
+        is_anywhere = not wanted.model.required_labels
         self._near = self._bounds.free_on(floor.near) if floor.near and is_anywhere else []
         self._far_seconds = floor.far_seconds or 0.0
         self._everybody: _Everybody | None = None

@@ -89,13 +89,14 @@ _make_wanted = maker_of(Wanted)
 def _slots_that_fit(model: Model, shape: Shape) -> tuple[int, ...]:
     if shape.architectures and model.architecture not in shape.architectures:
         return ()
-    on_cpu_bytes = device_bytes(model, "cpu")
+    count = devices_needed(model)
+    on_cpu_bytes = _share(model.kv_cache_bytes, count)
     if 0 < shape.pool_bytes < model.file_bytes:
         if not streams(model, pool_bytes=shape.pool_bytes, window_bytes=shape.window_bytes):
             return ()
         on_cpu_bytes = own_copy_bytes(model) + shape.pool_bytes
-    found = _large_enough(shape, on_cpu_bytes, device_bytes(model, "cuda"))
-    return found if len(found) >= devices_needed(model) else ()
+    found = _large_enough(shape, on_cpu_bytes, _share(model.kv_cache_bytes + model.weight_bytes, count))
+    return found if len(found) >= count else ()
 
 
 @lru_cache(maxsize=4096)
@@ -242,7 +243,12 @@ def _too_small(model: Model, node: Node) -> str:
 def device_bytes(model: Model, kind: str) -> int:
     """Return what one replica needs on each of its devices: on a CPU the weights are the pool's memory."""
     weight_bytes = 0 if kind == "cpu" else model.weight_bytes
-    return -(-(model.kv_cache_bytes + weight_bytes) // devices_needed(model))
+    return _share(model.kv_cache_bytes + weight_bytes, devices_needed(model))
+
+
+def _share(byte_count: int, devices: int) -> int:
+    """Return what each of some devices holds at most of bytes that they share equally."""
+    return -(-byte_count // devices)
 
 
 def large_enough(devices: Iterable[Device], on_cpu_bytes: int, on_other_bytes: int) -> list[Device]:
