@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from services.gateway.job import Job
 from services.gateway.routing.placement import Placement
 from services.gateway.routing.routes import Replica, RouteTable
+from services.gateway.sessions.waited import Waited
 from services.node_agent.sessions.epoch_fence import EpochFence
 from stoker.clock import ManualClock
 from stoker.errors import (
@@ -305,12 +306,21 @@ class ToyPlacement(Placement):
         super().__init__(table, None, clock=clock, cold_timeout_seconds=9, patience_seconds=9)  # type: ignore[arg-type]
         self._cluster = cluster
 
-    async def acquire(self, job: Job, *, failed: Sequence[str] = (), limit_seconds: float = 0) -> Replica:
-        """Answer, or not."""
+    async def acquire(
+        self,
+        job: Job,
+        *,
+        failed: Sequence[str] = (),
+        limit_seconds: float = 0,
+        waited: Waited | None = None,
+    ) -> Replica:
+        """Answer, or not; whoever asks waits now."""
+        assert waited is None or waited.since_seconds is not None
         return await self.start_another(job)
 
-    async def start_another(self, job: Job) -> Replica:
+    async def start_another(self, job: Job, *, waited_seconds: float = 0.0) -> Replica:
         """Answer, or not."""
+        assert waited_seconds >= 0
         await asyncio.sleep(0)
         if (error := self._cluster.refusal()) is not None:
             raise error
