@@ -19,6 +19,8 @@ from stoker.ids import ModelName, NodeId
 
 _Everybody = tuple[AbstractSet[NodeId], list[Bounded], Rank | None]
 """Free nodes known to be special for a model, their bounds, and the rank that no other one beats."""
+_UNKNOWN: Final = (0.0, 0.0)
+"""In place of what was not looked up yet."""
 _SECONDS: Final = 4
 """Where a rank has its seconds."""
 
@@ -31,6 +33,7 @@ class Destinations:
         self._copied: dict[int, float] = {}
         self._floors: dict[ModelName, _Floor] = {}
         self._elsewhere: dict[ModelName, _Elsewhere] = {}
+        self._source: tuple[float, float] | None = _UNKNOWN
 
     def copied_seconds(self, byte_count: int) -> float:
         """Return what copying so many bytes to a device takes at least, anywhere."""
@@ -65,7 +68,9 @@ class Destinations:
     def _floor_of(self, name: ModelName) -> _Floor:
         floor = self._floors.get(name)
         if floor is None:
-            floor = self._floors[name] = _floor_of(self._situation, name)
+            if self._source is _UNKNOWN:
+                self._source = swiftest_source(self._situation.index)
+            floor = self._floors[name] = _floor_of(self._situation, name, self._source)
         return floor
 
 
@@ -85,10 +90,10 @@ class _Floor(NamedTuple):
     far_seconds: float | None
 
 
-def _floor_of(situation: Situation, name: ModelName) -> _Floor:
+def _floor_of(situation: Situation, name: ModelName, source: tuple[float, float] | None) -> _Floor:
     index, model = situation.index, situation.view.models[name]
     parts, byte_count = parts_like(situation.view, model), device_bytes(model)
-    far_seconds, source = None, swiftest_source(index)
+    far_seconds = None
     if source is not None:
         rate, worker_seconds = source
         far_seconds = parts.start_seconds(worker_seconds, byte_count / rate) * ROUNDING

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
-from immutables import Map
-
 from services.controller.cluster_view.index import Index
-from services.controller.cluster_view.places import Nodes, Rung
+from services.controller.cluster_view.places import Nodes
 from services.controller.cluster_view.summary import ORIGINS
 from services.controller.placement.room import Wanted
 
@@ -26,23 +24,11 @@ def copy_seconds(index: Index, byte_count: float) -> float:
     return byte_count / runs[-1][-1][0] * ROUNDING if runs else 0.0
 
 
-_last: list[tuple[Map[Rung, Nodes], Map[Rung, Nodes], tuple[float, float] | None]] = [(Map(), Map(), None)]
-"""What was asked last: from one decision to the next the free slots are mostly the same."""
-
-
 def swiftest_source(index: Index) -> tuple[float, float] | None:
     """Return a rate and a worker's time that no node with free slots betters together; None = there is none.
 
     The rate is the fastest from any of `ORIGINS`: whoever has none of a checkpoint in memory reads no faster.
     """
-    free, by_worker, found = _last[0]
-    if free is not index.free or by_worker is not index.free_by_worker:
-        found = _swiftest_source(index)
-        _last[0] = (index.free, index.free_by_worker, found)
-    return found
-
-
-def _swiftest_source(index: Index) -> tuple[float, float] | None:
     rate, worker_seconds = 0.0, inf
     for shape in index.shapes:
         for waits in (True, False):
