@@ -35,7 +35,7 @@ from services.controller.placement.room import never_fits
 from services.controller.scaling.evening_out import even_out
 from services.controller.scaling.prestarting import Pool, pools
 from services.controller.scaling.reading_ahead import Memory, Reading, read_ahead
-from services.controller.scaling.spare_memory import POOL_SLACK, fill, is_in_memory
+from services.controller.scaling.spare_memory import fill, is_in_memory, pool_bytes
 from stoker.ids import ModelName, NodeId
 from stoker.units import GB, MB
 
@@ -345,7 +345,7 @@ def _on_node(look: _Look, name: ModelName, node: Node) -> Prefetch | None:
     gain_seconds = _gain_seconds(look.view, model, node)
     if gain_seconds < limits.least_gain_seconds:
         return None
-    missing_bytes = int(model.file_bytes * POOL_SLACK) - node.held.get(model.checkpoint, Held()).dram_bytes
+    missing_bytes = pool_bytes(model.file_bytes) - node.held.get(model.checkpoint, Held()).dram_bytes
     idle_bytes = sum(found.dram_bytes for found in node.held.values() if not found.leases)
     over_bytes = max(
         missing_bytes - node.pool.free_bytes,
@@ -356,7 +356,7 @@ def _on_node(look: _Look, name: ModelName, node: Node) -> Prefetch | None:
         if over_bytes <= 0:
             break
         drop.append(dropped)
-        over_bytes -= dram_bytes
+        over_bytes -= pool_bytes(dram_bytes)
     if over_bytes > 0:
         return None
     return Prefetch(

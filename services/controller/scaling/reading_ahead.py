@@ -23,7 +23,7 @@ from services.controller.cluster_view.index import index_of
 from services.controller.cluster_view.streaming import streams_on
 from services.controller.cluster_view.view import Checkpoint, Held, Model, Node, View
 from services.controller.placement.room import never_fits
-from services.controller.scaling.spare_memory import POOL_SLACK, copies
+from services.controller.scaling.spare_memory import copies, pool_bytes
 from stoker.ids import ModelName, NodeId
 
 Dropped = tuple[ModelName, ...] | None
@@ -118,14 +118,14 @@ def dropped(missing_bytes: int, copies_by_worth: Sequence[tuple[ModelName, int]]
         if missing_bytes <= 0:
             break
         chosen.append(name)
-        missing_bytes -= dram_bytes
+        missing_bytes -= pool_bytes(dram_bytes)
     return tuple(chosen) if missing_bytes <= 0 else None
 
 
 def lacked_bytes(model: Model, node: Node) -> int:
     """Return what a node's free memory lacks to take the rest of a checkpoint; 0 or less = nothing."""
     held = node.held.get(model.checkpoint, Held())
-    return int(model.file_bytes * POOL_SLACK) - held.dram_bytes - node.pool.free_bytes
+    return pool_bytes(model.file_bytes) - held.dram_bytes - node.pool.free_bytes
 
 
 def is_only_on_disk(model: Model, held: Held) -> bool:

@@ -75,7 +75,7 @@ def fill(  # noqa: PLR0913 - what the choice depends on, each named by its calle
             for checkpoint, held in node.held.items()
             if (name := names.get(checkpoint)) is not None
             and held.dram_bytes < (model := view.models[name]).file_bytes <= held.disk_bytes
-            and model.file_bytes * POOL_SLACK - held.dram_bytes <= room_bytes
+            and pool_bytes(model.file_bytes) - held.dram_bytes <= room_bytes
             and (node.node_id, name) not in rests
             and not streams_on(model, node)
             and never_fits(model, node) is None
@@ -94,6 +94,11 @@ def _first(
     in_order = nsmallest(MAX_LOOKED, found, key=lambda model: _order(model, node, likely))
     alike = [model for model in in_order if (model.name in likely) == (in_order[0].name in likely)]
     return min(alike, key=lambda model: soon.get(model.name, 0) + copies(view, model))
+
+
+def pool_bytes(byte_count: int) -> int:
+    """Return what bytes of a checkpoint take of a pool, and give back: so a copy makes room for its like."""
+    return int(byte_count * POOL_SLACK)
 
 
 def copies(view: View, model: Model) -> int:
