@@ -52,12 +52,18 @@ _loaded_replica = amender_of(
     "longest_since_seconds",
     "idle_since_seconds",
     "context_tokens",
+    "has_served",
 )
 _remembered_replica = amender_of(
-    Replica, "first_seen_seconds", "ready_since_seconds", "waiting_since_seconds", "longest_since_seconds"
+    Replica,
+    "first_seen_seconds",
+    "ready_since_seconds",
+    "waiting_since_seconds",
+    "longest_since_seconds",
+    "has_served",
 )
 _queued_stage = amender_of(Stage, "queued_bytes")
-_REMEMBERED = ("first_seen_seconds", "ready_since_seconds")
+_REMEMBERED = ("first_seen_seconds", "ready_since_seconds", "has_served")
 """Of a replica, what no agent says: this controller knows it."""
 _WAITS = ("waiting_since_seconds", "longest_since_seconds")
 """Of a replica, moments that are worked out here."""
@@ -123,6 +129,7 @@ def with_load(node: Node, event: LoadReported) -> tuple[Node, list[Load]]:
             longest_since(replica, was) if replica.waiting_sessions else None,
             replica.idle_since_seconds,
             replica.context_tokens,
+            was.has_served or replica.sessions > replica.waiting_sessions,
         )
         if differs_in_sessions(was, now):
             loads.append((was, now))
@@ -182,6 +189,7 @@ def remembered(replica: Replica, before: Replica | None, now_seconds: float) -> 
         ready_since_seconds,
         waiting_since_seconds,
         longest_since_seconds,
+        (before is not None and before.has_served) or replica.sessions > replica.waiting_sessions,
     )
 
 

@@ -168,7 +168,7 @@ def _summed(view: View, node: Node, known: Summary, traits: tuple[Trait, ...]) -
     worth_keys, busy, busy_bytes, settling = [], [], [], []
     loading: dict[Checkpoint, int] = {}
     leaving_for, coming, starting_workers = set(), set(), 0
-    for reservation, takes_workers, worth_key, start_bytes, settled_at, whom, reads, leases, _ in traits:
+    for reservation, takes_workers, worth_key, start_bytes, _, settled_at, whom, reads, leases, _ in traits:
         taken.update(reservation.devices)
         reserved.add(reservation.replica_id)
         starting_workers += takes_workers

@@ -41,6 +41,7 @@ class Trait(NamedTuple):
         worth_key: What it is worth (`restart_log_on`), where it is idle and may make room for others.
         busy: It serves sessions now and may make room for others: the bytes that a start of it copies to each
             device. How long its contexts are its node says: they grow all the time.
+        has_served: It is idle, and has served since it became ready.
         settled_at_seconds: When it became ready, where its weights are all there.
         leaving_for: Whom it makes room for, where it is on its way out.
         loading: What it still reads: its checkpoint, and the bytes that are not in the node's memory.
@@ -52,6 +53,7 @@ class Trait(NamedTuple):
     takes_workers: int
     worth_key: tuple[float, ReplicaId] | None
     busy: int | None
+    has_served: bool
     settled_at_seconds: float | None
     leaving_for: ModelName | None
     loading: tuple[Checkpoint, int] | None
@@ -76,6 +78,7 @@ def trait_of(view: View, node: Node, reservation: Reservation) -> Trait:
         takes_workers=len(reservation.devices) if is_starting and replica is None else 0,
         worth_key=worth_key,
         busy=busy,
+        has_served=_has_served(replica),
         settled_at_seconds=(replica.ready_since_seconds or 0.0) if is_settled and replica else None,
         leaving_for=_leaving_for(found),
         loading=_loading(node, model) if replica is None or replica.ready_since_seconds is None else None,
@@ -126,7 +129,7 @@ def _stands_as_before(was: Replica | None, now: Replica | None) -> bool:
     )
 
 
-_read_of_replica = attrgetter("phase", "idle_since_seconds", "ready_since_seconds", "loading")
+_read_of_replica = attrgetter("phase", "idle_since_seconds", "ready_since_seconds", "loading", "has_served")
 """Of a replica, what its trait may depend on; beside whether it serves sessions."""
 _read_by_all = attrgetter(
     "warm_workers",
@@ -149,8 +152,12 @@ def with_load(view: View, node: Node, trait: Trait) -> Trait:
     found = member(view, trait.reservation)
     model = view.models.get(trait.reservation.model)
     worth_key, busy, restart_log = _load_of(node, model, found, trait.restart_log)
-    said = (worth_key, busy, *trait[_SETTLED_AT:-1], restart_log)
+    said = (worth_key, busy, _has_served(found.replica), *trait[_SETTLED_AT:-1], restart_log)
     return _new_tuple(Trait, (*trait[:_WORTH_KEY], *said))
+
+
+def _has_served(replica: Replica | None) -> bool:
+    return replica is not None and replica.has_served and not replica.sessions
 
 
 def _load_of(

@@ -154,6 +154,7 @@ class Replica:
         longest_since_seconds: When the wait of the one that has waited longest began, wherever that was, as
             its gateway and agent tell; None = none waits, or nobody tells.
         revision: Of the checkpoint it loads.
+        has_served: This controller has seen it compute for a session.
     """
 
     replica_id: ReplicaId
@@ -177,6 +178,7 @@ class Replica:
     waiting_since_seconds: float | None = None
     longest_since_seconds: float | None = None
     revision: Revision | None = None
+    has_served: bool = False
 
 
 class Scheduling(Enum):
@@ -314,7 +316,8 @@ class Policy:
         node_forget_seconds: After this long its reservations are released.
         order_grace_seconds: A replica ordered but never reported is given up after this.
         orphan_grace_seconds: A replica nobody reserved is stopped after this.
-        minimum_residency_seconds: A ready replica is not stopped for being idle sooner.
+        minimum_residency_seconds: A ready replica is not disturbed sooner: who waited for it has yet to come.
+        residency_ends_served: Nor is this waited for once it has served somebody and is idle.
         replace_after_seconds: A stale replica that never falls idle is drained after this.
         drain_grace_seconds: Given to running sessions when a replica must go.
         stop_seconds: Estimate for stopping an idle replica until its slot is free.
@@ -338,6 +341,7 @@ class Policy:
     order_grace_seconds: float = 10.0
     orphan_grace_seconds: float = 5.0
     minimum_residency_seconds: float = 2.0
+    residency_ends_served: bool = True
     replace_after_seconds: float = 30.0
     drain_grace_seconds: float = 30.0
     stop_seconds: float = 0.2

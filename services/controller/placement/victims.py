@@ -70,16 +70,14 @@ class Destinations(Protocol):
 def victims_on(situation: Situation, node: Node, destinations: Destinations) -> list[Victim]:
     """Return the replicas of a node that could go now, with bounds of the cost; of many the cheapest ones."""
     policy, now_seconds, own = situation.policy, situation.now_seconds, situation.model.name
-    residency_seconds = policy.minimum_residency_seconds
+    residency_seconds, ends_served = policy.minimum_residency_seconds, policy.residency_ends_served
     may_disturb_busy = policy.may_migrate or situation.waited_too_long
     found: list[Victim] = []
     for trait in situation.index.summaries[node.node_id].traits:
         reservation, ready_seconds = trait.reservation, trait.settled_at_seconds
-        if (
-            reservation.model == own
-            or ready_seconds is None
-            or ready_seconds + residency_seconds > now_seconds  # `has_stayed`, written out
-        ):
+        if reservation.model == own or ready_seconds is None:
+            continue
+        if ready_seconds + residency_seconds > now_seconds and not (ends_served and trait.has_served):
             continue
         if trait.worth_key is not None:
             if idle_may_go(situation, trait):
@@ -131,12 +129,15 @@ def _mover(
 
 def idle_may_go(situation: Situation, trait: Trait) -> bool:
     """Tell whether a replica is idle and may be stopped for another model now."""
-    return (
-        trait.worth_key is not None
-        and trait.reservation.moving_to is None
-        and trait.reservation.model not in situation.view.demands
-        and has_stayed(situation, trait, situation.policy.minimum_residency_seconds)
-    )
+    if (
+        trait.worth_key is None
+        or trait.reservation.moving_to is not None
+        or trait.reservation.model in situation.view.demands
+    ):
+        return False
+    if trait.has_served and situation.policy.residency_ends_served:
+        return trait.settled_at_seconds is not None
+    return has_stayed(situation, trait, situation.policy.minimum_residency_seconds)
 
 
 def has_stayed(situation: Situation, trait: Trait, seconds: float) -> bool:

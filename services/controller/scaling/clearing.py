@@ -112,7 +112,9 @@ def clear_a_node(
     if not policy.may_migrate or not any(len(nodes) for nodes in index_of(view).free.values()):
         return None, ()  # nothing may move, or nothing has anywhere to go
     calm = replace(
-        policy, minimum_residency_seconds=max(policy.minimum_residency_seconds, terms.rest_seconds)
+        policy,
+        minimum_residency_seconds=max(policy.minimum_residency_seconds, terms.rest_seconds),
+        residency_ends_served=False,
     )
     for name, worth_seconds in _candidates(view, now_seconds, terms):
         if name in resting:

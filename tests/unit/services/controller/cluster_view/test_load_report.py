@@ -134,3 +134,16 @@ def test_a_new_leader_knows_how_long_somebody_has_waited() -> None:
     view = a_view(models=(a_model("m1"), a_model("m2")), reservations=(a_reservation("r1", "m1", "n"),))
 
     assert longest(fold(view, NodeReported(node=waiting(-140.0, 9.0)))) == (-140.0, 9.0)
+
+
+def test_who_computed_once_has_served_whatever_is_reported_later() -> None:
+    node_id, replica_id = NodeId("n"), ReplicaId("r1")
+    served = []
+    view = known()
+    for replica in (replace(BUSY, sessions=1), BUSY, IDLE):  # it waits; another one is computed for; all end
+        view = fold(view, NodeReported(node=reported(replica, OTHER)))
+        served.append(view.nodes[node_id].replicas[replica_id].has_served)
+    view = fold(view, NodeReported(node=reported(replace(IDLE, max_batch=3), OTHER)))  # a whole report
+    served.append(view.nodes[node_id].replicas[replica_id].has_served)
+
+    assert served == [False, True, True, True]

@@ -79,6 +79,20 @@ def test_a_replica_in_its_minimum_residency_is_waited_for_until_that_ends() -> N
     assert decision.retry_at_seconds == NOW_SECONDS + 1.5
 
 
+def test_an_idle_replica_that_has_served_goes_within_its_minimum_residency() -> None:
+    young = a_replica("v.1", "v", ready_since_seconds=NOW_SECONDS - 0.5, has_served=True)
+    view = a_view(
+        models=(a_model(), a_model("v")),
+        nodes=(a_node(replicas=(young,)),),
+        reservations=(a_reservation("v.1", "v"),),
+    )
+
+    decision = place(view, M, NOW_SECONDS, POLICY)
+
+    assert isinstance(decision, StopIdle)
+    assert decision.victims == ("v.1",)
+
+
 def test_no_more_replicas_are_stopped_than_the_pool_needs() -> None:
     """Small ones that are cheapest to lose are spared when the larger one must go anyway."""
     small, large, model = (

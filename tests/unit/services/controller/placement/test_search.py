@@ -180,11 +180,12 @@ def test_among_nodes_that_tie_the_search_chooses_what_a_look_at_every_node_choos
 
 
 DRAWN = st.lists(
-    st.tuples(st.sampled_from((0.8, 1.0, 1.3)), st.floats(3, 250), st.sampled_from("innb")),
+    st.tuples(st.sampled_from((0.8, 1.0, 1.3)), st.floats(3, 250), st.sampled_from("insnb")),
     min_size=8,
     max_size=40,
 )
-"""Of full nodes the rate in GB/s, for how long their replica is idle, and what it is: idle, new, busy."""
+"""Of full nodes the rate in GB/s, for how long their replica is idle, and what it is: idle, new, busy,
+or new but has served."""
 
 
 @settings(max_examples=15, deadline=None)
@@ -231,7 +232,8 @@ def full(drawn: list[tuple[float, float, str]], *, free: int = 0, device_gigabyt
             f"m{1 + number % 5}",
             sessions=1 if what == "b" else 0,
             idle_since_seconds=None if what == "b" else NOW_SECONDS - idle_seconds,
-            ready_since_seconds=NOW_SECONDS - (1 if what == "n" else 500),
+            ready_since_seconds=NOW_SECONDS - (1 if what in "ns" else 500),
+            has_served=what == "s",
         )
         if number == free - 1:
             nodes.append(node)

@@ -78,6 +78,7 @@ def test_no_more_replicas_move_than_allowed() -> None:
 def test_what_has_just_become_ready_is_not_moved() -> None:
     assert cleared(patchy("large", ready_since_seconds=NOW_SECONDS - 59)) is None
     assert cleared(patchy("large", ready_since_seconds=NOW_SECONDS - 61)) is not None
+    assert cleared(patchy("large", ready_since_seconds=NOW_SECONDS - 59, has_served=True)) is None
 
 
 def test_a_node_is_not_cleared_for_its_locality_while_another_one_has_room() -> None:
