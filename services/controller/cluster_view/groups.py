@@ -17,9 +17,9 @@ from stoker.ids import NodeId
 K = TypeVar("K")
 Members = Map[NodeId, None]
 NOBODY: Members = Map()
-MOST_NOTED = 100_000
-"""Changes noted before they are sorted in though nobody asked."""
-MOST_CHANGES = 64
+MOST_NOTED = 4_000_000
+"""Changes noted before they are sorted in though nobody asked: the more at once, the less each costs."""
+MOST_CHANGES = 1024
 """Changes of nodes, likewise: each copy names them all."""
 _Noted = tuple[NodeId, tuple[K, ...], tuple[K, ...]]
 """A node, the groups that it leaves, and those it joins."""
@@ -73,7 +73,13 @@ def _with(groups: Map[K, Members], noted: Iterable[_Noted[K]]) -> Map[K, Members
             by_key.setdefault(key, {})[node_id] = True
     draft = groups.mutate()
     for key, changes in by_key.items():
-        members = draft.get(key, NOBODY).mutate()
+        before = draft.get(key)
+        if before is None:
+            joined_nodes = [node_id for node_id, is_in in changes.items() if is_in]
+            if joined_nodes:
+                draft[key] = Map(dict.fromkeys(joined_nodes))
+            continue
+        members = before.mutate()
         for node_id, is_in in changes.items():
             if is_in:
                 members[node_id] = None
