@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -54,18 +54,26 @@ def probe_host(data_dir: Path, *, etcd_address: str = "", store_address: str = "
         etcd_address: `host:port` of a member to try; empty = none.
         store_address: `host:port` of this host's store; empty = none runs.
     """
+    pages = [probe_huge_pages(), probe_shmem_huge_pages()]
+    pool = probe_pool_pages(store_address)
+    if store_address and pool.level is Level.good:
+        pages = [without_advice(page) for page in pages]
     return [
         probe_python(),
         probe_memory(),
         probe_direct_io(data_dir),
-        probe_huge_pages(),
-        probe_shmem_huge_pages(),
-        probe_pool_pages(store_address),
+        *pages,
+        pool,
         probe_memory_lock(),
         probe_open_files(),
         probe_gpus(),
         probe_etcd(etcd_address),
     ]
+
+
+def without_advice(page: Finding) -> Finding:
+    """Return what was found of one way to huge pages where the pool has got them by another; pure."""
+    return replace(page, level=Level.good, advice="")
 
 
 def probe_python() -> Finding:

@@ -15,7 +15,7 @@ import pytest
 
 from stoker.cli import host_probe
 from stoker.cli.host_probe import Level
-from stoker.units import GIB
+from stoker.units import GIB, KIB, MIB
 from stoker.v1 import checkpoint_store_pb2
 
 
@@ -94,6 +94,22 @@ def test_a_kernel_without_shared_huge_pages_is_no_crash(
     monkeypatch.setattr(host_probe, "THP", tmp_path)
 
     assert host_probe.probe_shmem_huge_pages().found == "not known to this kernel"
+
+
+@pytest.mark.parametrize(("page_bytes", "level"), [(2 * MIB, Level.good), (4 * KIB, Level.advice)])
+def test_a_pool_that_has_huge_pages_needs_no_other_way_to_them(
+    meminfo: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page_bytes: int, level: Level
+) -> None:
+    pool = checkpoint_store_pb2.PoolStatus(page_bytes=page_bytes, backing="tmpfs", total_bytes=GIB)
+    monkeypatch.setattr(host_probe, "probe_pool_pages", lambda _: host_probe.pool_pages(pool))
+    monkeypatch.setattr(host_probe, "probe_gpus", host_probe.probe_open_files)
+    meminfo["HugePages_Free"] = "0"
+
+    findings = {each.subject: each for each in host_probe.probe_host(tmp_path, store_address="a:1")}
+
+    assert findings["huge pages"].found == "none reserved"
+    assert findings["huge pages"].level is level
+    assert bool(findings["huge pages"].advice) is (level is Level.advice)
 
 
 def test_direct_io_is_tried_in_the_nearest_folder_that_exists(tmp_path: Path) -> None:
