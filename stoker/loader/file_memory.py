@@ -21,6 +21,7 @@ from stoker.attach.memory import HUGE_PAGE_BYTES, Access, MappedRange
 from stoker.checkpoint.folder import open_regular
 from stoker.checkpoint.reading import DIRECT_ALIGNMENT_BYTES, FileSignature, SourceFile
 from stoker.errors import CheckpointInvalid, DoesNotFit, LoadFailed
+from stoker.loader.file_check import FileCheck
 from stoker.units import MIB, align_up, format_bytes
 
 if TYPE_CHECKING:
@@ -76,20 +77,26 @@ def map_file(file: CheckpointFile) -> FileMemory:
     return FileMemory(data=memory.view(0, size), bytes_read=0, mapping=memory)
 
 
-def load_files(files: Sequence[CheckpointFile], *, threads: int | None = None) -> list[FileMemory]:
+def load_files(
+    files: Sequence[CheckpointFile], *, check: FileCheck | None = None, threads: int | None = None
+) -> list[FileMemory]:
     """Bring whole files into memory; blocks until the last byte is there.
 
     Args:
         files: From one index.
+        check: How they are compared with their digests, each piece as soon as it is there; None = not.
         threads: Pieces brought in at once; default `MAX_THREADS`.
 
     Raises:
         LoadFailed: A file is gone, was cut or changed, or the disk can't read it.
-        CheckpointInvalid: A file has another size than its header says.
+        CheckpointInvalid: A file has another size than its header says, or other bytes than its digests.
         DoesNotFit: There is not enough memory.
     """
+    check = check or FileCheck()
     signatures = [_signature(file) for file in files]
-    mapped = {file.name: memory for file in files if (memory := _populated(file, threads or MAX_THREADS))}
+    mapped = {
+        file.name: memory for file in files if (memory := _populated(file, check, threads or MAX_THREADS))
+    }
     for file, signature in zip(files, signatures, strict=True):
         if file.name in mapped and _signature(file) != signature:
             raise LoadFailed(
@@ -97,23 +104,33 @@ def load_files(files: Sequence[CheckpointFile], *, threads: int | None = None) -
             )
     rest = [file for file in files if file.name not in mapped]
     read = dict(zip((file.name for file in rest), _read(rest, threads), strict=True)) if rest else {}
+    for file in rest:
+        if check.is_wanted(file, cached=False):
+            check.check(file, read[file.name].data, 0, file.size_bytes)
     return [mapped.get(file.name) or read[file.name] for file in files]
 
 
-def _populated(file: CheckpointFile, threads: int) -> FileMemory | None:
-    """Return the file mapped with every page present, or None where this kernel or disk can't."""
+def _populated(file: CheckpointFile, check: FileCheck, threads: int) -> FileMemory | None:
+    """Return the file mapped with every page present, and checked; None where this kernel or disk can't."""
     memory = map_file(file)
     mapping = memory.mapping
     if mapping is None:
         return memory
-    piece = mapping.length if is_cached(file) else POPULATE_BYTES
+    cached = is_cached(file)
+    is_checked = check.is_wanted(file, cached=cached)
+    piece = mapping.length if cached else POPULATE_BYTES
+    if is_checked:
+        piece = align_up(POPULATE_BYTES, check.chunk_bytes)
+
+    def bring(at: int) -> bool:
+        if not mapping.fault_in(at, min(piece, mapping.length - at), write=False):
+            return False
+        if is_checked:
+            check.check(file, memory.data, at, min(at + piece, file.size_bytes))
+        return True
+
     with ThreadPoolExecutor(threads, thread_name_prefix="stoker-map") as pool:
-        done = list(
-            pool.map(
-                lambda at: mapping.fault_in(at, min(piece, mapping.length - at), write=False),
-                range(0, mapping.length, piece),
-            )
-        )
+        done = list(pool.map(bring, range(0, mapping.length, piece)))
     return memory if all(done) else None
 
 

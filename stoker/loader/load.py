@@ -10,6 +10,7 @@ import torch
 
 from stoker.loader.daemon import AUTO
 from stoker.loader.devices import device_named, tensors_on
+from stoker.loader.file_check import Verify
 from stoker.loader.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def load_tensors(
     *,
     device: str | int | torch.device = "cpu",
     daemon: str | os.PathLike[str] | None = AUTO,
+    verify: str = Verify.FIRST,
 ) -> dict[str, torch.Tensor]:
     """Load a whole checkpoint and return its tensors by name, in execution order.
 
@@ -37,17 +39,20 @@ def load_tensors(
         device: Where the tensors go, e.g. `cpu` or `cuda:0`.
         daemon: `auto` asks the store daemon of this host if there is one; a path names its attach socket
             or run folder; None asks nobody.
+        verify: When the digests of a converted checkpoint are compared with what is read without a daemon:
+            `first` = with what comes from the disk, not with what the page cache has already; `always`;
+            `never`. A daemon has a setting of its own (`STOKER_STORE_VERIFY_DISK`).
 
     Raises:
         NotFound: There is no such folder.
         CheckpointInvalid: It is damaged, must be converted first, or has a dtype that torch lacks.
-        InvalidRequest: There is no such device.
+        InvalidRequest: There is no such device, or no such `verify`.
         DoesNotFit: Memory is too small.
         LoadFailed: The bytes did not come.
         PeerError: A daemon is needed or was named, and none answers.
     """
     target = device_named(device)
-    source = open_source(path, daemon=daemon)
+    source = open_source(path, daemon=daemon, verify=verify)
     try:
         source.receive()
         return tensors_on(source, target)
@@ -63,6 +68,7 @@ def load_model(  # noqa: PLR0913 - what a caller may choose
     daemon: str | os.PathLike[str] | None = AUTO,
     attn_implementation: str | None = None,
     tp_size: int = 1,
+    verify: str = Verify.FIRST,
 ) -> PreTrainedModel:
     """Load a transformers model, ready to run, in eval mode.
 
@@ -82,11 +88,12 @@ def load_model(  # noqa: PLR0913 - what a caller may choose
         attn_implementation: As for `from_pretrained`, e.g. `sdpa` or `eager`; None lets transformers choose.
         tp_size: Tensor-parallel ranks: all processes of torch's default process group, as many, call this for
             a checkpoint made by `stoker convert --tensor-parallel`; each reads its own file only.
+        verify: As for `load_tensors`.
 
     Raises:
         NotFound: There is no such folder.
         CheckpointInvalid: It is damaged, quantised, needs code of its own, or doesn't fit its `config.json`.
-        InvalidRequest: There is no such device or dtype, or the processes are not as many as the ranks.
+        InvalidRequest: There is no such device, dtype or `verify`, or the ranks are not as many as processes.
         DoesNotFit: Memory is too small.
         LoadFailed: The bytes did not come.
         PeerError: A daemon is needed or was named, and none answers.
@@ -97,7 +104,7 @@ def load_model(  # noqa: PLR0913 - what a caller may choose
         from stoker.loader.ranks import rank_of_this_process  # noqa: PLC0415 - imports transformers, slowly
 
         rank = rank_of_this_process(tp_size)
-    source = open_source(path, daemon=daemon, rank=rank)
+    source = open_source(path, daemon=daemon, rank=rank, verify=verify)
     return model_from(source, target, dtype=dtype, attn_implementation=attn_implementation)
 
 

@@ -24,6 +24,7 @@ from stoker.checkpoint.index import CheckpointIndex, open_checkpoint
 from stoker.checkpoint.small_files import MAX_SMALL_FILE_BYTES
 from stoker.errors import CapacityError, InvalidRequest, LoadFailed, NotFound, PeerError
 from stoker.loader.daemon import AUTO, find_socket
+from stoker.loader.file_check import FileCheck, Verify, verify_named
 from stoker.loader.file_memory import FileMemory, load_files, map_file
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str | os.PathLike[str], *, daemon: str | os.PathLike[str] | None, rank: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    daemon: str | os.PathLike[str] | None,
+    rank: int | None = None,
+    verify: str = Verify.FIRST,
 ) -> Source:
     """Return the checkpoint at `path`, from a daemon or from the disk.
 
@@ -115,14 +120,15 @@ def open_source(
         path: A folder, a `file://` uri, or another uri that the daemon knows.
         daemon: See `find_socket`.
         rank: Which tensor-parallel rank's file, where the checkpoint is cut; of a folder of this host only.
+        verify: When digests are compared where no daemon serves the folder, a value of `Verify`.
 
     Raises:
         NotFound: There is no such folder.
-        InvalidRequest: A rank is asked of what is no folder of this host.
+        InvalidRequest: A rank is asked of what is no folder of this host; no such `verify`.
         CheckpointInvalid: It is damaged.
         PeerError: A daemon is needed, and none answers.
     """
-    folder = local_folder(path)
+    folder, when = local_folder(path), verify_named(verify)
     if rank is not None and folder is None:
         raise InvalidRequest(
             f"{os.fspath(path)} is no folder of this host, and tensor-parallel ranks are read from one: "
@@ -136,10 +142,10 @@ def open_source(
                 f"{os.fspath(path)} is no folder of this host: only a store daemon can fetch it; start one "
                 "(`stoker up`) and pass daemon=<its attach socket>"
             )
-        return _from_disk(folder, rank)
+        return _from_disk(folder, rank, when)
     otherwise: Callable[[], LocalSource] | None = None
     if folder is not None and daemon == AUTO:
-        otherwise = functools.partial(_from_disk, folder, rank)
+        otherwise = functools.partial(_from_disk, folder, rank, when)
     try:
         if rank is not None and folder is not None:
             return _rank_from_daemon(socket, open_checkpoint(folder, rank=rank), otherwise)
@@ -163,10 +169,16 @@ def local_folder(path: str | os.PathLike[str]) -> Path | None:
 
 
 class LocalSource:
-    """A folder of this host. Files are mapped when something is asked for, or read whole by `receive`."""
+    """A folder of this host. Files are mapped when something is asked for, or read whole by `receive`.
 
-    def __init__(self, index: CheckpointIndex) -> None:
+    Args:
+        index: What it holds.
+        verify: When `receive` compares digests; what is mapped when it is asked for is not checked.
+    """
+
+    def __init__(self, index: CheckpointIndex, *, verify: Verify = Verify.FIRST) -> None:
         self.index = index
+        self._check = FileCheck(verify=verify, chunk_bytes=index.chunk_bytes)
         self.location = str(index.path)
         self.revision = str(index.revision)
         self.tied = index.tied_groups
@@ -192,7 +204,7 @@ class LocalSource:
 
     def receive(self) -> None:
         """See `Source`."""
-        self._memory = dict(enumerate(load_files(self.index.files)))
+        self._memory = dict(enumerate(load_files(self.index.files, check=self._check)))
 
     def file_count(self) -> int:
         """See `Source`."""
@@ -321,8 +333,8 @@ class PoolSource:
         return local
 
 
-def _from_disk(folder: Path, rank: int | None) -> LocalSource:
-    return LocalSource(open_checkpoint(folder, rank=rank))
+def _from_disk(folder: Path, rank: int | None, verify: Verify) -> LocalSource:
+    return LocalSource(open_checkpoint(folder, rank=rank), verify=verify)
 
 
 def _from_daemon(socket: Path, uri: str, otherwise: Callable[[], LocalSource] | None) -> PoolSource:

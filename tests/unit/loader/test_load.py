@@ -276,3 +276,46 @@ def test_import_stoker_imports_nothing_heavy(run_python) -> None:
     )
 
     assert out == "[]"
+
+
+def damaged(folder: Path) -> Path:
+    """Return a converted checkpoint with one bit of a tensor flipped, as the page cache has it."""
+    source = saved(tiny_model("llama"), folder, "converted")
+    (file,) = source.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    return source
+
+
+def test_bytes_from_the_disk_are_compared_with_their_digests(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(file_memory, "is_cached", lambda _file: False)
+    folder = damaged(tmp_path)
+
+    for load in (stoker.load_model, stoker.load_tensors):
+        with pytest.raises(CheckpointInvalid, match=r"is damaged between bytes 0 and .*convert the original"):
+            load(folder, daemon=None)
+
+    assert stoker.load_tensors(folder, daemon=None, verify="never")
+
+
+def test_what_the_page_cache_has_is_compared_when_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(file_memory, "is_cached", lambda _file: True)
+    folder = damaged(tmp_path)
+
+    assert stoker.load_tensors(folder, daemon=None)
+    with pytest.raises(CheckpointInvalid, match="is damaged"):
+        stoker.load_tensors(folder, daemon=None, verify="always")
+
+
+def test_memory_that_was_read_into_is_compared_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(MappedRange, "fault_in", lambda *_args, **_options: False)
+    monkeypatch.setattr(file_memory, "is_cached", lambda _file: False)
+
+    with pytest.raises(CheckpointInvalid, match="is damaged"):
+        stoker.load_tensors(damaged(tmp_path), daemon=None)
+
+
+def test_an_unknown_verify_names_those_there_are(tmp_path) -> None:
+    with pytest.raises(InvalidRequest, match="verify='yes': choose one of 'always', 'first', 'never'"):
+        stoker.load_tensors(tmp_path, daemon=None, verify="yes")
