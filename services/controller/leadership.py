@@ -53,11 +53,14 @@ class Leadership:
             NotLeader: Another controller leads, or none does; `details["leader"]` is its address, if known.
         """
         if self._term is None:
-            other = f"ask {self.leader_address}" if self.leader_address else "none leads now, ask again"
+            own_address = self._settings.public_address
+            # its own while a term begins, and for a moment after one was lost: it would be asked at once
+            leader_address = "" if self.leader_address == own_address else self.leader_address
+            other = f"ask {leader_address}" if leader_address else "none leads now, ask again"
             raise NotLeader(
-                f"controller {self._settings.public_address} does not lead: {other}",
+                f"controller {own_address} does not lead: {other}",
                 retry_after_seconds=1.0,
-                details={"leader": self.leader_address},
+                details={"leader": leader_address},
             )
         return self._term
 
