@@ -44,16 +44,7 @@ _LOAD = (
 """Of a replica, what its sessions change."""
 _load_of = attrgetter(*_LOAD)
 _loaded_node = amender_of(Node, "replicas", "last_seen_seconds")
-_loaded_replica = amender_of(
-    Replica,
-    "sessions",
-    "waiting_sessions",
-    "waiting_since_seconds",
-    "longest_since_seconds",
-    "idle_since_seconds",
-    "context_tokens",
-    "has_served",
-)
+_loaded_replica = amender_of(Replica, *_LOAD, "has_served")
 _remembered_replica = amender_of(
     Replica,
     "first_seen_seconds",
